@@ -1,0 +1,249 @@
+//! `manifest.json`: what a network expects, answers with, and was made from.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the manifest's form that this build writes and reads.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// The content of `manifest.json`.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Form of this file; [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The network, e.g. `resnet50`, `resnext50_32x4d`, `cifar_resnet20`.
+    pub arch: String,
+    /// The classes in the order of the logits.
+    pub classes: Vec<Class>,
+    /// From a decoded picture to the network's input.
+    pub preprocessing: Preprocessing,
+    /// What was merged, and the proof that it changed nothing.
+    pub fold: FoldReport,
+    /// The checkpoint that was folded.
+    pub checkpoint: FileDigest,
+    /// The network file of this bundle.
+    pub model: FileDigest,
+    /// Measured accuracy and how it was measured, as given to `fold export --evaluation`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<serde_json::Value>,
+}
+
+/// Scores are calibrated, or are the softmax of the logits.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Calibration {
+    /// Softmax of the logits: ranks classes, is no probability of being right.
+    Softmax,
+}
+
+/// One class.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Class {
+    /// Its name.
+    pub label: String,
+    /// Training images, when known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u64>,
+}
+
+/// The class groups of long-tailed recognition, by training images per class.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[serde(rename_all = "lowercase")]
+pub enum Group {
+    /// More than 100 training images.
+    Many,
+    /// 20 to 100 training images.
+    Medium,
+    /// Fewer than 20 training images.
+    Few,
+}
+
+impl Group {
+    /// The group of a class with `count` training images.
+    pub fn of(count: u64) -> Self {
+        match count {
+            0..20 => Self::Few,
+            20..=100 => Self::Medium,
+            _ => Self::Many,
+        }
+    }
+
+    /// `many`, `medium` or `few`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Many => "many",
+            Self::Medium => "medium",
+            Self::Few => "few",
+        }
+    }
+}
+
+impl Class {
+    /// The class's group, when its count is known.
+    pub fn group(&self) -> Option<Group> {
+        self.count.map(Group::of)
+    }
+}
+
+/// From a decoded RGB picture to the network's input: shorter side to `shorter_side` (bilinear, antialiased,
+/// as Pillow), centre crop, divide by 255, subtract `mean`, divide by `std`.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocessing {
+    /// Length in pixels that the shorter side is resized to.
+    pub shorter_side: u32,
+    /// Side in pixels of the square centre crop; the network's input height and width.
+    pub crop: u32,
+    /// Mean per channel (R, G, B) of values in 0..=1.
+    pub mean: [f32; 3],
+    /// Standard deviation per channel (R, G, B).
+    pub std: [f32; 3],
+    /// What to do with a photo's EXIF orientation.
+    pub exif: Exif,
+}
+
+/// What to do with a photo's EXIF orientation.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Exif {
+    /// Turn the picture upright, as a viewer shows it.
+    Apply,
+    /// Take the stored pixels as they are, as torchvision's loaders do.
+    Ignore,
+}
+
+/// What `fold export` merged, and its proof.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct FoldReport {
+    /// Program and version.
+    pub by: String,
+    /// `linear`, `lr-affine` or `lr-plain`.
+    pub head: String,
+    /// Experts whose logits are averaged; 1 for a single network.
+    pub experts: usize,
+    /// Names of the BatchNorm layers whose weight and bias were normalised.
+    pub normalized_layers: Vec<String>,
+    /// The acting magnitudes, one per expert.
+    pub alphas: Vec<Alpha>,
+    /// Plain BatchNorm layers merged, the normalised ones and the head's included.
+    pub batch_norms_merged: usize,
+    /// The comparison of the folded network with the unfolded checkpoint.
+    pub proof: Proof,
+}
+
+/// An acting element of `scale_factor`.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Alpha {
+    /// Index in `scale_factor`.
+    pub index: usize,
+    /// The magnitude.
+    pub value: f64,
+}
+
+/// Folded network in ONNX Runtime (f32) beside the unfolded checkpoint in f64, on seeded inputs.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Proof {
+    /// Number of random input images.
+    pub images: usize,
+    /// Seed of the inputs.
+    pub seed: u64,
+    /// One entry per output of the network.
+    pub outputs: Vec<OutputProof>,
+}
+
+/// One output's largest differences.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct OutputProof {
+    /// Name of the output.
+    pub output: String,
+    /// Largest |folded − unfolded|.
+    pub max_absolute: f64,
+    /// `max_absolute` divided by the standard deviation of the unfolded output.
+    pub max_relative: f64,
+    /// The largest `max_relative` that would have been accepted.
+    pub tolerance: f64,
+}
+
+/// A file and its SHA-256.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct FileDigest {
+    /// File name, without a folder.
+    pub file: String,
+    /// SHA-256 in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// A rule that a manifest breaks.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum ManifestError {
+    /// Written by another version.
+    #[error("schema_version is {0}; this build reads {SCHEMA_VERSION}: use a matching release or export again")]
+    Schema(u32),
+    /// Fewer than two classes.
+    #[error("{0} classes; a classifier has at least 2")]
+    Classes(usize),
+    /// Two classes of one name.
+    #[error("class label {0:?} appears twice; labels must differ")]
+    Duplicate(String),
+    /// Sizes out of range.
+    #[error(
+        "shorter_side {shorter_side} and crop {crop}; both must lie in 1..=4096 and crop may not exceed shorter_side"
+    )]
+    Size {
+        /// The resize's target.
+        shorter_side: u32,
+        /// The crop's side.
+        crop: u32,
+    },
+    /// A mean or standard deviation that cannot be divided by.
+    #[error("mean {mean:?}, std {std:?}; all must be finite and std above 0")]
+    Normalization {
+        /// Mean per channel.
+        mean: [f32; 3],
+        /// Standard deviation per channel.
+        std: [f32; 3],
+    },
+}
+
+impl Manifest {
+    /// Checks what the types alone cannot hold.
+    ///
+    /// # Errors
+    /// Names the first rule that is broken.
+    pub fn check(&self) -> Result<(), ManifestError> {
+        if self.schema_version != SCHEMA_VERSION {
+            return Err(ManifestError::Schema(self.schema_version));
+        }
+        if self.classes.len() < 2 {
+            return Err(ManifestError::Classes(self.classes.len()));
+        }
+        let mut seen = std::collections::HashSet::new();
+        if let Some(twice) = self.classes.iter().find(|class| !seen.insert(&class.label)) {
+            return Err(ManifestError::Duplicate(twice.label.clone()));
+        }
+        self.preprocessing.check()
+    }
+}
+
+impl Preprocessing {
+    /// Checks the ranges of sizes and statistics.
+    ///
+    /// # Errors
+    /// Names the values that are out of range.
+    pub fn check(&self) -> Result<(), ManifestError> {
+        let Self { shorter_side, crop, mean, std, .. } = *self;
+        if !(1..=4096).contains(&shorter_side) || !(1..=shorter_side).contains(&crop) {
+            return Err(ManifestError::Size { shorter_side, crop });
+        }
+        if !mean.iter().chain(&std).all(|v| v.is_finite()) || !std.iter().all(|&v| v > 0.0) {
+            return Err(ManifestError::Normalization { mean, std });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,145 @@
+//! The bundle: one folder per model version, written by `fold` and read by `nbn`.
+//!
+//! `models/<name>/<version>/` holds `model.onnx` and `manifest.json`. A [`Bundle`] in hand has a manifest
+//! that is consistent in itself and a model whose SHA-256 is the one the manifest names.
+
+mod manifest;
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+pub use manifest::{
+    Alpha, Calibration, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof,
+    Preprocessing, Proof, SCHEMA_VERSION,
+};
+
+/// File name of the network in a bundle.
+pub const MODEL_FILE: &str = "model.onnx";
+/// File name of the manifest in a bundle.
+pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// A verified bundle. `model` is the ONNX file's bytes.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// Name of the model: its folder's name under the model repository.
+    pub name: String,
+    /// Version: a decimal number, the name of the bundle's own folder.
+    pub version: String,
+    /// The bundle's description.
+    pub manifest: Manifest,
+    /// Bytes of `model.onnx`, whose SHA-256 was checked.
+    pub model: Vec<u8>,
+}
+
+/// Why a bundle could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// A file or folder could not be read.
+    #[error("{path}: {source}")]
+    Read {
+        /// What was read.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// `manifest.json` is not JSON of the expected form.
+    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {source}: make the bundle again with `fold export`")]
+    Parse {
+        /// The manifest.
+        path: PathBuf,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// The manifest contradicts itself.
+    #[error("{path}: {source}")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Which rule is broken.
+        source: ManifestError,
+    },
+    /// `model.onnx` is not the file that the manifest describes.
+    #[error(
+        "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `fold export`; \
+         restore it or export the checkpoint again"
+    )]
+    Digest {
+        /// The model file.
+        path: PathBuf,
+        /// Digest of the file.
+        found: String,
+        /// Digest in the manifest.
+        expected: String,
+    },
+    /// No version folder below a model's folder.
+    #[error("{path}: no version found: a bundle lies in a folder with a decimal number for its name, such as {path}/1, \
+             and holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
+    NoVersion(PathBuf),
+    /// No model below the repository folder.
+    #[error("{path}: no model found: give a folder that holds NAME/VERSION/{MANIFEST_FILE}", path = .0.display())]
+    NoModel(PathBuf),
+}
+
+impl Bundle {
+    /// Opens the bundle in `folder`, which holds `manifest.json` itself, or the highest version below it.
+    ///
+    /// # Errors
+    /// When a file cannot be read, the manifest is malformed or inconsistent, or the model's digest differs.
+    pub fn load(folder: &Path) -> Result<Self, BundleError> {
+        let folder = if folder.join(MANIFEST_FILE).is_file() { folder.to_owned() } else { latest_version(folder)? };
+        let folder = std::fs::canonicalize(&folder).map_err(|source| BundleError::Read { path: folder, source })?;
+        let path = folder.join(MANIFEST_FILE);
+        let manifest: Manifest = serde_json::from_slice(&read(&path)?)
+            .map_err(|source| BundleError::Parse { path: path.clone(), source })?;
+        manifest.check().map_err(|source| BundleError::Manifest { path, source })?;
+        let path = folder.join(MODEL_FILE);
+        let model = read(&path)?;
+        let found = sha256_hex(&model);
+        if found != manifest.model.sha256 {
+            return Err(BundleError::Digest { path, found, expected: manifest.model.sha256 });
+        }
+        let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { name: part(folder.parent()), version: part(Some(&folder)), manifest, model })
+    }
+
+    /// Opens the highest version of every model below `repository`, in the order of their names.
+    ///
+    /// # Errors
+    /// When there is no model, or any of them cannot be opened.
+    pub fn load_all(repository: &Path) -> Result<Vec<Self>, BundleError> {
+        let mut folders: Vec<PathBuf> = list(repository)?
+            .into_iter()
+            .filter(|path| path.is_dir() && path.file_name().is_some_and(|n| !n.to_string_lossy().starts_with('.')))
+            .collect();
+        folders.sort();
+        if folders.is_empty() {
+            return Err(BundleError::NoModel(repository.to_owned()));
+        }
+        folders.iter().map(|folder| Self::load(folder)).collect()
+    }
+}
+
+fn latest_version(folder: &Path) -> Result<PathBuf, BundleError> {
+    list(folder)?
+        .into_iter()
+        .filter(|path| path.join(MANIFEST_FILE).is_file())
+        .filter_map(|path| Some((path.file_name()?.to_str()?.parse::<u64>().ok()?, path)))
+        .max()
+        .map(|(_, path)| path)
+        .ok_or_else(|| BundleError::NoVersion(folder.to_owned()))
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>, BundleError> {
+    let fail = |source| BundleError::Read { path: folder.to_owned(), source };
+    std::fs::read_dir(folder).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
+    std::fs::read(path).map_err(|source| BundleError::Read { path: path.to_owned(), source })
+}
+
+/// SHA-256 of `bytes` in lower-case hexadecimal.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,138 @@
+//! Everything that can be wrong with a checkpoint or a fold, one sentence each.
+
+use std::path::PathBuf;
+
+/// Why a checkpoint was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum FoldError {
+    /// The file could not be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Neither a PyTorch checkpoint nor safetensors.
+    #[error("{path}: not a checkpoint: {reason}: expected a file written by `torch.save` or a .safetensors file")]
+    NotACheckpoint {
+        /// Which file.
+        path: PathBuf,
+        /// What the reader said.
+        reason: String,
+    },
+    /// A tensor's element type is no number that a network can have.
+    #[error("tensor {name} has element type {dtype}; weights must be f64, f32, f16 or bf16")]
+    ElementType {
+        /// Key of the tensor.
+        name: String,
+        /// Its type.
+        dtype: String,
+    },
+    /// The names match no known network.
+    #[error(
+        "the checkpoint's {keys} keys are of no known network ({example}): expected torchvision-named ResNet/ResNeXt \
+         (layer1 … layer4), CIFAR ResNet (layer1 … layer3) or the multi-expert layout (layer3s.0, layer4s.0, linears.0)"
+    )]
+    UnknownArchitecture {
+        /// Number of keys.
+        keys: usize,
+        /// The first key.
+        example: String,
+    },
+    /// A tensor that the network needs is not there.
+    #[error("missing key {name}, which {arch} needs")]
+    Missing {
+        /// The key.
+        name: String,
+        /// The network.
+        arch: String,
+    },
+    /// Tensors that the network has no place for.
+    #[error("unexpected keys, which {arch} has no place for: {names}")]
+    Unexpected {
+        /// The keys.
+        names: String,
+        /// The network.
+        arch: String,
+    },
+    /// A tensor of the wrong shape.
+    #[error("{name} has shape {found:?}; expected {expected}")]
+    Shape {
+        /// The key.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that fits.
+        expected: String,
+    },
+    /// NaN or infinite.
+    #[error("{name} holds {value} at element {index}: the training run diverged; use an earlier checkpoint")]
+    NotFinite {
+        /// The key.
+        name: String,
+        /// Flat index.
+        index: usize,
+        /// The value.
+        value: f64,
+    },
+    /// A variance below zero.
+    #[error("{name} is {value} at channel {channel}; a variance cannot be negative: the file is damaged")]
+    NegativeVariance {
+        /// The key.
+        name: String,
+        /// The channel.
+        channel: usize,
+        /// The value.
+        value: f64,
+    },
+    /// A weight direction of length zero.
+    #[error("the direction {name} has norm 0, so NBN cannot normalise it: the layer is dead; use another checkpoint")]
+    ZeroDirection {
+        /// The key.
+        name: String,
+    },
+    /// More experts than the authors' own code tells apart.
+    #[error("{0} experts; at most 10 are supported, since the authors' layer names are ambiguous beyond")]
+    TooManyExperts(usize),
+    /// `--arch` differs from what the tensors say.
+    #[error("--arch {asked} does not fit: the tensors are those of {found}")]
+    Arch {
+        /// What was asked for.
+        asked: String,
+        /// What the names and shapes say.
+        found: String,
+    },
+    /// `--nbn-layers` cannot be followed.
+    #[error("--nbn-layers: {0}")]
+    NbnLayers(String),
+    /// A pass was handed, or left, a graph that does not hold together.
+    #[error("{pass}: node {node}: {reason}")]
+    Graph {
+        /// The pass or check.
+        pass: &'static str,
+        /// Name of the node.
+        node: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The folded network is not the checkpoint's.
+    #[error(
+        "proof failed: output {output} differs by up to {found:.3e} of its standard deviation; the tolerance is \
+         {tolerance:.3e}: nothing was written"
+    )]
+    Proof {
+        /// Name of the output.
+        output: String,
+        /// Largest relative difference.
+        found: f64,
+        /// Largest accepted.
+        tolerance: f64,
+    },
+    /// A class file or another input of the command does not fit.
+    #[error("{0}")]
+    Input(String),
+    /// ONNX Runtime could not be used for the proof.
+    #[error(transparent)]
+    Runtime(#[from] crate::runtime::RuntimeError),
+}

@@ -1,0 +1,194 @@
+//! `fold export`: a checkpoint in, a proved bundle out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::architecture::{self, Family, Overrides};
+use super::{Checkpoint, FoldError, onnx, passes, verify};
+use crate::bundle::{
+    Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
+};
+use crate::runtime::Library;
+
+/// The published evaluation pipelines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preset {
+    /// ImageNet-LT, Places-LT: shorter side 256, crop 224.
+    Imagenet,
+    /// iNaturalist 2018: as ImageNet with its own mean and std.
+    Inaturalist,
+    /// CIFAR-10-LT, CIFAR-100-LT: 32×32.
+    Cifar,
+}
+
+impl Preset {
+    /// The preset that the network was most likely trained with: iNaturalist 2018 is known by its 8,142 classes.
+    pub fn guess(family: Family, classes: usize) -> Self {
+        match (family, classes) {
+            (Family::Cifar, _) => Self::Cifar,
+            (_, 8142) => Self::Inaturalist,
+            _ => Self::Imagenet,
+        }
+    }
+
+    /// The pipeline; `side` overrules the crop, and the resize keeps its ratio to it.
+    pub fn preprocessing(self, side: Option<u32>, exif: Exif) -> Preprocessing {
+        let (shorter_side, crop, mean, std) = match self {
+            Self::Imagenet => (256, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            Self::Inaturalist => (256, 224, [0.466, 0.471, 0.380], [0.195, 0.194, 0.192]),
+            Self::Cifar => (32, 32, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+        };
+        let side = side.unwrap_or(crop);
+        Preprocessing { shorter_side: (side * shorter_side).div_ceil(crop), crop: side, mean, std, exif }
+    }
+}
+
+/// What to export, and how.
+#[derive(Debug, Clone)]
+pub struct ExportOptions {
+    /// The checkpoint file.
+    pub checkpoint: PathBuf,
+    /// The bundle's folder, `models/NAME/VERSION`.
+    pub out: PathBuf,
+    /// Labels, and training counts where known.
+    pub classes: Option<PathBuf>,
+    /// The pipeline; guessed from the network when absent.
+    pub preset: Option<Preset>,
+    /// The network's input side in pixels, when it differs from the preset's.
+    pub input_size: Option<u32>,
+    /// What serving does with EXIF orientation.
+    pub exif: Exif,
+    /// Measured accuracy, JSON, for the model card.
+    pub evaluation: Option<PathBuf>,
+    /// Adds the output `expert_logits`.
+    pub expert_logits: bool,
+    /// Replaces a bundle that is there.
+    pub force: bool,
+    /// What overrules names and shapes.
+    pub overrides: Overrides,
+}
+
+/// Folds, proves, and only then writes. Returns the manifest that was written.
+///
+/// # Errors
+/// Nothing is written on an error.
+pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, FoldError> {
+    if options.out.exists() && !options.force {
+        return Err(FoldError::Input(format!(
+            "{} exists: give the next version's number, or --force to replace it",
+            options.out.display()
+        )));
+    }
+    let checkpoint = Checkpoint::load(&options.checkpoint)?;
+    let side = match (options.input_size, options.preset) {
+        (Some(side), _) => side as usize,
+        (None, Some(preset)) => preset.preprocessing(None, options.exif).crop as usize,
+        (None, None) => architecture::family(&checkpoint)?.default_side(),
+    };
+    let network = architecture::build(&checkpoint, side, options.expert_logits, &options.overrides)?;
+    drop(checkpoint);
+    let classes = classes(options.classes.as_deref(), network.classes)?;
+    let preset = options.preset.unwrap_or_else(|| Preset::guess(network.family, network.classes));
+    let preprocessing = preset.preprocessing(Some(side as u32), options.exif);
+    let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
+    let folded = passes::fold(network.graph.clone())?;
+    let model = onnx::write(&folded);
+    drop(folded);
+    let proof = verify::prove(&network.graph, &model, library)?;
+    let manifest = Manifest {
+        schema_version: SCHEMA_VERSION,
+        arch: network.arch,
+        classes,
+        preprocessing,
+        fold: FoldReport {
+            by: format!("fold {}", env!("CARGO_PKG_VERSION")),
+            head: network.head.into(),
+            experts: network.experts,
+            normalized_layers: network.normalized_layers,
+            alphas: network.alphas,
+            batch_norms_merged,
+            proof,
+        },
+        checkpoint: FileDigest {
+            file: file_name(&options.checkpoint),
+            sha256: sha256_hex(&read(&options.checkpoint)?),
+        },
+        model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },
+        evaluation: options.evaluation.as_deref().map(evaluation).transpose()?,
+    };
+    manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
+    write(&options.out, &manifest, &model)?;
+    Ok(manifest)
+}
+
+fn is_norm(op: &super::graph::Op) -> bool {
+    use super::graph::Op;
+    matches!(op, Op::BatchNorm(_) | Op::NormalizedBatchNorm { .. })
+}
+
+/// Labels from a CSV with the header `label,count` (or `label`), or one label a line; `class 0` … without a file.
+fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError> {
+    let Some(path) = path else {
+        return Ok((0..expected).map(|k| Class { label: format!("class {k}"), count: None }).collect());
+    };
+    let input = |line: usize, reason: &str| FoldError::Input(format!("{}: line {line}: {reason}", path.display()));
+    let text = String::from_utf8(read(path)?).map_err(|_| input(1, "not UTF-8"))?;
+    let has_header = text.lines().next().is_some_and(|l| l.trim() == "label,count" || l.trim() == "label");
+    let mut classes = Vec::new();
+    if has_header {
+        for (n, record) in csv::Reader::from_reader(text.as_bytes()).records().enumerate() {
+            let record = record.map_err(|error| input(n + 2, &error.to_string()))?;
+            let count = match record.get(1).map(str::trim) {
+                None | Some("") => None,
+                Some(text) => Some(
+                    text.parse()
+                        .map_err(|_| input(n + 2, &format!("count {text:?} is no whole number of training images")))?,
+                ),
+            };
+            classes.push(Class { label: record[0].to_owned(), count });
+        }
+    } else {
+        let labels = text.lines().map(str::trim).filter(|l| !l.is_empty());
+        classes.extend(labels.map(|label| Class { label: label.to_owned(), count: None }));
+    }
+    if classes.len() != expected {
+        return Err(FoldError::Input(format!(
+            "{} names {} classes; the checkpoint has {expected}: list every class once, in the order of the logits",
+            path.display(),
+            classes.len()
+        )));
+    }
+    Ok(classes)
+}
+
+fn evaluation(path: &Path) -> Result<serde_json::Value, FoldError> {
+    serde_json::from_slice(&read(path)?)
+        .map_err(|error| FoldError::Input(format!("{}: not JSON: {error}", path.display())))
+}
+
+/// Writes beside the target and renames, so that no reader sees half a bundle.
+fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| FoldError::File { path, source }
+    };
+    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(at(parent))?;
+    let temporary = parent.join(format!(".{}.{}", file_name(out), std::process::id()));
+    fs::create_dir_all(&temporary).map_err(at(&temporary))?;
+    let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
+    fs::write(temporary.join(MODEL_FILE), model).map_err(at(&temporary))?;
+    fs::write(temporary.join(MANIFEST_FILE), text + "\n").map_err(at(&temporary))?;
+    if out.exists() {
+        fs::remove_dir_all(out).map_err(at(out))?;
+    }
+    fs::rename(&temporary, out).map_err(at(out))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, FoldError> {
+    fs::read(path).map_err(|source| FoldError::File { path: path.to_owned(), source })
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

@@ -1,0 +1,136 @@
+//! `fold inspect`: what a checkpoint or a bundle holds, in words.
+
+use std::fmt::Write;
+
+use super::architecture::{self, Overrides};
+use super::graph::{BatchNorm, Op};
+use super::{Checkpoint, FoldError};
+use crate::bundle::{Group, Manifest};
+
+/// A magnitude below this all but switches the layer off.
+const SMALL_ALPHA: f64 = 1e-3;
+/// An effective weight below this makes a channel constant.
+const DEAD_WEIGHT: f64 = 1e-8;
+
+/// A table of the checkpoint's BatchNorm layers, and warnings.
+///
+/// # Errors
+/// When the checkpoint is of no known network.
+pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<String, FoldError> {
+    let side = architecture::family(checkpoint)?.default_side();
+    let network = architecture::build(checkpoint, side, false, overrides)?;
+    let parameters: usize = checkpoint.tensors.values().map(|t| t.values.len()).sum();
+    let mut out = String::new();
+    let mut warnings = Vec::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "network     {}, {} classes, head {}, experts {}",
+        network.arch, network.classes, network.head, network.experts
+    );
+    let _ = writeln!(out, "tensors     {} with {parameters} values", checkpoint.tensors.len());
+    for (key, value) in &checkpoint.metadata {
+        let _ = writeln!(out, "{key:<11} {value}");
+    }
+    for alpha in &network.alphas {
+        let _ = writeln!(out, "α[{}]        {:.6}", alpha.index, alpha.value);
+        if alpha.value.abs() < SMALL_ALPHA {
+            warnings.push(format!(
+                "|α[{}]| is {:.1e}: the normalised layers are all but switched off",
+                alpha.index,
+                alpha.value.abs()
+            ));
+        }
+    }
+    let _ =
+        writeln!(out, "\n{:<28} {:>4} {:>8} {:>12} {:>12} {:>5}", "BatchNorm", "NBN", "channels", "‖γ‖", "‖β‖", "dead");
+    for node in &network.graph.nodes {
+        let (norm, alpha) = match &node.op {
+            Op::BatchNorm(norm) => (norm, None),
+            Op::NormalizedBatchNorm { directions, alpha } => (directions, Some(*alpha)),
+            _ => continue,
+        };
+        let dead = dead_channels(norm, alpha);
+        let (gamma, beta) = (length(&norm.weight), length(&norm.bias));
+        let mark = if alpha.is_some() { "yes" } else { "–" };
+        let _ =
+            writeln!(out, "{:<28} {mark:>4} {:>8} {gamma:>12.5} {beta:>12.5} {dead:>5}", node.name, norm.weight.len());
+        if dead > 0 {
+            warnings.push(format!("{}: {dead} of {} channels are dead (weight 0)", node.name, norm.weight.len()));
+        }
+        if alpha.is_some() && gamma == 0.0 {
+            warnings.push(format!("{}: ‖γ‖ is 0; export will refuse it", node.name));
+        }
+    }
+    for warning in warnings {
+        let _ = writeln!(out, "warning: {warning}");
+    }
+    Ok(out)
+}
+
+fn dead_channels(norm: &BatchNorm, alpha: Option<f64>) -> usize {
+    let scale = alpha.map_or(1.0, |alpha| alpha.abs() / (length(&norm.weight) + super::passes::NORM_EPSILON));
+    norm.weight.iter().filter(|w| w.abs() * scale < DEAD_WEIGHT).count()
+}
+
+fn length(v: &[f64]) -> f64 {
+    v.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// The manifest's content, as `fold export` and `fold inspect` print it.
+pub fn manifest(manifest: &Manifest) -> String {
+    let mut out = String::new();
+    let fold = &manifest.fold;
+    let p = &manifest.preprocessing;
+    let _ = writeln!(
+        out,
+        "network     {}, {} classes, head {}, experts {}",
+        manifest.arch,
+        manifest.classes.len(),
+        fold.head,
+        fold.experts
+    );
+    let groups: Vec<String> = [Group::Many, Group::Medium, Group::Few]
+        .into_iter()
+        .map(|g| format!("{} {}", manifest.classes.iter().filter(|c| c.group() == Some(g)).count(), g.name()))
+        .collect();
+    if manifest.classes.iter().any(|c| c.count.is_some()) {
+        let _ = writeln!(out, "groups      {}", groups.join(", "));
+    } else {
+        let _ = writeln!(out, "groups      unknown: no training counts were given (--classes FILE with label,count)");
+    }
+    let _ = writeln!(
+        out,
+        "input       images [batch, 3, {c}, {c}]; shorter side to {}, centre crop {c}",
+        p.shorter_side,
+        c = p.crop
+    );
+    let _ = writeln!(
+        out,
+        "merged      {} BatchNorm layers, {} of them normalised",
+        fold.batch_norms_merged,
+        fold.normalized_layers.len()
+    );
+    for layer in &fold.normalized_layers {
+        let _ = writeln!(out, "            {layer}");
+    }
+    for alpha in &fold.alphas {
+        let _ = writeln!(out, "α[{}]        {:.6}", alpha.index, alpha.value);
+        if alpha.value.abs() < SMALL_ALPHA {
+            let _ = writeln!(
+                out,
+                "warning: |α[{}]| is below {SMALL_ALPHA}: the normalised layers are all but switched off",
+                alpha.index
+            );
+        }
+    }
+    for proof in &fold.proof.outputs {
+        let _ = writeln!(
+            out,
+            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images, f64 reference)",
+            proof.output, proof.max_absolute, proof.max_relative, proof.tolerance, fold.proof.images
+        );
+    }
+    let _ = writeln!(out, "model       sha256 {}", manifest.model.sha256);
+    out
+}

@@ -1,0 +1,19 @@
+//! Checkpoint → graph → passes → ONNX, with a proof that nothing changed.
+//!
+//! [`Checkpoint`] (names → tensors) → [`architecture::build`] → [`Graph`] with norms → [`passes::fold`] →
+//! [`FoldedGraph`] without any → [`onnx::write`] → [`verify::prove`] → a bundle on disk.
+
+pub mod architecture;
+pub mod checkpoint;
+mod error;
+pub mod export;
+pub mod graph;
+pub mod inspect;
+pub mod onnx;
+pub mod passes;
+pub mod reference;
+pub mod verify;
+
+pub use checkpoint::Checkpoint;
+pub use error::FoldError;
+pub use graph::{FoldedGraph, Graph};

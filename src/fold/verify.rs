@@ -1,0 +1,104 @@
+//! Proves a fold: the written network in ONNX Runtime (f32) beside the unfolded checkpoint in f64.
+
+use std::thread;
+
+use ndarray::ArrayView4;
+
+use super::reference::{self, Precision};
+use super::{FoldError, Graph};
+use crate::bundle::{OutputProof, Proof};
+use crate::runtime::{Device, Library, OnnxModel, SessionOptions};
+
+/// Largest difference accepted, in standard deviations of the output.
+pub const TOLERANCE: f64 = 1e-4;
+const SEED: u64 = 2501_03122;
+
+/// Compares `model` (ONNX bytes) with the `unfolded` graph on seeded inputs. Where f32 itself cannot hold
+/// [`TOLERANCE`], because variances near the BatchNorm's epsilon amplify rounding, twice the unfolded network's own
+/// f32-to-f64 difference is accepted instead.
+///
+/// # Errors
+/// When an output differs by more, or ONNX Runtime cannot run the network.
+pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof, FoldError> {
+    let images = if unfolded.side > 64 { 2 } else { 8 };
+    let inputs = inputs(images, unfolded.side);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut session = OnnxModel::open(library, model, SessionOptions { device: Device::Cpu, threads })?;
+    let batch: Vec<f32> = inputs.concat();
+    let shape = (images, 3, unfolded.side, unfolded.side);
+    let view = ArrayView4::from_shape(shape, &batch).map_err(|error| FoldError::Input(error.to_string()))?;
+    let folded = session.run_batch(view)?;
+    drop(session);
+    let exact = evaluate_all::<f64>(unfolded, &inputs)?;
+    let mut rounded = None;
+    let mut outputs = Vec::new();
+    for (n, (output, _)) in unfolded.outputs.iter().enumerate() {
+        let expected: Vec<f64> = exact.iter().flat_map(|image| image[n].iter().copied()).collect();
+        let found: Vec<f64> = folded[n].iter().map(|&v| f64::from(v)).collect();
+        let spread = standard_deviation(&expected);
+        let max_absolute = max_difference(&found, &expected);
+        let max_relative = max_absolute / spread;
+        let mut tolerance = TOLERANCE;
+        // Written so that NaN fails.
+        if !(max_relative <= tolerance) {
+            if rounded.is_none() {
+                rounded = Some(evaluate_all::<f32>(unfolded, &inputs)?);
+            }
+            let unfolded_f32 = rounded.iter().flatten().flat_map(|image| image[n].iter().copied()).collect::<Vec<_>>();
+            let own = max_difference(&unfolded_f32, &expected) / spread;
+            if own.is_finite() {
+                tolerance = tolerance.max(2.0 * own);
+            }
+        }
+        if !(max_relative <= tolerance) {
+            return Err(FoldError::Proof { output: output.clone(), found: max_relative, tolerance });
+        }
+        outputs.push(OutputProof { output: output.clone(), max_absolute, max_relative, tolerance });
+    }
+    Ok(Proof { images, seed: SEED, outputs })
+}
+
+fn evaluate_all<T: Precision>(graph: &Graph, inputs: &[Vec<f32>]) -> Result<Vec<Vec<Vec<f64>>>, FoldError> {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let each = inputs.len().div_ceil(threads);
+    thread::scope(|scope| {
+        let parts: Vec<_> = inputs
+            .chunks(each)
+            .map(|part| {
+                scope.spawn(|| part.iter().map(|x| reference::evaluate::<T>(graph, x)).collect::<Result<Vec<_>, _>>())
+            })
+            .collect();
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend(part.join().map_err(|_| FoldError::Input("the reference evaluation panicked".into()))??);
+        }
+        Ok(all)
+    })
+}
+
+/// Approximately normal values (a sum of twelve uniform ones), from SplitMix64.
+fn inputs(images: usize, side: usize) -> Vec<Vec<f32>> {
+    let mut state = SEED;
+    let mut uniform = move || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 24) as f32
+    };
+    let mut normal = move || (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
+    (0..images).map(|_| (0..3 * side * side).map(|_| normal()).collect()).collect()
+}
+
+fn max_difference(a: &[f64], b: &[f64]) -> f64 {
+    if a.len() != b.len() {
+        return f64::NAN;
+    }
+    // f64::max would drop a NaN.
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
+}
+
+fn standard_deviation(values: &[f64]) -> f64 {
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
+}

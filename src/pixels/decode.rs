@@ -1,0 +1,125 @@
+//! Encoded bytes → RGB, refusing what is too large before anything is allocated for it.
+
+use std::io::Cursor;
+
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+
+use crate::bundle::Exif;
+
+const FORMATS: [ImageFormat; 6] =
+    [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::Tiff];
+
+/// How large a picture may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodeLimits {
+    /// Width × height, read from the header.
+    pub max_pixels: u64,
+    /// Bytes that decoding may allocate, the decoded picture included.
+    pub max_decoded_bytes: u64,
+}
+
+impl Default for DecodeLimits {
+    fn default() -> Self {
+        Self { max_pixels: 40_000_000, max_decoded_bytes: 512 << 20 }
+    }
+}
+
+/// Why a picture was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Nothing was sent.
+    #[error("the image is empty (0 bytes): send the encoded file itself")]
+    Empty,
+    /// Not one of the formats.
+    #[error("not an image of a known format; JPEG, PNG, WebP, GIF, BMP and TIFF are")]
+    UnknownFormat,
+    /// Larger than the pixel limit.
+    #[error(
+        "image is {width}×{height} ({:.1} MP); the limit is {:.1} MP: resize it, or raise `--max-pixels`",
+        (*width as f64 * *height as f64) / 1e6, *limit as f64 / 1e6
+    )]
+    TooManyPixels {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Largest accepted width × height.
+        limit: u64,
+    },
+    /// Decoding would allocate more than the byte limit.
+    #[error("decoding this {width}×{height} image needs more than {limit} bytes of memory: resize it")]
+    TooManyBytes {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Most bytes that decoding may allocate.
+        limit: u64,
+    },
+    /// The file ends before the picture does.
+    #[error("the {format} file is cut short or damaged: {reason}")]
+    Damaged {
+        /// The format that the first bytes announce.
+        format: &'static str,
+        /// What the decoder said.
+        reason: String,
+    },
+}
+
+/// Decodes the first frame of `bytes` to 8-bit RGB. Grey is repeated, alpha is dropped, 16 bits are scaled to 8.
+///
+/// # Errors
+/// See [`DecodeError`]; both limits are held before the picture's memory is allocated.
+pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImage, DecodeError> {
+    if bytes.is_empty() {
+        return Err(DecodeError::Empty);
+    }
+    let format = image::guess_format(bytes).ok().filter(|f| FORMATS.contains(f)).ok_or(DecodeError::UnknownFormat)?;
+    let damaged = |reason: String| DecodeError::Damaged { format: name(format), reason };
+    let mut decoder = ImageReader::with_format(Cursor::new(bytes), format)
+        .into_decoder()
+        .map_err(|error| damaged(error.to_string()))?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > limits.max_pixels {
+        return Err(DecodeError::TooManyPixels { width, height, limit: limits.max_pixels });
+    }
+    let too_many_bytes = || DecodeError::TooManyBytes { width, height, limit: limits.max_decoded_bytes };
+    let mut allocation = Limits::default();
+    allocation.max_alloc = Some(limits.max_decoded_bytes);
+    // The decoder's own limits do not count the buffer that it decodes into.
+    allocation.reserve(decoder.total_bytes()).map_err(|_| too_many_bytes())?;
+    decoder.set_limits(allocation).map_err(|_| too_many_bytes())?;
+    let orientation = match exif {
+        Exif::Apply => decoder.orientation().ok(),
+        Exif::Ignore => None,
+    };
+    if format == ImageFormat::Jpeg && !jpeg_has_an_end(bytes) {
+        return Err(damaged("its last scan has no end".into()));
+    }
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| match error {
+        ImageError::Limits(_) => too_many_bytes(),
+        error => damaged(error.to_string()),
+    })?;
+    if let Some(orientation) = orientation {
+        picture.apply_orientation(orientation);
+    }
+    Ok(picture.into_rgb8())
+}
+
+/// Whether an end-of-image marker follows the last start-of-scan marker. The decoder fills a missing rest
+/// with grey; a classifier must not see that. Scan data escapes 0xFF, so neither marker occurs inside it.
+fn jpeg_has_an_end(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    matches!((last([0xFF, 0xDA]), last([0xFF, 0xD9])), (Some(scan), Some(end)) if end > scan)
+}
+
+fn name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Jpeg => "JPEG",
+        ImageFormat::Png => "PNG",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Gif => "GIF",
+        ImageFormat::Bmp => "BMP",
+        _ => "TIFF",
+    }
+}

@@ -1,0 +1,109 @@
+//! Logits → probabilities → the best classes. Pure arithmetic.
+
+/// A network's answer for one picture: one finite value per class.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logits(Vec<f32>);
+
+/// Why a network's output is no [`Logits`].
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum LogitsError {
+    /// Another number of values than there are classes.
+    #[error("the network gave {found} logits for {expected} classes")]
+    Length {
+        /// Values in the output.
+        found: usize,
+        /// Classes in the manifest.
+        expected: usize,
+    },
+    /// NaN or infinite.
+    #[error("the logit of class {class} is {value}")]
+    NotFinite {
+        /// Index of the class.
+        class: usize,
+        /// The value.
+        value: f32,
+    },
+}
+
+impl Logits {
+    /// Accepts `values` when there is one per class and all are finite.
+    ///
+    /// # Errors
+    /// Says which of the two fails.
+    pub fn try_new(values: Vec<f32>, classes: usize) -> Result<Self, LogitsError> {
+        if values.len() != classes {
+            return Err(LogitsError::Length { found: values.len(), expected: classes });
+        }
+        if let Some(class) = values.iter().position(|v| !v.is_finite()) {
+            return Err(LogitsError::NotFinite { class, value: values[class] });
+        }
+        Ok(Self(values))
+    }
+
+    /// One value per class.
+    pub fn values(&self) -> &[f32] {
+        &self.0
+    }
+
+    /// exp(zₖ − max z) / Σ exp(zⱼ − max z), in f64. Sums to 1; monotone in each logit.
+    pub fn softmax(&self) -> Probabilities {
+        let max = self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut values: Vec<f64> = self.0.iter().map(|&z| f64::from(z - max).exp()).collect();
+        let total: f64 = values.iter().sum();
+        values.iter_mut().for_each(|v| *v /= total);
+        Probabilities(values)
+    }
+}
+
+/// One number in 0..=1 per class; they sum to 1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probabilities(Vec<f64>);
+
+impl Probabilities {
+    /// One value per class.
+    pub fn values(&self) -> &[f64] {
+        &self.0
+    }
+
+    /// The `k` most probable classes as (class, probability), the best first; equal ones by class index.
+    pub fn top(&self, k: usize) -> Vec<(usize, f64)> {
+        let k = k.min(self.0.len());
+        if k == 0 {
+            return Vec::new();
+        }
+        let order = |&a: &usize, &b: &usize| self.0[b].total_cmp(&self.0[a]).then(a.cmp(&b));
+        let mut classes: Vec<usize> = (0..self.0.len()).collect();
+        if k < classes.len() {
+            classes.select_nth_unstable_by(k - 1, order);
+            classes.truncate(k);
+        }
+        classes.sort_unstable_by(order);
+        classes.into_iter().map(|class| (class, self.0[class])).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softmax_sums_to_one_and_survives_large_logits() {
+        let p = Logits::try_new(vec![1000.0, 999.0, -1000.0], 3).unwrap().softmax();
+        assert!((p.values().iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        assert!((p.values()[0] - 1.0 / (1.0 + (-1.0f64).exp())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn top_orders_by_probability_then_class() {
+        let p = Logits::try_new(vec![0.0, 2.0, 0.0, 1.0], 4).unwrap().softmax();
+        assert_eq!(p.top(3).iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 0]);
+        assert_eq!(p.top(9).len(), 4);
+        assert!(p.top(0).is_empty());
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_or_too_few_are_refused() {
+        assert!(matches!(Logits::try_new(vec![0.0, f32::NAN], 2), Err(LogitsError::NotFinite { class: 1, .. })));
+        assert_eq!(Logits::try_new(vec![0.0], 2), Err(LogitsError::Length { found: 1, expected: 2 }));
+    }
+}

@@ -1,0 +1,36 @@
+//! SIGTERM and Ctrl-C: the first asks for a drain, the second ends the process at once.
+
+use tokio::sync::watch;
+
+/// Exit status after a second signal, as shells report an interrupt.
+const INTERRUPTED: i32 = 130;
+
+/// Becomes true at the first signal. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// When the signal handlers cannot be installed.
+pub fn on_signal() -> std::io::Result<watch::Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
+    #[cfg(unix)]
+    let mut terminate = {
+        use tokio::signal::unix::{SignalKind, signal};
+        signal(SignalKind::terminate())?
+    };
+    tokio::spawn(async move {
+        loop {
+            #[cfg(unix)]
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            #[cfg(not(unix))]
+            let _ = tokio::signal::ctrl_c().await;
+            if *sender.borrow() {
+                tracing::warn!("second signal: exiting at once");
+                std::process::exit(INTERRUPTED);
+            }
+            let _ = sender.send(true);
+        }
+    });
+    Ok(receiver)
+}
