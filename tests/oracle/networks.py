@@ -99,11 +99,14 @@ def enliven(model, seed, tiny_variances=False):
         elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
             normal(module.running_mean, 0.3)
             uniform(module.running_var, 0.4, 2.0)
-            if tiny_variances:
-                module.running_var[::3] = 1e-3 + 1e-4 * torch.rand(module.running_var[::3].shape, generator=generator)
             if module.affine:
                 uniform(module.weight, 0.3, 1.2)
                 normal(module.bias, 0.3)
+            if tiny_variances and module.affine:
+                # Channels that hardly vary, beside the BatchNorm's epsilon of 1e-5; their weights are as small.
+                module.running_var[::3] = 1e-3 * torch.rand(module.running_var[::3].shape, generator=generator)
+                module.running_mean[::3] *= 0.02
+                module.weight[::3] *= 0.02
         elif isinstance(module, (nn.Linear, LogitRectification)):
             normal(module.weight, 0.1)
             normal(module.bias, 0.5)
