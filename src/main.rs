@@ -38,7 +38,17 @@ enum Command {
         addr: SocketAddr,
     },
     /// Prints the HTTP interface's OpenAPI document
-    Openapi,
+    Openapi {
+        /// yaml or json
+        #[arg(long, default_value = "yaml")]
+        format: DocumentFormat,
+    },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum DocumentFormat {
+    Yaml,
+    Json,
 }
 
 #[derive(Args)]
@@ -126,8 +136,12 @@ fn main() -> ExitCode {
             score(args)
         }
         Command::Health { addr } => health(addr),
-        Command::Openapi => {
-            io::stdout().write_all(serve::document().as_bytes()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        Command::Openapi { format } => {
+            let document = match format {
+                DocumentFormat::Yaml => serve::document(),
+                DocumentFormat::Json => serve::document_json(),
+            };
+            io::stdout().write_all(document.as_bytes()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
     };
     result.unwrap_or_else(|error| {

@@ -39,8 +39,7 @@ pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof,
         let max_absolute = max_difference(&found, &expected);
         let max_relative = max_absolute / spread;
         let mut tolerance = TOLERANCE;
-        // Written so that NaN fails.
-        if !(max_relative <= tolerance) {
+        if exceeds(max_relative, tolerance) {
             if rounded.is_none() {
                 rounded = Some(evaluate_all::<f32>(unfolded, &inputs)?);
             }
@@ -50,12 +49,17 @@ pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof,
                 tolerance = tolerance.max(2.0 * own);
             }
         }
-        if !(max_relative <= tolerance) {
+        if exceeds(max_relative, tolerance) {
             return Err(FoldError::Proof { output: output.clone(), found: max_relative, tolerance });
         }
         outputs.push(OutputProof { output: output.clone(), max_absolute, max_relative, tolerance });
     }
     Ok(Proof { images, seed: SEED, outputs })
+}
+
+/// NaN exceeds everything.
+fn exceeds(difference: f64, tolerance: f64) -> bool {
+    difference > tolerance || difference.is_nan()
 }
 
 fn evaluate_all<T: Precision>(graph: &Graph, inputs: &[Vec<f32>]) -> Result<Vec<Vec<Vec<f64>>>, FoldError> {

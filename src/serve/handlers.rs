@@ -7,7 +7,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::problem::{self, Problem};
+use super::problem::{self, Problem, ProblemBody};
 use super::registry::ServedModel;
 use super::wire::{ClassifyReply, ClassifyRequest, ImageResult, ModelCard, ModelList, ModelSummary};
 use super::{App, input, openapi};
@@ -33,7 +33,7 @@ use crate::bundle::Calibration;
     ),
     responses(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
-        (status = "default", description = "400, 404, 405, 408, 413, 415, 422, 500, 503 or 504", body = Problem, content_type = "application/problem+json"),
+        (status = "default", description = "400, 404, 405, 408, 413, 415, 422, 500, 503 or 504", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn classify_default(State(app): State<App>, request: Request) -> Result<Json<ClassifyReply>, Problem> {
@@ -63,7 +63,7 @@ pub(crate) async fn classify_default(State(app): State<App>, request: Request) -
     ),
     responses(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
-        (status = "default", description = "As in /v1/classify", body = Problem, content_type = "application/problem+json"),
+        (status = "default", description = "As in /v1/classify", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn classify_model(
@@ -92,7 +92,7 @@ pub(crate) async fn classify_model(
     ),
     responses(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
-        (status = "default", description = "As in /v1/classify", body = Problem, content_type = "application/problem+json"),
+        (status = "default", description = "As in /v1/classify", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn classify_version(
@@ -158,7 +158,7 @@ fn find<'a>(app: &'a App, name: &str) -> Result<&'a ServedModel, Problem> {
 /// Lists the models
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses(
     (status = 200, description = "By name", body = ModelList),
-    (status = "default", description = "An error", body = Problem, content_type = "application/problem+json"),
+    (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
 ))]
 pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
     let default = app.registry.default_model().map(|m| m.name.clone());
@@ -177,7 +177,7 @@ pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
     params(("model" = String, Path, description = "Name of the model")),
     responses(
         (status = 200, description = "Classes, counts, preprocessing, fold proof, measured accuracy", body = ModelCard),
-        (status = "default", description = "404", body = Problem, content_type = "application/problem+json"),
+        (status = "default", description = "404", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn model(State(app): State<App>, Path(name): Path<String>) -> Result<Json<ModelCard>, Problem> {
@@ -195,7 +195,7 @@ pub(crate) async fn live() -> &'static str {
 /// Says whether requests should be sent here
 #[utoipa::path(get, path = "/readyz", tag = "health", responses(
     (status = 200, description = "Every model is loaded and warm", body = String, content_type = "text/plain"),
-    (status = "default", description = "503 while draining", body = Problem, content_type = "application/problem+json"),
+    (status = "default", description = "503 while draining", body = ProblemBody, content_type = "application/problem+json"),
 ))]
 pub(crate) async fn ready(State(app): State<App>) -> Result<&'static str, Problem> {
     if app.draining.load(Ordering::Acquire) { Err(problem::draining()) } else { Ok("ready\n") }

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use openapi::document;
+pub use openapi::{document, document_json};
 pub use registry::{Registry, RegistryError, ServedModel};
 
 /// What one request may cost.

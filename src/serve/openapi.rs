@@ -21,7 +21,7 @@ use super::{handlers, problem, wire};
         handlers::ready,
         handlers::openapi
     ),
-    components(schemas(problem::Problem, wire::ClassifyRequest))
+    components(schemas(problem::ProblemBody, wire::ClassifyRequest))
 )]
 struct Document;
 
@@ -29,4 +29,9 @@ struct Document;
 pub fn document() -> String {
     // The document is built from constants, and a test writes it.
     Document::openapi().to_yaml().unwrap_or_default()
+}
+
+/// The document in JSON.
+pub fn document_json() -> String {
+    Document::openapi().to_json().unwrap_or_default()
 }

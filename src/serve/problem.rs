@@ -19,44 +19,43 @@ use crate::pixels::DecodeError;
 /// Header that names a request in answers and logs.
 const REQUEST_ID: &str = "x-request-id";
 
-/// An error, as RFC 9457 describes it.
-#[derive(Debug, Clone, Serialize, ToSchema)]
+/// An error on its way to [`envelope`], which knows the rest.
+#[derive(Debug, Clone)]
 pub(crate) struct Problem {
+    pub(crate) status: StatusCode,
+    pub(crate) code: &'static str,
+    pub(crate) detail: String,
+    limit: Option<u64>,
+    retry_after: Option<Duration>,
+}
+
+/// An error, as RFC 9457 describes it.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(crate) struct ProblemBody {
     /// Always `about:blank`: `code` tells the kinds apart.
     #[serde(rename = "type")]
-    pub(crate) kind: &'static str,
+    kind: &'static str,
     /// The status in words.
-    pub(crate) title: String,
+    title: &'static str,
     /// The HTTP status.
-    pub(crate) status: u16,
+    status: u16,
     /// One sentence: the thing, the value, the limit, the way out.
-    pub(crate) detail: String,
+    detail: String,
     /// Path of the request.
-    pub(crate) instance: String,
+    instance: String,
     /// The kind of error, stable across releases.
-    pub(crate) code: &'static str,
+    code: &'static str,
     /// The id in the server's log, also in the header `x-request-id`.
-    pub(crate) request_id: String,
+    request_id: String,
     /// The limit that was exceeded, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) limit: Option<u64>,
-    #[serde(skip)]
-    pub(crate) retry_after: Option<Duration>,
+    limit: Option<u64>,
 }
 
 impl Problem {
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            kind: "about:blank",
-            title: status.canonical_reason().unwrap_or("Error").into(),
-            status: status.as_u16(),
-            detail: detail.into(),
-            instance: String::new(),
-            code,
-            request_id: String::new(),
-            limit: None,
-            retry_after: None,
-        }
+        Self { status, code, detail: detail.into(), limit: None, retry_after: None }
     }
 
     pub(crate) fn bad_request(code: &'static str, detail: impl Into<String>) -> Self {
@@ -113,8 +112,7 @@ pub(crate) fn draining() -> Problem {
 /// Carries the problem to [`envelope`], which knows the request.
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response =
-            StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR).into_response();
+        let mut response = self.status.into_response();
         response.extensions_mut().insert(self);
         response
     }
@@ -151,20 +149,17 @@ fn render(response: Response, instance: String, request_id: String) -> Response 
         let detail = parts.status.canonical_reason().unwrap_or("the request was refused");
         Problem::new(parts.status, "rejected", detail)
     });
-    let problem = Problem { instance, request_id, ..problem };
     if let Some(wait) = problem.retry_after {
         parts.headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs_f64().ceil() as u64));
     }
-    tracing::debug!(
-        status = problem.status,
-        code = problem.code,
-        detail = problem.detail,
-        id = problem.request_id,
-        "refused"
-    );
+    let Problem { status, code, detail, limit, .. } = problem;
+    tracing::debug!(%status, code, detail, request_id, "refused");
+    let title = status.canonical_reason().unwrap_or("Error");
+    let status = status.as_u16();
+    let body = ProblemBody { kind: "about:blank", title, status, detail, instance, code, request_id, limit };
     parts.headers.remove(header::CONTENT_LENGTH);
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    Response::from_parts(parts, Body::from(serde_json::to_vec(&problem).unwrap_or_default()))
+    Response::from_parts(parts, Body::from(serde_json::to_vec(&body).unwrap_or_default()))
 }
 
 fn is_id(text: &str) -> bool {

@@ -268,7 +268,7 @@ impl ImageResult {
     }
 
     pub(crate) fn failed(id: Option<String>, problem: Problem) -> Self {
-        let error = ImageError { status: problem.status, code: problem.code.into(), detail: problem.detail };
+        let error = ImageError { status: problem.status.as_u16(), code: problem.code.into(), detail: problem.detail };
         Self { id, predictions: None, logits: None, timings: None, error: Some(error) }
     }
 }

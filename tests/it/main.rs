@@ -1,1 +1,10 @@
-fn main() {}
+//! One binary for all integration tests: a module per subject.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+mod cli;
+mod export;
+mod fold_properties;
+mod imports;
+mod pixels;
+mod server;
+mod support;

@@ -1,0 +1,113 @@
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use image::ImageFormat;
+use serde_json::Value;
+
+use crate::support::{nbn, picture, root, text};
+
+#[test]
+fn score_writes_a_row_per_image_and_remembers_the_bad_one() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("sub")).unwrap();
+    fs::write(folder.path().join("a.png"), picture(40, 30, ImageFormat::Png)).unwrap();
+    fs::write(folder.path().join("b.jpg"), b"broken").unwrap();
+    fs::write(folder.path().join("sub/c.JPG"), picture(30, 40, ImageFormat::Jpeg)).unwrap();
+    fs::write(folder.path().join("notes.txt"), b"skipped").unwrap();
+    let out = nbn(&["score", "--model", "models/cifar10-lt", "--top-k", "2", folder.path().to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+    let rows: Vec<Value> = text(&out.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let names: Vec<&str> = rows.iter().map(|r| r["path"].as_str().unwrap().rsplit('/').next().unwrap()).collect();
+    assert_eq!(names, ["a.png", "b.jpg", "c.JPG"]);
+    assert_eq!(rows[0]["predictions"].as_array().unwrap().len(), 2);
+    assert!(rows[1]["error"].as_str().unwrap().contains("known format") && rows[1]["predictions"].is_null());
+    assert!(rows[2]["error"].is_null());
+    assert!(text(&out.stderr).contains("2 images scored, 1 failed"));
+}
+
+#[test]
+fn score_takes_a_list_on_stdin_and_writes_csv_to_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("a, \"b\".png");
+    fs::write(&image, picture(32, 32, ImageFormat::Png)).unwrap();
+    let output = folder.path().join("rows.csv");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
+        .current_dir(root())
+        .args(["score", "--model", "models/cifar10-lt/1", "--format", "csv", "--top-k", "1", "--output"])
+        .arg(&output)
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let list = format!("{}\n\n{}\n", image.display(), folder.path().join("gone.png").display());
+    child.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let mut csv = csv::Reader::from_path(&output).unwrap();
+    assert_eq!(csv.headers().unwrap(), vec!["path", "error", "label_1", "score_1"]);
+    let rows: Vec<csv::StringRecord> = csv.records().map(Result::unwrap).collect();
+    assert_eq!(&rows[0][0], image.to_str().unwrap());
+    assert!(rows[0][3].parse::<f64>().unwrap() > 0.0);
+    assert!(rows[1][1].contains("No such file"));
+}
+
+#[test]
+fn score_and_the_server_share_one_path_so_a_folder_twice_gives_the_same_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    for n in 1..20 {
+        fs::write(folder.path().join(format!("{n:02}.png")), picture(n * 7, 200 / n, ImageFormat::Png)).unwrap();
+    }
+    let path = folder.path().to_str().unwrap();
+    let once = nbn(&["score", "--model", "models/cifar10-lt", "--workers", "1", path]);
+    let again = nbn(&["score", "--model", "models/cifar10-lt", "--workers", "3", path]);
+    assert!(once.status.success());
+    assert_eq!(text(&once.stdout), text(&again.stdout));
+}
+
+#[test]
+fn a_bundle_whose_model_was_changed_by_one_byte_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = folder.path().join("m/1");
+    fs::create_dir_all(&bundle).unwrap();
+    let mut model = fs::read(root().join("models/cifar10-lt/1/model.onnx")).unwrap();
+    model[5000] ^= 1;
+    fs::write(bundle.join("model.onnx"), model).unwrap();
+    fs::copy(root().join("models/cifar10-lt/1/manifest.json"), bundle.join("manifest.json")).unwrap();
+    let out = nbn(&["serve", "--addr", "127.0.0.1:0", "--models", folder.path().to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("the file was changed after `fold export`"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn what_cannot_start_says_what_was_tried() {
+    let folder = tempfile::tempdir().unwrap();
+    let wrong = folder.path().join("wrong.so");
+    fs::write(&wrong, b"not a library").unwrap();
+    let picture_path = folder.path().join("a.png");
+    fs::write(&picture_path, picture(8, 8, ImageFormat::Png)).unwrap();
+    let picture_path = picture_path.to_str().unwrap();
+    let cases: [(&[&str], &str); 7] = [
+        (
+            &["score", "--model", "models/cifar10-lt", "--onnxruntime", wrong.to_str().unwrap(), picture_path],
+            "wrong.so",
+        ),
+        (
+            &["score", "--model", "models/cifar10-lt", "--onnxruntime", "/nowhere/lib.so", picture_path],
+            "/nowhere/lib.so: no such file",
+        ),
+        (&["score", "--model", "models/nobody", picture_path], "models/nobody"),
+        (&["score", "--model", "models/cifar10-lt", "/nowhere/a.png"], "/nowhere/a.png"),
+        (&["score", "--model", "models/cifar10-lt", "--device", "cuda", picture_path], "--device cuda cannot be used"),
+        (&["serve", "--addr", "127.0.0.1:0", "--default-model", "x"], "--default-model \"x\""),
+        (&["serve", "--addr", "127.0.0.1:0", "--models", "/nowhere"], "/nowhere"),
+    ];
+    for (args, words) in cases {
+        let out = nbn(args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        assert!(text(&out.stderr).contains(words), "{args:?}: {}", text(&out.stderr));
+        assert!(!text(&out.stderr).contains("panicked"), "{args:?}");
+    }
+    let out = nbn(&["score", "--model", "models/cifar10-lt", "--device", "auto", picture_path]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(nbn(&["serve", "--workers", "0"]).status.code(), Some(2));
+}

@@ -1,0 +1,230 @@
+//! Checkpoints that PyTorch wrote, folded and compared with PyTorch's own f64 logits, and refusals.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use nbn::bundle::{Bundle, Exif};
+use nbn::fold::architecture::{self, NbnLayers, Overrides};
+use nbn::fold::export::{ExportOptions, export};
+use nbn::fold::{Checkpoint, FoldError, passes};
+use nbn::runtime::{OnnxModel, SessionOptions};
+use ndarray::ArrayView4;
+use safetensors::SafeTensors;
+
+use crate::support::{data, fold, library, root, text};
+
+fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
+    ExportOptions {
+        checkpoint: checkpoint.to_owned(),
+        out: out.to_owned(),
+        classes: None,
+        preset: None,
+        input_size: Some(side),
+        exif: Exif::Apply,
+        evaluation: None,
+        expert_logits: false,
+        force: false,
+        overrides: Overrides::default(),
+    }
+}
+
+fn floats(tensors: &SafeTensors<'_>, key: &str) -> Vec<f64> {
+    let tensor = tensors.tensor(key).unwrap_or_else(|e| panic!("{key}: {e}"));
+    match tensor.dtype() {
+        safetensors::Dtype::F64 => {
+            tensor.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+        }
+        _ => tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
+    }
+}
+
+#[test]
+fn every_layout_gives_pytorchs_own_logits() {
+    let bytes = fs::read(data("checkpoints/expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let cases = [
+        ("resnet50", "linear", 1, 0),
+        ("resnext50", "linear", 1, 0),
+        ("resnet50_nbn", "linear", 1, 3),
+        ("resnet50_nbn_lr", "lr-affine", 1, 3),
+        ("resnet50_nbn_lr_plain", "lr-plain", 1, 3),
+        ("resnext50_nbn", "linear", 1, 3),
+        ("ride_nbn", "linear", 3, 21),
+        ("ride_nbn_lr_plain", "lr-plain", 3, 21),
+        ("ride", "linear", 3, 0),
+        ("cifar_a", "lr-plain", 1, 2),
+        ("cifar_b", "lr-affine", 1, 3),
+        ("cifar_bn", "linear", 1, 0),
+    ];
+    for (name, head, experts, normalized) in cases {
+        let side = if name.starts_with("cifar") { 32 } else { 64 };
+        let out = folder.path().join(name).join("1");
+        let manifest = export(&options(&data(&format!("checkpoints/{name}.pth.tar")), &out, side), library()).unwrap();
+        assert_eq!((manifest.fold.head.as_str(), manifest.fold.experts), (head, experts), "{name}");
+        assert_eq!(manifest.fold.normalized_layers.len(), normalized, "{name}: {:?}", manifest.fold.normalized_layers);
+        assert!(manifest.fold.alphas.iter().all(|a| (8.0..14.0).contains(&a.value)), "{name}");
+        let bundle = Bundle::load(&out).unwrap();
+        let mut model = OnnxModel::open(library(), &bundle.model, SessionOptions::default()).unwrap();
+        let images: Vec<f32> = floats(&expected, &format!("{name}.images")).iter().map(|&v| v as f32).collect();
+        let view = ArrayView4::from_shape((2, 3, side as usize, side as usize), &images).unwrap();
+        let found = model.run_batch(view).unwrap().swap_remove(0);
+        let exact = floats(&expected, &format!("{name}.logits"));
+        let mean = exact.iter().sum::<f64>() / exact.len() as f64;
+        let spread = (exact.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / exact.len() as f64).sqrt();
+        let worst = found.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+        assert!(worst <= 1e-4 * spread, "{name}: {worst:.2e} of {spread:.2e}");
+    }
+}
+
+#[test]
+fn a_module_prefix_a_wrapper_and_the_file_format_change_nothing() {
+    let load = |name: &str| Checkpoint::load(&data(&format!("checkpoints/{name}"))).unwrap().tensors;
+    for name in ["resnet50", "resnext50_nbn", "ride_nbn_lr_plain"] {
+        assert_eq!(load(&format!("{name}.pth.tar")), load(&format!("{name}_other.pth.tar")), "{name}");
+    }
+    let plain = load("cifar_a.pth.tar");
+    assert_eq!(plain, load("cifar_a.safetensors"));
+    assert_eq!(plain, load("cifar_a_bare.pt"));
+    let half = load("cifar_a_half.pt");
+    assert_eq!(half.keys().collect::<Vec<_>>(), plain.keys().collect::<Vec<_>>());
+}
+
+#[test]
+fn a_pickle_with_a_foreign_call_is_read_and_nothing_runs() {
+    let _ = fs::remove_file("/tmp/nbn-pickle-ran");
+    let tensors = Checkpoint::load(&data("checkpoints/cifar_a_foreign.pth.tar")).unwrap().tensors;
+    assert!(tensors.contains_key("conv1.weight"));
+    assert!(!Path::new("/tmp/nbn-pickle-ran").exists(), "the pickle was run");
+}
+
+#[test]
+fn expert_logits_are_a_second_output_whose_mean_is_the_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("ride/1");
+    let with_experts =
+        ExportOptions { expert_logits: true, ..options(&data("checkpoints/ride_nbn.pth.tar"), &out, 64) };
+    export(&with_experts, library()).unwrap();
+    let bundle = Bundle::load(&out).unwrap();
+    let mut model = OnnxModel::open(library(), &bundle.model, SessionOptions::default()).unwrap();
+    let images: Vec<f32> = (0..2 * 3 * 64 * 64).map(|n| (n % 17) as f32 / 8.0 - 1.0).collect();
+    let outputs = model.run_batch(ArrayView4::from_shape((2, 3, 64, 64), &images).unwrap()).unwrap();
+    assert_eq!(outputs[1].shape(), [2, 3, 7]);
+    let mean = outputs[1].mean_axis(ndarray::Axis(1)).unwrap();
+    for (a, b) in mean.iter().zip(&outputs[0]) {
+        assert!((a - b).abs() < 1e-3 * b.abs().max(1.0), "{a} {b}");
+    }
+}
+
+/// What building and folding a changed copy of a fixture says.
+fn refusal(name: &str, change: impl FnOnce(&mut Checkpoint)) -> FoldError {
+    let mut checkpoint = Checkpoint::load(&data(&format!("checkpoints/{name}.pth.tar"))).unwrap();
+    change(&mut checkpoint);
+    match architecture::build(&checkpoint, 64, false, &Overrides::default()) {
+        Err(error) => error,
+        Ok(network) => passes::fold(network.graph).unwrap_err(),
+    }
+}
+
+#[test]
+fn a_wrong_checkpoint_is_refused_by_name() {
+    let said = |name, change: fn(&mut Checkpoint)| refusal(name, change).to_string();
+    let missing = said("resnet50_nbn", |c| drop(c.tensors.remove("layer3.0.bn2.running_mean")));
+    assert!(missing.contains("missing key layer3.0.bn2.running_mean"), "{missing}");
+    let extra = said("resnet50_nbn", |c| {
+        let tensor = c.tensors["fc.bias"].clone();
+        c.tensors.insert("layer9.bias".into(), tensor);
+    });
+    assert!(extra.contains("unexpected") && extra.contains("layer9.bias"), "{extra}");
+    let shape = said("resnet50_nbn", |c| c.tensors.get_mut("layer4.0.bn3.weight").unwrap().shape = vec![2, 32]);
+    assert!(shape.contains("layer4.0.bn3.weight has shape [2, 32]; expected [64]"), "{shape}");
+    let zero = said("resnet50_nbn", |c| c.tensors.get_mut("layer4.1.bn3.weight").unwrap().values.fill(0.0));
+    assert!(zero.contains("layer4.1.bn3.weight has norm 0"), "{zero}");
+    let variance = said("resnet50", |c| c.tensors.get_mut("bn1.running_var").unwrap().values[1] = -0.5);
+    assert!(variance.contains("bn1.running_var is -0.5 at channel 1"), "{variance}");
+    let experts = said("ride", |c| {
+        let tensor = c.tensors["layer3s.0.0.conv1.weight"].clone();
+        c.tensors.insert("layer3s.10.0.conv1.weight".into(), tensor);
+    });
+    assert!(experts.contains("11 experts; at most 10"), "{experts}");
+    let unknown = said("resnet50", |c| c.tensors.retain(|name, _| name.starts_with("fc")));
+    assert!(unknown.contains("no known network"), "{unknown}");
+}
+
+#[test]
+fn a_zero_bias_direction_folds_to_zero_and_only_the_acting_alpha_counts() {
+    let mut checkpoint = Checkpoint::load(&data("checkpoints/resnet50_nbn.pth.tar")).unwrap();
+    checkpoint.tensors.get_mut("layer4.0.bn3.bias").unwrap().values.fill(0.0);
+    let network = architecture::build(&checkpoint, 64, false, &Overrides::default()).unwrap();
+    assert_eq!(network.alphas.len(), 1);
+    let scale = checkpoint.tensors.get_mut("scale_factor").unwrap();
+    scale.values[1..].fill(77.0);
+    let again = architecture::build(&checkpoint, 64, false, &Overrides::default()).unwrap();
+    assert_eq!(network.graph, again.graph);
+    passes::fold(network.graph).unwrap();
+}
+
+#[test]
+fn nbn_layers_can_be_overruled_and_are_held_to_the_checkpoint() {
+    let load = |name: &str| Checkpoint::load(&data(&format!("checkpoints/{name}.pth.tar"))).unwrap();
+    let build = |name, layers: NbnLayers| {
+        let overrides = Overrides { nbn_layers: Some(layers), arch: None };
+        architecture::build(&load(name), 64, false, &overrides)
+    };
+    assert_eq!(build("resnet50_nbn", NbnLayers::LastStageAll).unwrap().normalized_layers.len(), 7);
+    assert_eq!(
+        build("resnet50_nbn", "layer4.0.bn3,bn1".parse().unwrap()).unwrap().normalized_layers,
+        ["bn1", "layer4.0.bn3"]
+    );
+    assert!(build("resnet50_nbn", NbnLayers::None).unwrap().normalized_layers.is_empty());
+    assert!(build("resnet50_nbn", "layer7.bn1".parse().unwrap()).unwrap_err().to_string().contains("layer7.bn1"));
+    assert!(build("resnet50", NbnLayers::All).unwrap_err().to_string().contains("scale_factor"));
+    let overrides = Overrides { arch: Some("resnet50".into()), nbn_layers: None };
+    let error = architecture::build(&load("resnext50"), 64, false, &overrides).unwrap_err().to_string();
+    assert!(error.contains("resnext17_2x1d"), "{error}");
+}
+
+#[test]
+fn the_command_writes_nothing_on_an_error_and_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("words.pth.tar"), "these are words").unwrap();
+    fs::write(path("empty.pt"), "").unwrap();
+    let good = data("checkpoints/cifar_a.safetensors");
+    let bytes = fs::read(&good).unwrap();
+    fs::write(path("cut.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+    let mut nan = bytes;
+    let end = nan.len() - 4;
+    nan[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(path("nan.safetensors"), nan).unwrap();
+    fs::write(path("two.csv"), "label,count\na,1\nb,2\n").unwrap();
+    fs::write(path("bad.csv"), "label,count\na,many\n").unwrap();
+    let good = good.to_str().unwrap();
+    let cases: BTreeMap<String, &str> = BTreeMap::from([
+        (path("words.pth.tar"), "not a checkpoint"),
+        (path("empty.pt"), "not a checkpoint"),
+        (path("cut.safetensors"), "not a checkpoint"),
+        (path("nan.safetensors"), "NaN"),
+        (path("absent.pt"), "absent.pt"),
+    ]);
+    let out = path("models/m/1");
+    for (checkpoint, words) in cases {
+        let done = fold(&["export", &checkpoint, "--out", &out]);
+        assert_eq!(done.status.code(), Some(1), "{checkpoint}");
+        assert!(text(&done.stderr).contains(words), "{}", text(&done.stderr));
+        assert!(!Path::new(&out).exists());
+    }
+    let two = fold(&["export", good, "--out", &out, "--classes", &path("two.csv")]);
+    assert!(text(&two.stderr).contains("names 2 classes; the checkpoint has 6"), "{}", text(&two.stderr));
+    let bad = fold(&["export", good, "--out", &out, "--classes", &path("bad.csv")]);
+    assert!(text(&bad.stderr).contains("line 2: count \"many\""), "{}", text(&bad.stderr));
+    assert!(fold(&["export", good, "--out", &out]).status.success());
+    let again = fold(&["export", good, "--out", &out]);
+    assert!(text(&again.stderr).contains("--force"), "{}", text(&again.stderr));
+    let shown = fold(&["inspect", &out]);
+    assert!(text(&shown.stdout).contains("proof"), "{}", text(&shown.stderr));
+    let shown = fold(&["inspect", good]);
+    assert!(text(&shown.stdout).contains("layer3.1.bn2"), "{}", text(&shown.stderr));
+    assert!(root().join("models/cifar10-lt/1/manifest.json").is_file());
+}

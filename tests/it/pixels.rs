@@ -1,0 +1,97 @@
+//! Parity with torchvision on Pillow images; tests/oracle/make_pixels.py wrote the expectations.
+
+use std::fs;
+
+use image::ImageFormat;
+use nbn::bundle::{Exif, Preprocessing};
+use nbn::pixels::{DecodeError, DecodeLimits, Preprocessor, decode};
+use safetensors::SafeTensors;
+
+use crate::support::{data, picture};
+
+fn preprocessing(shorter_side: u32, crop: u32, exif: Exif) -> Preprocessing {
+    let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+    Preprocessing { shorter_side, crop, mean, std, exif }
+}
+
+/// Differences between our tensor and torchvision's, in steps of one 8-bit level.
+fn differences(file: &str, expected: &SafeTensors<'_>, key: &str, settings: Preprocessing) -> Vec<f32> {
+    let bytes = fs::read(data("pixels").join(file)).unwrap();
+    let std = settings.std;
+    let found = Preprocessor::new(settings, DecodeLimits::default()).prepare(&bytes).unwrap();
+    let tensor = expected.tensor(key).unwrap();
+    let values: Vec<f32> = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(values.len(), found.values().len(), "{key}");
+    let plane = values.len() / 3;
+    let steps = |(n, (a, b)): (usize, (&f32, &f32))| (a - b).abs() * std[n / plane] * 255.0;
+    found.values().iter().zip(&values).enumerate().map(steps).collect()
+}
+
+#[test]
+fn lossless_formats_equal_torchvision_bit_for_bit_and_jpeg_follows_it_closely() {
+    let bytes = fs::read(data("pixels/expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let (mut checked, mut wrong) = (0, Vec::new());
+    for key in expected.names() {
+        let (file, sizes) = key.split_once('@').unwrap();
+        let (side, crop) = sizes.split_once('x').unwrap();
+        let settings = preprocessing(side.parse().unwrap(), crop.parse().unwrap(), Exif::Ignore);
+        let differences = differences(file, &expected, key, settings);
+        let largest = differences.iter().copied().fold(0.0, f32::max);
+        // zune-jpeg and libjpeg-turbo round chroma upsampling differently: nearly all values are within 2 levels.
+        let close = differences.iter().filter(|d| **d < 2.5).count() as f32 / differences.len() as f32;
+        let good = if file.ends_with(".jpg") { close >= 0.999 && largest < 4.5 } else { largest == 0.0 };
+        if !good {
+            wrong.push(format!("{key}: largest difference {largest} levels, {close} of the values within 2"));
+        }
+        checked += 1;
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(checked >= 20, "only {checked} expectations");
+}
+
+#[test]
+fn exif_orientation_is_applied_or_ignored_as_the_manifest_says() {
+    let bytes = fs::read(data("pixels/rotated.jpg")).unwrap();
+    let limits = DecodeLimits::default();
+    assert_eq!(decode(&bytes, Exif::Ignore, &limits).unwrap().dimensions(), (60, 40));
+    assert_eq!(decode(&bytes, Exif::Apply, &limits).unwrap().dimensions(), (40, 60));
+}
+
+#[test]
+fn limits_hold_before_memory_is_allocated() {
+    let png = picture(200, 100, ImageFormat::Png);
+    let few_pixels = DecodeLimits { max_pixels: 19_999, ..DecodeLimits::default() };
+    assert!(matches!(
+        decode(&png, Exif::Apply, &few_pixels),
+        Err(DecodeError::TooManyPixels { width: 200, height: 100, limit: 19_999 })
+    ));
+    for format in
+        [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Tiff, ImageFormat::Bmp]
+    {
+        let few_bytes = DecodeLimits { max_decoded_bytes: 50_000, ..DecodeLimits::default() };
+        let refused = decode(&picture(200, 100, format), Exif::Apply, &few_bytes);
+        assert!(matches!(refused, Err(DecodeError::TooManyBytes { .. })), "{format:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn no_cut_or_flipped_file_panics() {
+    for format in
+        [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Tiff, ImageFormat::Bmp]
+    {
+        let whole = picture(37, 23, format);
+        for cut in 0..whole.len() {
+            let _ = decode(&whole[..cut], Exif::Apply, &DecodeLimits::default());
+        }
+        assert!(
+            decode(&whole[..whole.len() / 2], Exif::Apply, &DecodeLimits::default()).is_err(),
+            "{format:?} cut in half"
+        );
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 0x55;
+            let _ = decode(&changed, Exif::Apply, &DecodeLimits::default());
+        }
+    }
+}
