@@ -1,5 +1,5 @@
 //! One binary for all integration tests: a module per subject.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::type_complexity)]
 
 mod cli;
 mod export;

@@ -1,6 +1,6 @@
 """Exports full-size checkpoints of every layout with the release `fold` and compares the bundles with PyTorch.
 
-    cargo build --release && python tests/oracle/full_size.py     # needs torch, onnx, onnxruntime; 20 minutes of CPU
+    cargo build --release && python tests/oracle/full_size.py     # needs torch, onnx, onnxruntime
 
 Prints a table; fails when a difference exceeds 1e-4 of the logits' standard deviation and twice PyTorch's own
 f32-to-f64 difference, when an argmax changes, or when a norm is left in the graph.
