@@ -36,28 +36,28 @@ pub struct Bundle {
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     /// A file or folder could not be read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Read {
         /// What was read.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// `manifest.json` is not JSON of the expected form.
-    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {source}: make the bundle again with `fold export`")]
+    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {cause}: make the bundle again with `fold export`")]
     Parse {
         /// The manifest.
         path: PathBuf,
         /// What the parser said.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// The manifest contradicts itself.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Manifest {
         /// The manifest.
         path: PathBuf,
         /// Which rule is broken.
-        source: ManifestError,
+        cause: ManifestError,
     },
     /// `model.onnx` is not the file that the manifest describes.
     #[error(
@@ -88,11 +88,11 @@ impl Bundle {
     /// When a file cannot be read, the manifest is malformed or inconsistent, or the model's digest differs.
     pub fn load(folder: &Path) -> Result<Self, BundleError> {
         let folder = if folder.join(MANIFEST_FILE).is_file() { folder.to_owned() } else { latest_version(folder)? };
-        let folder = std::fs::canonicalize(&folder).map_err(|source| BundleError::Read { path: folder, source })?;
+        let folder = std::fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
         let path = folder.join(MANIFEST_FILE);
-        let manifest: Manifest = serde_json::from_slice(&read(&path)?)
-            .map_err(|source| BundleError::Parse { path: path.clone(), source })?;
-        manifest.check().map_err(|source| BundleError::Manifest { path, source })?;
+        let manifest: Manifest =
+            serde_json::from_slice(&read(&path)?).map_err(|cause| BundleError::Parse { path: path.clone(), cause })?;
+        manifest.check().map_err(|cause| BundleError::Manifest { path, cause })?;
         let path = folder.join(MODEL_FILE);
         let model = read(&path)?;
         let found = sha256_hex(&model);
@@ -131,12 +131,12 @@ fn latest_version(folder: &Path) -> Result<PathBuf, BundleError> {
 }
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, BundleError> {
-    let fail = |source| BundleError::Read { path: folder.to_owned(), source };
+    let fail = |cause| BundleError::Read { path: folder.to_owned(), cause };
     std::fs::read_dir(folder).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
-    std::fs::read(path).map_err(|source| BundleError::Read { path: path.to_owned(), source })
+    std::fs::read(path).map_err(|cause| BundleError::Read { path: path.to_owned(), cause })
 }
 
 /// SHA-256 of `bytes` in lower-case hexadecimal.

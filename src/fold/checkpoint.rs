@@ -39,7 +39,7 @@ impl Checkpoint {
     /// # Errors
     /// When the file cannot be read, is neither, or holds a tensor that is no finite float.
     pub fn load(path: &Path) -> Result<Self, FoldError> {
-        let bytes_of = |source| FoldError::File { path: path.to_owned(), source };
+        let bytes_of = |cause| FoldError::File { path: path.to_owned(), cause };
         let mut head = [0; 9];
         let length = {
             use std::io::Read;
@@ -136,7 +136,7 @@ fn pytorch_metadata(path: &Path) -> BTreeMap<String, String> {
 }
 
 fn read_safetensors(path: &Path) -> Result<Checkpoint, FoldError> {
-    let bytes = std::fs::read(path).map_err(|source| FoldError::File { path: path.to_owned(), source })?;
+    let bytes = std::fs::read(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })?;
     let refuse = |error: safetensors::SafeTensorError| FoldError::NotACheckpoint {
         path: path.to_owned(),
         reason: error.to_string(),

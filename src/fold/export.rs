@@ -170,7 +170,7 @@ fn evaluation(path: &Path) -> Result<serde_json::Value, FoldError> {
 fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
     let at = |path: &Path| {
         let path = path.to_owned();
-        move |source| FoldError::File { path, source }
+        move |cause| FoldError::File { path, cause }
     };
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(at(parent))?;
@@ -186,7 +186,7 @@ fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError>
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, FoldError> {
-    fs::read(path).map_err(|source| FoldError::File { path: path.to_owned(), source })
+    fs::read(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })
 }
 
 fn file_name(path: &Path) -> String {

@@ -11,12 +11,12 @@ const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// Not there, or not readable.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The input.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A folder without a picture.
     #[error("{}: the folder holds no file that ends in .{}", .0.display(), ENDINGS.join(", ."))]
@@ -31,7 +31,7 @@ pub enum SourceError {
 pub fn expand(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, SourceError> {
     let mut files = Vec::new();
     for input in inputs {
-        let metadata = fs::metadata(input).map_err(|source| SourceError::Io { path: input.clone(), source })?;
+        let metadata = fs::metadata(input).map_err(|cause| SourceError::Io { path: input.clone(), cause })?;
         if !metadata.is_dir() {
             files.push(input.clone());
             continue;
@@ -46,7 +46,7 @@ pub fn expand(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, SourceError> {
 }
 
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
-    let fail = |source| SourceError::Io { path: folder.to_owned(), source };
+    let fail = |cause| SourceError::Io { path: folder.to_owned(), cause };
     let mut entries = fs::read_dir(folder).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
@@ -72,7 +72,7 @@ fn has_ending(path: &Path) -> bool {
 /// When the list cannot be read or is not UTF-8.
 pub fn from_list(list: impl BufRead) -> Result<Vec<PathBuf>, SourceError> {
     let lines = list.lines().collect::<Result<Vec<_>, _>>();
-    let lines = lines.map_err(|source| SourceError::Io { path: "the list on stdin".into(), source })?;
+    let lines = lines.map_err(|cause| SourceError::Io { path: "the list on stdin".into(), cause })?;
     Ok(lines.into_iter().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).map(PathBuf::from).collect())
 }
 

@@ -38,14 +38,14 @@ pub enum RegistryError {
     #[error(transparent)]
     Bundle(#[from] BundleError),
     /// A bundle's network cannot be run.
-    #[error("model {name}/{version}: {source}")]
+    #[error("model {name}/{version}: {cause}")]
     Model {
         /// The model.
         name: String,
         /// Its version.
         version: String,
         /// What failed.
-        source: ClassifyError,
+        cause: ClassifyError,
     },
     /// A worker thread could not be started.
     #[error("a worker thread could not be started: {0}")]
@@ -84,10 +84,10 @@ impl ServedModel {
         let mut classifiers = Vec::new();
         let mut device = options.device;
         for result in opened {
-            let (classifier, runs_on) = result.map_err(|source| RegistryError::Model {
+            let (classifier, runs_on) = result.map_err(|cause| RegistryError::Model {
                 name: bundle.name.clone(),
                 version: bundle.version.clone(),
-                source,
+                cause,
             })?;
             device = runs_on;
             classifiers.push(classifier);
