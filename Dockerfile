@@ -2,7 +2,7 @@
 # The server alone, on the processor. Build: docker build -t nbn .   Run: see README.md, "Container".
 FROM rust:1.95-slim-bookworm AS build
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-pip \
+ && apt-get install -y --no-install-recommends gcc libc6-dev nasm python3 python3-pip \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
