@@ -1,4 +1,4 @@
-"""Trains a CIFAR ResNet with NBN and an LR head on a long-tailed CIFAR-10 in the public binary version.
+"""Trains a CIFAR ResNet with NBN and an LR head on a long-tailed CIFAR-10 or CIFAR-100 in the public binary version.
 
     python train.py --data DIR --out run        # DIR holds train.bin, test.bin, classes.txt
     fold export run/checkpoint.pth.tar --classes run/classes.csv --preprocessing cifar \\
@@ -6,7 +6,8 @@
 
 Needs torch and numpy. Runs on a CPU; started again with the same arguments, it goes on where it stopped.
 Of every class a stratified `--calibration-fraction` is held out of training (at least one image); its
-record numbers in train.bin are written to run/calibration.json, for calibrating scores later.
+record numbers in train.bin are written to run/calibration.json, those trained on to run/training.json: `fold calibrate`
+takes both.
 """
 
 import argparse
@@ -25,14 +26,15 @@ from nbn import CifarResNet
 
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2023, 0.1994, 0.2010]).view(1, 3, 1, 1)
-RECORD = 1 + 3 * 32 * 32
+PIXELS = 3 * 32 * 32
 
 
-def read(path):
-    """labels [N], images uint8 [N,3,32,32] of a CIFAR-10 binary file."""
-    records = np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD)
-    return torch.from_numpy(records[:, 0].astype(np.int64)), torch.from_numpy(
-        records[:, 1:].reshape(-1, 3, 32, 32).copy()
+def read(path, classes):
+    """labels [N], images uint8 [N,3,32,32] of a CIFAR binary file; CIFAR-100's has a coarse label before the fine one."""
+    label_bytes = 2 if classes == 100 else 1
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, label_bytes + PIXELS)
+    return torch.from_numpy(records[:, label_bytes - 1].astype(np.int64)), torch.from_numpy(
+        records[:, label_bytes:].reshape(-1, 3, 32, 32).copy()
     )
 
 
@@ -103,13 +105,15 @@ def main():
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     names = (args.data / "classes.txt").read_text().split()
-    labels, images = read(args.data / "train.bin")
-    test_labels, test_images = read(args.data / "test.bin")
+    labels, images = read(args.data / "train.bin", len(names))
+    test_labels, test_images = read(args.data / "test.bin", len(names))
     training, held_out = long_tail(labels, len(names), args.imbalance_factor, args.calibration_fraction, args.seed)
     counts = torch.bincount(labels[training], minlength=len(names)).tolist()
     with open(args.out / "classes.csv", "w", newline="") as f:
         csv.writer(f).writerows([["label", "count"], *zip(names, counts)])
-    (args.out / "calibration.json").write_text(json.dumps({"file": "train.bin", "records": held_out.tolist()}))
+    for name, records in (("calibration", held_out), ("training", training)):
+        text = json.dumps({"file": "train.bin", "records": sorted(records.tolist())})
+        (args.out / f"{name}.json").write_text(text)
 
     model = CifarResNet(args.depth, len(names), args.norm, args.head, args.option)
     no_decay = {"scale_factor"} | {
