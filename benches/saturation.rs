@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use nbn::bundle::Bundle;
 use nbn::pixels::{DecodeLimits, Preprocessor};
 use nbn::runtime::{Library, OnnxModel, Runner, SessionOptions};
-use nbn::serve::{self, Registry, RequestLimits, ServedModel};
+use nbn::serve::{self, Registry, ServeOptions, ServedModel};
 
 const CONNECTIONS: usize = 16;
 const ROUNDS: usize = 5;
@@ -112,8 +112,7 @@ async fn server(
     let url = format!("http://{}/v1/classify", listener.local_addr()?);
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let registry = Registry::new(vec![model], None)?;
-    let drain = Duration::from_secs(30);
-    let running = tokio::spawn(serve::run(listener, registry, RequestLimits::default(), drain, stopped));
+    let running = tokio::spawn(serve::run(listener, registry, ServeOptions::default(), stopped));
     let client = reqwest::Client::new();
     let done = Arc::new(AtomicUsize::new(0));
     let began = Instant::now();

@@ -5,25 +5,36 @@
 //!
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
 //! - [`pixels`]: encoded bytes → normalised tensor, under limits
-//! - [`scores`]: logits → probabilities → top-k
+//! - [`scores`]: logits → calibrated probabilities → top-k, prediction sets
 //! - [`runtime`]: one ONNX model, one caller at a time; the only room that names `ort`
-//! - `classify`: bytes → prediction, the one composition that serving and batch scoring share
+//! - [`classify`]: bytes → prediction → scores, the one composition that all programs share
 //! - `engine`: worker threads that own classifiers, behind a bounded queue
 //! - `serve`, `score`: HTTP, and batch scoring
+//! - `data`: labelled image sets, and a bundle's logits of them
+//! - `metrics`: accuracy, likelihood and calibration errors
+//! - `calibrate`: labelled logits → calibration.json
+//! - `evaluate`: labelled logits → figures, intervals, a report
 //! - `fold`: checkpoint → graph → passes → ONNX, with a proof
 
 pub mod bundle;
+pub mod classify;
 pub mod pixels;
 pub mod runtime;
 pub mod scores;
 pub mod telemetry;
 
-#[cfg(feature = "serve")]
-pub mod classify;
+#[cfg(feature = "fold")]
+pub mod calibrate;
+#[cfg(feature = "fold")]
+pub mod data;
 #[cfg(feature = "serve")]
 pub mod engine;
 #[cfg(feature = "fold")]
+pub mod evaluate;
+#[cfg(feature = "fold")]
 pub mod fold;
+#[cfg(feature = "fold")]
+pub mod metrics;
 #[cfg(feature = "serve")]
 pub mod score;
 #[cfg(feature = "serve")]

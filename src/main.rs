@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use nbn::bundle::Bundle;
+use nbn::bundle::{Bundle, Class};
+use nbn::classify::{Abstention, ScoreRequest};
 use nbn::pixels::DecodeLimits;
 use nbn::runtime::{Device, Library, SessionOptions, disable_telemetry};
-use nbn::score::{self, Format, Sink};
-use nbn::serve::{self, Ended, Registry, RequestLimits, ServedModel};
+use nbn::score::{self, Format, Scoring, Sink};
+use nbn::scores::{Prior, SetRung, SetScore};
+use nbn::serve::{self, Ended, LoadOptions, Registry, RequestLimits, ServeOptions, ServedModel};
 
 const DEFAULT_ADDR: &str = "127.0.0.1:8080";
 
@@ -81,6 +83,12 @@ struct Serve {
     /// The model that /v1/classify uses, when there are several
     #[arg(long, env = "NBN_DEFAULT_MODEL")]
     default_model: Option<String>,
+    /// Refuse to start when a model is not calibrated
+    #[arg(long, env = "NBN_REQUIRE_CALIBRATION")]
+    require_calibration: bool,
+    /// Class prior of answers to requests that name none
+    #[arg(long, env = "NBN_PRIOR", default_value = "uniform")]
+    prior: NamedPrior,
     /// Images that may wait for a worker, per model; more are answered with 503
     #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue: u32,
@@ -114,6 +122,28 @@ struct Score {
     /// Classes per image, the best first
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
+    /// Class prior to score under: uniform, train, or a JSON file with a number per class or an object from label to
+    /// number [default: uniform]
+    #[arg(long)]
+    prior: Option<String>,
+    /// Add prediction sets that miss the true class at most this often
+    #[arg(long)]
+    alpha: Option<f64>,
+    /// Score of the prediction sets
+    #[arg(long, default_value = "pas", requires = "alpha")]
+    set_score: SetScore,
+    /// For whom the sets' coverage shall hold
+    #[arg(long, default_value = "marginal", requires = "alpha")]
+    set_rung: SetRung,
+    /// Leave out classes that score less; abstain when that leaves none
+    #[arg(long, value_parser = probability)]
+    min_score: Option<f64>,
+    /// Abstain when the set is larger
+    #[arg(long, requires = "alpha", value_parser = clap::value_parser!(u32).range(1..))]
+    max_set_size: Option<u32>,
+    /// Abstain when the best class has no calibration image
+    #[arg(long)]
+    abstain_prior_only: bool,
     /// Largest file, in MiB
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     max_file_mb: u32,
@@ -121,6 +151,27 @@ struct Score {
     engine: EngineArgs,
     /// Image files and folders; without any, or with -, a list of paths on stdin
     inputs: Vec<PathBuf>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum NamedPrior {
+    /// Every class equally often
+    Uniform,
+    /// As often as in training
+    Train,
+}
+
+impl From<NamedPrior> for Prior {
+    fn from(prior: NamedPrior) -> Self {
+        match prior {
+            NamedPrior::Uniform => Self::Uniform,
+            NamedPrior::Train => Self::Train,
+        }
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "it must be a number from 0 to 1".into())
 }
 
 fn main() -> ExitCode {
@@ -176,20 +227,25 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("cannot listen on {}: choose another --addr", args.addr))?;
     let addr = listener.local_addr()?;
     let engine = &args.engine;
-    let (models, default) = (args.models.clone(), args.default_model.clone());
-    let (workers, session, limits) = (engine.workers(), engine.session(), engine.limits());
-    let registry = tokio::task::spawn_blocking(move || {
-        Registry::load(&models, default, library, workers, session, limits, args.queue as usize)
-    })
-    .await??;
+    let options = LoadOptions {
+        default_model: args.default_model.clone(),
+        require_calibration: args.require_calibration,
+        workers: engine.workers(),
+        session: engine.session(),
+        limits: engine.limits(),
+        queue: args.queue as usize,
+    };
+    let models = args.models.clone();
+    let registry = tokio::task::spawn_blocking(move || Registry::load(&models, library, &options)).await??;
     tracing::info!(%addr, "listening: POST an image to /v1/classify");
     let limits = RequestLimits {
         max_body_bytes: (args.max_body_mb as usize) << 20,
         max_images: args.max_images as usize,
         timeout: Duration::from_secs(args.timeout.into()),
     };
-    let drain = Duration::from_secs(args.drain_timeout.into());
-    match serve::run(listener, registry, limits, drain, stop).await? {
+    let drain_timeout = Duration::from_secs(args.drain_timeout.into());
+    let options = ServeOptions { limits, prior: args.prior.into(), drain_timeout };
+    match serve::run(listener, registry, options, stop).await? {
         Ended::Drained => {
             tracing::info!("drained");
             Ok(ExitCode::SUCCESS)
@@ -210,11 +266,25 @@ fn score(args: Score) -> anyhow::Result<ExitCode> {
     let bundle = Bundle::load(&args.model)?;
     let model = ServedModel::start(bundle, library, workers, session, limits, 4 * workers)?;
     let top_k = (args.top_k as usize).min(model.manifest.classes.len());
+    let request = ScoreRequest {
+        prior: args.prior.as_deref().map(|text| prior(text, &model.manifest.classes)).transpose()?,
+        alpha: args.alpha,
+        set_score: args.set_score,
+        set_rung: args.set_rung,
+        abstention: Abstention {
+            min_score: args.min_score,
+            max_set_size: args.max_set_size.map(|n| n as usize),
+            prior_only: args.abstain_prior_only,
+        },
+    };
+    let rule = model.scorer.rule(request, &Prior::default())?;
+    let min_score = args.min_score.unwrap_or(0.0);
+    let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, top_k, min_score };
     let output: Box<dyn Write> = match &args.output {
         Some(path) => Box::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?),
         None => Box::new(io::stdout().lock()),
     };
-    let mut sink = Sink::new(BufWriter::new(output), args.format, top_k)?;
+    let mut sink = Sink::new(BufWriter::new(output), args.format, scoring)?;
     let bar = if io::stderr().is_terminal() {
         let style =
             indicatif::ProgressStyle::with_template("{bar:32} {pos}/{len} images, {per_sec}, {eta} left {msg}")?;
@@ -223,7 +293,7 @@ fn score(args: Score) -> anyhow::Result<ExitCode> {
         indicatif::ProgressBar::hidden()
     };
     let limit = u64::from(args.max_file_mb) << 20;
-    let result = score::run(paths.into_iter(), &model.engine, &model.manifest, limit, &mut sink, |summary| {
+    let result = score::run(paths.into_iter(), &model.engine, limit, &mut sink, |summary| {
         bar.inc(1);
         if summary.failed > 0 {
             bar.set_message(format!("({} failed)", summary.failed));
@@ -237,6 +307,31 @@ fn score(args: Score) -> anyhow::Result<ExitCode> {
     };
     eprintln!("{} images scored, {} failed", summary.scored, summary.failed);
     Ok(ExitCode::from(u8::from(summary.failed > 0)))
+}
+
+/// A prior by its name, or from a JSON file.
+fn prior(text: &str, classes: &[Class]) -> anyhow::Result<Prior> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Weights {
+        Vector(Vec<f64>),
+        Map(std::collections::BTreeMap<String, f64>),
+    }
+    match text {
+        "uniform" => return Ok(Prior::Uniform),
+        "train" => return Ok(Prior::Train),
+        _ => {}
+    }
+    let bytes =
+        std::fs::read(text).with_context(|| format!("--prior {text}: neither uniform, train, nor a file to read"))?;
+    let weights = serde_json::from_slice(&bytes).with_context(|| {
+        format!("--prior {text}: expected JSON, a list of numbers or an object from label to number")
+    })?;
+    let prior = match weights {
+        Weights::Vector(weights) => Prior::custom(weights, classes),
+        Weights::Map(weights) => Prior::from_labels(weights.iter().map(|(l, w)| (l.as_str(), *w)), classes),
+    };
+    prior.with_context(|| format!("--prior {text}"))
 }
 
 fn health(addr: SocketAddr) -> anyhow::Result<ExitCode> {

@@ -28,14 +28,6 @@ pub struct Manifest {
     pub evaluation: Option<serde_json::Value>,
 }
 
-/// Scores are calibrated, or are the softmax of the logits.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum Calibration {
-    /// Softmax of the logits: ranks classes, is no probability of being right.
-    Softmax,
-}
-
 /// One class.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]

@@ -1,23 +1,58 @@
 //! The bundle: one folder per model version, written by `fold` and read by `nbn`.
 //!
-//! `models/<name>/<version>/` holds `model.onnx` and `manifest.json`. A [`Bundle`] in hand has a manifest
-//! that is consistent in itself and a model whose SHA-256 is the one the manifest names.
+//! `models/<name>/<version>/` holds `model.onnx`, `manifest.json` and, when calibrated, `calibration.json`; once
+//! evaluated, `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256
+//! is the one the manifest names, and a calibration that was made for both.
 
+mod calibration;
 mod manifest;
 
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+pub use calibration::{
+    CALIBRATION_SCHEMA_VERSION, Calibration, CalibrationError, ClassCalibration, FitMetrics, FitReport,
+    GroupThresholds, KappaSource, MixThresholds, Rung, RungReport, ScoreTable, SetTables, Status, Thresholds,
+    TrainingOverlap, inputs_sha256, train_prior,
+};
 pub use manifest::{
-    Alpha, Calibration, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof,
-    Preprocessing, Proof, SCHEMA_VERSION,
+    Alpha, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof, Preprocessing, Proof,
+    SCHEMA_VERSION,
 };
 
 /// File name of the network in a bundle.
 pub const MODEL_FILE: &str = "model.onnx";
 /// File name of the manifest in a bundle.
 pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// File name of the calibration in a bundle.
+pub const CALIBRATION_FILE: &str = "calibration.json";
+/// File name of the measured figures in a bundle.
+pub const EVALUATION_FILE: &str = "evaluation.json";
+
+/// A calibration and the name that answers give it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BoundCalibration {
+    /// The first 12 hexadecimal digits of the file's SHA-256.
+    pub id: String,
+    /// The file's content, checked against the manifest.
+    pub content: Calibration,
+}
+
+impl BoundCalibration {
+    /// Reads a calibration that belongs to `manifest`'s bundle.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is malformed, or is of another bundle.
+    pub fn load(path: &Path, manifest: &Manifest) -> Result<Self, BundleError> {
+        let bytes = read(path)?;
+        let content: Calibration = serde_json::from_slice(&bytes)
+            .map_err(|cause| BundleError::ParseCalibration { path: path.to_owned(), cause })?;
+        content.check(manifest).map_err(|cause| BundleError::Calibration { path: path.to_owned(), cause })?;
+        Ok(Self { id: sha256_hex(&bytes)[..12].to_owned(), content })
+    }
+}
 
 /// A verified bundle. `model` is the ONNX file's bytes.
 #[derive(Debug, Clone)]
@@ -30,6 +65,12 @@ pub struct Bundle {
     pub manifest: Manifest,
     /// Bytes of `model.onnx`, whose SHA-256 was checked.
     pub model: Vec<u8>,
+    /// The calibration, when there is one.
+    pub calibration: Option<BoundCalibration>,
+    /// What `fold evaluate --card` measured, when it did.
+    pub evaluation: Option<serde_json::Value>,
+    /// The bundle's own folder.
+    pub folder: PathBuf,
 }
 
 /// Why a bundle could not be opened.
@@ -59,6 +100,30 @@ pub enum BundleError {
         /// Which rule is broken.
         cause: ManifestError,
     },
+    /// `calibration.json` is not JSON of the expected form.
+    #[error("{path}: not a calibration of schema {CALIBRATION_SCHEMA_VERSION}: {cause}: run `fold calibrate` again")]
+    ParseCalibration {
+        /// The calibration.
+        path: PathBuf,
+        /// What the parser said.
+        cause: serde_json::Error,
+    },
+    /// The calibration is of another bundle, or contradicts itself.
+    #[error("{path}: {cause}")]
+    Calibration {
+        /// The calibration.
+        path: PathBuf,
+        /// Which rule is broken.
+        cause: CalibrationError,
+    },
+    /// `evaluation.json` is not of this bundle.
+    #[error("{path}: {reason}: run `fold evaluate --card` again, or remove the file")]
+    Evaluation {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        reason: String,
+    },
     /// `model.onnx` is not the file that the manifest describes.
     #[error(
         "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `fold export`; \
@@ -76,6 +141,14 @@ pub enum BundleError {
     #[error("{path}: no version found: a bundle lies in a folder with a decimal number for its name, such as {path}/1, \
              and holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
     NoVersion(PathBuf),
+    /// A model's folder, or a bundle's, where the repository's was expected.
+    #[error("{path}: {version} is a bundle: give the folder above, which holds NAME/VERSION/{MANIFEST_FILE}")]
+    NotARepository {
+        /// The folder given.
+        path: PathBuf,
+        /// A bundle right below it.
+        version: PathBuf,
+    },
     /// No model below the repository folder.
     #[error("{path}: no model found: give a folder that holds NAME/VERSION/{MANIFEST_FILE}", path = .0.display())]
     NoModel(PathBuf),
@@ -85,8 +158,53 @@ impl Bundle {
     /// Opens the bundle in `folder`, which holds `manifest.json` itself, or the highest version below it.
     ///
     /// # Errors
-    /// When a file cannot be read, the manifest is malformed or inconsistent, or the model's digest differs.
+    /// When a file cannot be read, the manifest is malformed or inconsistent, the model's digest differs, or the
+    /// calibration is of another bundle.
     pub fn load(folder: &Path) -> Result<Self, BundleError> {
+        let mut bundle = Self::load_calibrated(folder)?;
+        let path = bundle.folder.join(EVALUATION_FILE);
+        if path.exists() {
+            bundle.evaluation = Some(bundle.read_evaluation(path)?);
+        }
+        Ok(bundle)
+    }
+
+    /// As [`Bundle::load`], but does not look at `evaluation.json`: to evaluate anew.
+    ///
+    /// # Errors
+    /// As [`Bundle::load`].
+    pub fn load_calibrated(folder: &Path) -> Result<Self, BundleError> {
+        let mut bundle = Self::load_uncalibrated(folder)?;
+        let path = bundle.folder.join(CALIBRATION_FILE);
+        if path.exists() {
+            bundle.calibration = Some(BoundCalibration::load(&path, &bundle.manifest)?);
+        }
+        Ok(bundle)
+    }
+
+    fn read_evaluation(&self, path: PathBuf) -> Result<serde_json::Value, BundleError> {
+        let value: serde_json::Value = serde_json::from_slice(&read(&path)?)
+            .map_err(|error| BundleError::Evaluation { path: path.clone(), reason: format!("not JSON: {error}") })?;
+        let expected = [
+            ("model_sha256", Some(self.manifest.model.sha256.as_str())),
+            ("calibration", self.calibration.as_ref().map(|c| c.id.as_str())),
+        ];
+        for (key, expected) in expected {
+            let found = value.get(key).and_then(serde_json::Value::as_str);
+            if found != expected {
+                let word = |v: Option<&str>| v.unwrap_or("none").to_owned();
+                let reason = format!("it was measured with {key} {}, this bundle's is {}", word(found), word(expected));
+                return Err(BundleError::Evaluation { path, reason });
+            }
+        }
+        Ok(value)
+    }
+
+    /// As [`Bundle::load`], but does not look at `calibration.json` and `evaluation.json`: to calibrate anew.
+    ///
+    /// # Errors
+    /// As [`Bundle::load`].
+    pub fn load_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
         let folder = if folder.join(MANIFEST_FILE).is_file() { folder.to_owned() } else { latest_version(folder)? };
         let folder = std::fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
         let path = folder.join(MANIFEST_FILE);
@@ -100,7 +218,8 @@ impl Bundle {
             return Err(BundleError::Digest { path, found, expected: manifest.model.sha256 });
         }
         let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { name: part(folder.parent()), version: part(Some(&folder)), manifest, model })
+        let (name, version) = (part(folder.parent()), part(Some(&folder)));
+        Ok(Self { name, version, manifest, model, calibration: None, evaluation: None, folder })
     }
 
     /// Opens the highest version of every model below `repository`, in the order of their names.
@@ -113,6 +232,9 @@ impl Bundle {
             .filter(|path| path.is_dir() && path.file_name().is_some_and(|n| !n.to_string_lossy().starts_with('.')))
             .collect();
         folders.sort();
+        if let Some(version) = folders.iter().find(|folder| folder.join(MANIFEST_FILE).is_file()) {
+            return Err(BundleError::NotARepository { path: repository.to_owned(), version: version.clone() });
+        }
         if folders.is_empty() {
             return Err(BundleError::NoModel(repository.to_owned()));
         }

@@ -9,12 +9,11 @@ use std::path::PathBuf;
 
 use tokio::sync::oneshot;
 
-use crate::bundle::Manifest;
 use crate::classify::ClassifyError;
 use crate::engine::{Engine, Reply};
 use crate::pixels::DecodeError;
 
-pub use sink::{Format, Sink};
+pub use sink::{Format, Scoring, Sink};
 pub use source::{SourceError, expand, from_list};
 
 /// How many images were scored, and how many could not be.
@@ -40,16 +39,15 @@ enum Pending {
 pub fn run<W: Write>(
     paths: impl Iterator<Item = PathBuf>,
     engine: &Engine,
-    manifest: &Manifest,
     max_file_bytes: u64,
-    sink: &mut Sink<W>,
+    sink: &mut Sink<'_, W>,
     mut progress: impl FnMut(&Summary),
 ) -> io::Result<Summary> {
     // Enough in flight that no worker waits for the reading or the writing of a row.
     let ahead = engine.capacity() + engine.workers();
     let mut pending: VecDeque<(PathBuf, Pending)> = VecDeque::new();
     let mut summary = Summary::default();
-    let mut settle = |(path, pending): (PathBuf, Pending), sink: &mut Sink<W>| -> io::Result<()> {
+    let mut settle = |(path, pending): (PathBuf, Pending), sink: &mut Sink<'_, W>| -> io::Result<()> {
         let outcome = match pending {
             Pending::Unread(reason) => Err(reason),
             Pending::Waiting(reply) => match reply.blocking_recv() {
@@ -60,7 +58,7 @@ pub fn run<W: Write>(
         };
         match outcome {
             Ok(prediction) => {
-                sink.prediction(&path, &prediction, manifest)?;
+                sink.prediction(&path, &prediction)?;
                 summary.scored += 1;
             }
             Err(reason) => {

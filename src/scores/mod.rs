@@ -1,4 +1,10 @@
-//! Logits → probabilities → the best classes. Pure arithmetic.
+//! Logits → probabilities → the best classes and prediction sets. Pure arithmetic.
+
+mod calibrator;
+mod sets;
+
+pub use calibrator::{Calibrator, Offsets, Prior, PriorError};
+pub use sets::{ClassMix, PredictionSet, SetError, SetRequest, SetRule, SetRung, SetScore};
 
 /// A network's answer for one picture: one finite value per class.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,13 +51,9 @@ impl Logits {
         &self.0
     }
 
-    /// exp(zₖ − max z) / Σ exp(zⱼ − max z), in f64. Sums to 1; monotone in each logit.
+    /// The softmax of the logits: ranks classes, and is no probability of being right.
     pub fn softmax(&self) -> Probabilities {
-        let max = self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut values: Vec<f64> = self.0.iter().map(|&z| f64::from(z - max).exp()).collect();
-        let total: f64 = values.iter().sum();
-        values.iter_mut().for_each(|v| *v /= total);
-        Probabilities(values)
+        Probabilities::softmax(self.0.iter().map(|&z| f64::from(z)).collect())
     }
 }
 
@@ -60,6 +62,12 @@ impl Logits {
 pub struct Probabilities(Vec<f64>);
 
 impl Probabilities {
+    /// exp(xₖ − max x) / Σ exp(xⱼ − max x). `scores` must be finite. Sums to 1; monotone in each score.
+    pub fn softmax(mut scores: Vec<f64>) -> Self {
+        softmax_in_place(&mut scores);
+        Self(scores)
+    }
+
     /// One value per class.
     pub fn values(&self) -> &[f64] {
         &self.0
@@ -80,6 +88,18 @@ impl Probabilities {
         classes.sort_unstable_by(order);
         classes.into_iter().map(|class| (class, self.0[class])).collect()
     }
+}
+
+/// Replaces `scores` by exp(xₖ − max x) / Σ exp(xⱼ − max x) and returns log Σ exp(xⱼ). An entry of −∞ becomes 0.
+pub fn softmax_in_place(scores: &mut [f64]) -> f64 {
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mut total = 0.0;
+    for score in scores.iter_mut() {
+        *score = (*score - max).exp();
+        total += *score;
+    }
+    scores.iter_mut().for_each(|v| *v /= total);
+    max + total.ln()
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use super::problem::{self, Problem, ProblemBody};
 use super::registry::ServedModel;
 use super::wire::{ClassifyReply, ClassifyRequest, ImageResult, ModelCard, ModelList, ModelSummary};
 use super::{App, input, openapi};
-use crate::bundle::Calibration;
 
 /// Classifies with the default model
 ///
@@ -20,8 +19,14 @@ use crate::bundle::Calibration;
     post, path = "/v1/classify", tag = "classify",
     params(
         ("top_k" = Option<usize>, Query, description = "Classes per image, the best first; 5 when absent", minimum = 1),
-        ("min_score" = Option<f64>, Query, description = "Leave out classes that score less", minimum = 0.0, maximum = 1.0),
-        ("include" = Option<String>, Query, description = "Extras, with commas: `logits`, `timings`"),
+        ("min_score" = Option<f64>, Query, description = "Leave out classes that score less; abstain when that leaves none", minimum = 0.0, maximum = 1.0),
+        ("prior" = Option<String>, Query, description = "Class prior to answer under: `uniform` or `train`; JSON takes one of your own, too"),
+        ("alpha" = Option<f64>, Query, description = "Add a prediction set that misses the true class at most this often", minimum = 0.0, maximum = 1.0),
+        ("set_score" = Option<String>, Query, description = "Score of the set: `pas` (default) or `plain`"),
+        ("set_rung" = Option<String>, Query, description = "For whom the set's coverage shall hold: `marginal` (default), `group` or `class`"),
+        ("max_set_size" = Option<usize>, Query, description = "Abstain when the set is larger", minimum = 1),
+        ("abstain_prior_only" = Option<bool>, Query, description = "Abstain when the best class has no calibration image"),
+        ("include" = Option<String>, Query, description = "Extras, with commas: `logits`, `uncalibrated`, `support`, `timings`"),
     ),
     request_body(
         description = "The encoded image itself, `multipart/form-data` with parts named `image`, or JSON with base64",
@@ -53,6 +58,12 @@ pub(crate) async fn classify_default(State(app): State<App>, request: Request) -
         ("model" = String, Path, description = "Name of the model"),
         ("top_k" = Option<usize>, Query, description = "As in /v1/classify", minimum = 1),
         ("min_score" = Option<f64>, Query, description = "As in /v1/classify", minimum = 0.0, maximum = 1.0),
+        ("prior" = Option<String>, Query, description = "As in /v1/classify"),
+        ("alpha" = Option<f64>, Query, description = "As in /v1/classify", minimum = 0.0, maximum = 1.0),
+        ("set_score" = Option<String>, Query, description = "As in /v1/classify"),
+        ("set_rung" = Option<String>, Query, description = "As in /v1/classify"),
+        ("max_set_size" = Option<usize>, Query, description = "As in /v1/classify", minimum = 1),
+        ("abstain_prior_only" = Option<bool>, Query, description = "As in /v1/classify"),
         ("include" = Option<String>, Query, description = "As in /v1/classify"),
     ),
     request_body(
@@ -82,6 +93,12 @@ pub(crate) async fn classify_model(
         ("version" = String, Path, description = "A decimal number"),
         ("top_k" = Option<usize>, Query, description = "As in /v1/classify", minimum = 1),
         ("min_score" = Option<f64>, Query, description = "As in /v1/classify", minimum = 0.0, maximum = 1.0),
+        ("prior" = Option<String>, Query, description = "As in /v1/classify"),
+        ("alpha" = Option<f64>, Query, description = "As in /v1/classify", minimum = 0.0, maximum = 1.0),
+        ("set_score" = Option<String>, Query, description = "As in /v1/classify"),
+        ("set_rung" = Option<String>, Query, description = "As in /v1/classify"),
+        ("max_set_size" = Option<usize>, Query, description = "As in /v1/classify", minimum = 1),
+        ("abstain_prior_only" = Option<bool>, Query, description = "As in /v1/classify"),
         ("include" = Option<String>, Query, description = "As in /v1/classify"),
     ),
     request_body(
@@ -111,6 +128,7 @@ pub(crate) async fn classify_version(
 async fn classify(app: &App, model: &ServedModel, request: Request) -> Result<Json<ClassifyReply>, Problem> {
     let began = tokio::time::Instant::now();
     let input::Images { items, options } = input::read(request, &app.limits).await?;
+    let rule = model.scorer.rule(options.score_request(&model.manifest)?, &app.prior)?;
     let alone = items.len() == 1;
     let images = items.iter().filter_map(|(_, image)| image.as_ref().ok().cloned()).collect();
     let mut replies = model.engine.submit(images)?.into_iter();
@@ -129,13 +147,12 @@ async fn classify(app: &App, model: &ServedModel, request: Request) -> Result<Js
             }
         };
         match outcome {
-            Ok(prediction) => results.push(ImageResult::of(id, &prediction, &model.manifest, &options)),
+            Ok(prediction) => results.push(ImageResult::of(id, &prediction, model, &rule, &options)),
             Err(problem) if alone => return Err(problem),
             Err(problem) => results.push(ImageResult::failed(id, problem)),
         }
     }
-    let (name, version) = (model.name.clone(), model.version.clone());
-    Ok(Json(ClassifyReply { model: name, version, scale: Calibration::Softmax.into(), results }))
+    Ok(Json(ClassifyReply::of(model, &rule, results)))
 }
 
 /// A worker went away without an answer; it cannot, short of a bug.
@@ -176,7 +193,7 @@ pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
 #[utoipa::path(get, path = "/v1/models/{model}", tag = "models",
     params(("model" = String, Path, description = "Name of the model")),
     responses(
-        (status = 200, description = "Classes, counts, preprocessing, fold proof, measured accuracy", body = ModelCard),
+        (status = 200, description = "Classes, counts, preprocessing, fold proof, calibration, measured figures", body = ModelCard),
         (status = "default", description = "404", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]

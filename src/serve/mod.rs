@@ -3,6 +3,7 @@
 mod handlers;
 mod input;
 mod openapi;
+mod options;
 mod problem;
 mod registry;
 mod wire;
@@ -17,8 +18,10 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::scores::Prior;
+
 pub use openapi::{document, document_json};
-pub use registry::{Registry, RegistryError, ServedModel};
+pub use registry::{LoadOptions, Registry, RegistryError, ServedModel};
 
 /// What one request may cost.
 #[derive(Debug, Clone, Copy)]
@@ -37,11 +40,29 @@ impl Default for RequestLimits {
     }
 }
 
+/// How a server serves.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// What one request may cost.
+    pub limits: RequestLimits,
+    /// The class prior of requests that name none.
+    pub prior: Prior,
+    /// What open requests have to finish after a stop.
+    pub drain_timeout: Duration,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        Self { limits: RequestLimits::default(), prior: Prior::default(), drain_timeout: Duration::from_secs(30) }
+    }
+}
+
 /// What every handler sees.
 #[derive(Clone)]
 pub(crate) struct App {
     pub(crate) registry: Arc<Registry>,
     pub(crate) limits: RequestLimits,
+    pub(crate) prior: Arc<Prior>,
     pub(crate) draining: Arc<AtomicBool>,
 }
 
@@ -72,19 +93,19 @@ fn router(app: App) -> Router {
 }
 
 /// Serves until `stop` becomes true, then drains: readiness fails, no connection is accepted, and open requests
-/// have `drain_timeout` to finish.
+/// have the options' `drain_timeout` to finish.
 ///
 /// # Errors
 /// When the listener fails.
 pub async fn run(
     listener: TcpListener,
     registry: Registry,
-    limits: RequestLimits,
-    drain_timeout: Duration,
+    options: ServeOptions,
     mut stop: watch::Receiver<bool>,
 ) -> std::io::Result<Ended> {
+    let ServeOptions { limits, prior, drain_timeout } = options;
     let draining = Arc::new(AtomicBool::new(false));
-    let app = App { registry: Arc::new(registry), limits, draining: draining.clone() };
+    let app = App { registry: Arc::new(registry), limits, prior: Arc::new(prior), draining: draining.clone() };
     let mut stopped = stop.clone();
     let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
         // An error means that nobody can stop us any more; that is a stop, too.

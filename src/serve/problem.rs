@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::classify::ClassifyError;
+use crate::classify::{ClassifyError, ScoreError};
 use crate::engine::Refused;
 use crate::pixels::DecodeError;
 
@@ -84,6 +84,12 @@ impl From<&ClassifyError> for Problem {
             DecodeError::TooManyBytes { limit, .. } => of("too_many_bytes").with_limit(*limit),
             DecodeError::Damaged { .. } => of("damaged_image"),
         }
+    }
+}
+
+impl From<ScoreError> for Problem {
+    fn from(error: ScoreError) -> Self {
+        Self::bad_request("bad_option", error.to_string())
     }
 }
 

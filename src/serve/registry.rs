@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 
 use crate::bundle::{Bundle, BundleError, Manifest};
-use crate::classify::{Classifier, ClassifyError};
+use crate::classify::{Classifier, ClassifyError, Scorer};
 use crate::engine::Engine;
 use crate::pixels::DecodeLimits;
 use crate::runtime::{Device, Library, SessionOptions};
@@ -19,6 +19,10 @@ pub struct ServedModel {
     pub version: String,
     /// Its description.
     pub manifest: Arc<Manifest>,
+    /// What its scores are.
+    pub scorer: Scorer,
+    /// What `fold evaluate --card` measured.
+    pub evaluation: Option<serde_json::Value>,
     /// Where it runs.
     pub device: Device,
     /// Its queue and workers.
@@ -29,6 +33,23 @@ pub struct ServedModel {
 pub struct Registry {
     models: BTreeMap<String, ServedModel>,
     default: Option<String>,
+}
+
+/// How a repository is opened.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// The model that `/v1/classify` uses.
+    pub default_model: Option<String>,
+    /// Refuse bundles without calibration.
+    pub require_calibration: bool,
+    /// Sessions per model.
+    pub workers: usize,
+    /// How each is opened.
+    pub session: SessionOptions,
+    /// How large a picture may be.
+    pub limits: DecodeLimits,
+    /// Pictures that may wait, per model.
+    pub queue: usize,
 }
 
 /// Why the registry could not be filled.
@@ -50,6 +71,14 @@ pub enum RegistryError {
     /// A worker thread could not be started.
     #[error("a worker thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
+    /// `--require-calibration` and a bundle without.
+    #[error("model {name}/{version} is not calibrated and --require-calibration is set: run `fold calibrate` on it")]
+    NotCalibrated {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: String,
+    },
     /// `--default-model` names no model.
     #[error("--default-model {name:?} is not among the models: {known}")]
     Default {
@@ -93,8 +122,10 @@ impl ServedModel {
             classifiers.push(classifier);
         }
         let engine = Engine::start(classifiers, queue)?;
-        let manifest = Arc::new(bundle.manifest);
-        Ok(Self { name: bundle.name, version: bundle.version, manifest, device, engine })
+        let Bundle { name, version, manifest, calibration, evaluation, .. } = bundle;
+        let manifest = Arc::new(manifest);
+        let scorer = Scorer::new(manifest.clone(), calibration);
+        Ok(Self { name, version, manifest, scorer, evaluation, device, engine })
     }
 }
 
@@ -121,26 +152,28 @@ impl Registry {
     ///
     /// # Errors
     /// When any of them fails; a server that starts serves all of its models.
-    pub fn load(
-        repository: &Path,
-        default: Option<String>,
-        library: &'static Library,
-        workers: usize,
-        options: SessionOptions,
-        limits: DecodeLimits,
-        queue: usize,
-    ) -> Result<Self, RegistryError> {
+    pub fn load(repository: &Path, library: &'static Library, options: &LoadOptions) -> Result<Self, RegistryError> {
+        let LoadOptions { default_model, require_calibration, workers, session, limits, queue } = options;
+        let bundles = Bundle::load_all(repository)?;
+        if let Some(bundle) = bundles.iter().find(|b| *require_calibration && b.calibration.is_none()) {
+            let (name, version) = (bundle.name.clone(), bundle.version.clone());
+            return Err(RegistryError::NotCalibrated { name, version });
+        }
         let mut models = Vec::new();
-        for bundle in Bundle::load_all(repository)? {
-            let model = ServedModel::start(bundle, library, workers, options, limits, queue)?;
+        for bundle in bundles {
+            let model = ServedModel::start(bundle, library, *workers, *session, *limits, *queue)?;
+            let (calibration, scale) = match model.scorer.calibration() {
+                Some(bound) => (bound.id.as_str(), "scores are calibrated probabilities"),
+                None => ("none", "not calibrated: scores are the softmax of the logits"),
+            };
             tracing::info!(
                 model = %model.name, version = %model.version, arch = %model.manifest.arch,
-                classes = model.manifest.classes.len(), device = %model.device, workers, threads = options.threads,
-                scale = "softmax", "model ready (not calibrated: scores are the softmax of the logits)"
+                classes = model.manifest.classes.len(), device = %model.device, workers, threads = session.threads,
+                calibration, "model ready ({scale})"
             );
             models.push(model);
         }
-        Self::new(models, default)
+        Self::new(models, default_model.clone())
     }
 
     /// The model of that name.

@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::options::{Include, Options, WireSetRung, WireSetScore};
 use super::problem::Problem;
 use super::registry::ServedModel;
-use crate::bundle::{Calibration, Group, Manifest};
-use crate::classify::Prediction;
+use crate::bundle::{BoundCalibration, Group, Manifest, Status};
+use crate::classify::{Decision, Prediction, ScoreRule};
+use crate::scores::{PredictionSet, Prior, SetRequest, SetRung};
 
 /// Classes returned when `top_k` is absent.
 const DEFAULT_TOP_K: usize = 5;
@@ -33,106 +35,6 @@ pub(crate) struct JsonImage {
     pub(crate) id: Option<String>,
 }
 
-/// What the answer holds.
-#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Options {
-    /// Classes per image, the best first; 5 when absent, at most the number of classes.
-    #[serde(default)]
-    #[schema(minimum = 1)]
-    pub(crate) top_k: Option<usize>,
-    /// Leave out classes that score less.
-    #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 1.0)]
-    pub(crate) min_score: Option<f64>,
-    /// Extras.
-    #[serde(default)]
-    pub(crate) include: Vec<Include>,
-}
-
-/// An extra part of the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Include {
-    /// The network's output for every class.
-    Logits,
-    /// Milliseconds by stage.
-    Timings,
-}
-
-impl Options {
-    /// Reads the query string's options.
-    pub(crate) fn from_query(query: Option<&str>) -> Result<Self, Problem> {
-        let mut options = Self::default();
-        for (key, value) in form_pairs(query.unwrap_or_default()) {
-            let bad =
-                |what: &str| Problem::bad_request("bad_option", format!("query parameter {key}={value:?}: {what}"));
-            match key.as_str() {
-                "top_k" => options.top_k = Some(value.parse().map_err(|_| bad("expected a whole number from 1"))?),
-                "min_score" => {
-                    options.min_score = Some(value.parse().map_err(|_| bad("expected a number from 0 to 1"))?)
-                }
-                "include" => {
-                    for part in value.split(',') {
-                        options.include.push(match part {
-                            "logits" => Include::Logits,
-                            "timings" => Include::Timings,
-                            _ => return Err(bad("expected logits, timings, or both with a comma")),
-                        });
-                    }
-                }
-                "alpha" | "prior" => {
-                    return Err(bad(
-                        "prediction sets and priors need a calibrated bundle; this server's scores are softmax",
-                    ));
-                }
-                _ => return Err(bad("unknown; top_k, min_score and include are known")),
-            }
-        }
-        Ok(options)
-    }
-
-    /// Fills what `self` leaves open from `other`, and checks the ranges.
-    pub(crate) fn or(mut self, other: Self) -> Result<Self, Problem> {
-        self.top_k = self.top_k.or(other.top_k);
-        self.min_score = self.min_score.or(other.min_score);
-        if self.include.is_empty() {
-            self.include = other.include;
-        }
-        if self.top_k == Some(0) {
-            return Err(Problem::bad_request("bad_option", "top_k is 0; it must be at least 1"));
-        }
-        if let Some(score) = self.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
-            return Err(Problem::bad_request("bad_option", format!("min_score is {score}; it must lie in 0 to 1")));
-        }
-        Ok(self)
-    }
-}
-
-/// Key and value pairs of a query string, percent-decoded.
-fn form_pairs(query: &str) -> Vec<(String, String)> {
-    let decode = |text: &str| {
-        let mut bytes = Vec::new();
-        let mut rest = text.as_bytes();
-        while let Some((&byte, tail)) = rest.split_first() {
-            let escaped = (byte == b'%')
-                .then(|| {
-                    tail.get(..2).and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok())
-                })
-                .flatten();
-            bytes.push(escaped.unwrap_or(if byte == b'+' { b' ' } else { byte }));
-            rest = if escaped.is_some() { &tail[2..] } else { tail };
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    query
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect()
-}
-
 /// The answer to a classify request.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ClassifyReply {
@@ -142,8 +44,28 @@ pub(crate) struct ClassifyReply {
     pub(crate) version: String,
     /// What a score is.
     pub(crate) scale: Scale,
+    /// Id of the calibration behind the scores; none where they are the softmax.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) calibration: Option<String>,
+    /// The class prior that scores are under: `uniform`, `train` or `custom`; none where they are the softmax.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prior: Option<&'static str>,
     /// One per image, in order.
     pub(crate) results: Vec<ImageResult>,
+}
+
+impl ClassifyReply {
+    pub(crate) fn of(model: &ServedModel, rule: &ScoreRule, results: Vec<ImageResult>) -> Self {
+        let calibration = model.scorer.calibration();
+        Self {
+            model: model.name.clone(),
+            version: model.version.clone(),
+            scale: Scale::of(calibration),
+            calibration: calibration.map(|c| c.id.clone()),
+            prior: rule.prior().map(Prior::name),
+            results,
+        }
+    }
 }
 
 /// What a score is.
@@ -152,13 +74,13 @@ pub(crate) struct ClassifyReply {
 pub(crate) enum Scale {
     /// Softmax of the logits: it ranks classes, and is no probability of being right.
     Softmax,
+    /// Probability, fitted on held-out images, under the stated class prior.
+    Calibrated,
 }
 
-impl From<Calibration> for Scale {
-    fn from(calibration: Calibration) -> Self {
-        match calibration {
-            Calibration::Softmax => Self::Softmax,
-        }
+impl Scale {
+    fn of(calibration: Option<&BoundCalibration>) -> Self {
+        if calibration.is_some() { Self::Calibrated } else { Self::Softmax }
     }
 }
 
@@ -171,6 +93,15 @@ pub(crate) struct ImageResult {
     /// The best classes, best first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) predictions: Option<Vec<ClassScore>>,
+    /// The prediction set, on request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) set: Option<WireSet>,
+    /// `accept`, or `abstain` when a limit in the request speaks against acting on the best class.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) decision: Option<WireDecision>,
+    /// Why the decision is `abstain`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
     /// The network's output for every class, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) logits: Option<Vec<f32>>,
@@ -191,12 +122,90 @@ pub(crate) struct ClassScore {
     pub(crate) label: String,
     /// In 0 to 1; over all classes the scores sum to 1.
     pub(crate) score: f64,
+    /// Softmax of the logits, on request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) uncalibrated: Option<f64>,
     /// `many` (over 100 training images), `medium` (20 to 100) or `few`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) group: Option<WireGroup>,
-    /// Training images of the class.
+    /// Training images of the class, when known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) training_images: Option<u64>,
+    /// Calibration images of the class, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) support: Option<u64>,
+    /// How well founded the class's calibration is, on request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) status: Option<WireStatus>,
+}
+
+/// How well founded a class's calibration is.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum WireStatus {
+    /// Enough calibration images for a map of its own.
+    Fitted,
+    /// Few calibration images, or a map shared by all classes: moved by shrinkage only.
+    Pooled,
+    /// No calibration image: only the prior and what all classes share.
+    PriorOnly,
+}
+
+impl From<Status> for WireStatus {
+    fn from(status: Status) -> Self {
+        match status {
+            Status::Fitted => Self::Fitted,
+            Status::Pooled => Self::Pooled,
+            Status::PriorOnly => Self::PriorOnly,
+        }
+    }
+}
+
+/// The classes that the true one is among, but for a share `alpha` of images.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct WireSet {
+    /// The level asked for.
+    pub(crate) alpha: f64,
+    /// The classes, the most likely under the set's score first. Never empty.
+    pub(crate) labels: Vec<String>,
+    /// Their indices.
+    pub(crate) class_ids: Vec<usize>,
+    /// The set's score.
+    pub(crate) method: WireSetScore,
+    /// For whom the coverage was asked to hold.
+    pub(crate) rung: WireSetRung,
+    /// What each class's threshold stands on, in the order of `labels`: a class or group with too few calibration
+    /// images falls back. Absent when `rung` is `marginal`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rungs: Option<Vec<WireSetRung>>,
+    /// The class mix that the coverage holds for: `uniform`, `train`, or `calibration`, that of the calibration images.
+    /// With a prior of the request's own it is `calibration`, whatever the prior.
+    pub(crate) holds_for: &'static str,
+}
+
+impl WireSet {
+    fn of(set: PredictionSet, request: &SetRequest, manifest: &Manifest) -> Self {
+        let rungs = set.members.iter().map(|(_, rung)| (*rung).into()).collect();
+        Self {
+            alpha: request.alpha,
+            labels: set.members.iter().map(|(k, _)| manifest.classes[*k].label.clone()).collect(),
+            class_ids: set.members.iter().map(|(k, _)| *k).collect(),
+            method: request.score.into(),
+            rung: request.rung.into(),
+            rungs: (request.rung != SetRung::Marginal).then_some(rungs),
+            holds_for: request.mix.name(),
+        }
+    }
+}
+
+/// Whether to act on the best class.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WireDecision {
+    /// No limit in the request speaks against it.
+    Accept,
+    /// A limit does; `reason` says which.
+    Abstain,
 }
 
 /// Class group by training images.
@@ -244,21 +253,47 @@ pub(crate) struct ImageError {
 }
 
 impl ImageResult {
-    pub(crate) fn of(id: Option<String>, prediction: &Prediction, manifest: &Manifest, options: &Options) -> Self {
+    pub(crate) fn of(
+        id: Option<String>,
+        prediction: &Prediction,
+        model: &ServedModel,
+        rule: &ScoreRule,
+        options: &Options,
+    ) -> Self {
+        let scored = model.scorer.score(&prediction.logits, rule);
         let min_score = options.min_score.unwrap_or(0.0);
-        let best = prediction.probabilities.top(options.top_k.unwrap_or(DEFAULT_TOP_K));
+        let best = scored.probabilities.top(options.top_k.unwrap_or(DEFAULT_TOP_K));
+        let softmax = options.includes(Include::Uncalibrated).then(|| prediction.logits.softmax());
+        let calibration = model.scorer.calibration().filter(|_| options.includes(Include::Support));
         let score = |(class_id, score): (usize, f64)| {
-            let class = &manifest.classes[class_id];
-            let group = class.group().map(WireGroup::from);
-            ClassScore { class_id, label: class.label.clone(), score, group, support: class.count }
+            let class = &model.manifest.classes[class_id];
+            let founded = calibration.and_then(|c| c.content.classes.get(class_id));
+            ClassScore {
+                class_id,
+                label: class.label.clone(),
+                score,
+                uncalibrated: softmax.as_ref().map(|p| p.values()[class_id]),
+                group: class.group().map(WireGroup::from),
+                training_images: class.count,
+                support: founded.map(|c| c.support),
+                status: founded.map(|c| c.status.into()),
+            }
         };
         let millis = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
         let timings = &prediction.timings;
+        let (decision, reason) = match scored.decision {
+            Decision::Accept => (WireDecision::Accept, None),
+            Decision::Abstain(reason) => (WireDecision::Abstain, Some(reason)),
+        };
+        let set = scored.set.zip(rule.set_request());
         Self {
             id,
             predictions: Some(best.into_iter().filter(|(_, s)| *s >= min_score).map(score).collect()),
-            logits: options.include.contains(&Include::Logits).then(|| prediction.logits.values().to_vec()),
-            timings: options.include.contains(&Include::Timings).then(|| StageMillis {
+            set: set.map(|(set, request)| WireSet::of(set, request, &model.manifest)),
+            decision: Some(decision),
+            reason,
+            logits: options.includes(Include::Logits).then(|| prediction.logits.values().to_vec()),
+            timings: options.includes(Include::Timings).then(|| StageMillis {
                 queue_ms: millis(timings.queue),
                 decode_ms: millis(timings.decode),
                 infer_ms: millis(timings.infer),
@@ -269,7 +304,16 @@ impl ImageResult {
 
     pub(crate) fn failed(id: Option<String>, problem: Problem) -> Self {
         let error = ImageError { status: problem.status.as_u16(), code: problem.code.into(), detail: problem.detail };
-        Self { id, predictions: None, logits: None, timings: None, error: Some(error) }
+        Self {
+            id,
+            predictions: None,
+            set: None,
+            decision: None,
+            reason: None,
+            logits: None,
+            timings: None,
+            error: Some(error),
+        }
     }
 }
 
@@ -306,28 +350,81 @@ pub(crate) struct ModelCard {
     pub(crate) device: String,
     /// What a score is.
     pub(crate) scale: Scale,
-    /// Always null: this release has no calibrated scores.
+    /// `calibration.json`'s content without its tables; null when scores are the softmax.
     #[schema(required)]
-    pub(crate) calibration: Option<String>,
+    pub(crate) calibration: Option<CalibrationCard>,
     /// The bundle's manifest: arch, classes with counts, preprocessing, fold report and proof, digests, and the
     /// measured accuracy under `evaluation` when it was given to `fold export`.
     #[schema(value_type = Object)]
     pub(crate) manifest: serde_json::Value,
+    /// What `fold evaluate --card` measured on a test set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub(crate) evaluation: Option<serde_json::Value>,
+}
+
+/// How a model's scores were calibrated.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct CalibrationCard {
+    /// As in answers.
+    pub(crate) id: String,
+    /// The chosen rung: `prior-shift`, `temperature`, `temperature-bias` or `structured-vector-scaling`.
+    pub(crate) rung: serde_json::Value,
+    /// T.
+    pub(crate) temperature: f64,
+    /// κ: how much of the training prior the network took out of its logits.
+    pub(crate) kappa: f64,
+    /// Calibration images and status per class, in the order of the logits.
+    pub(crate) classes: Vec<ClassFoundation>,
+    /// What it was fitted on, and what that changed.
+    #[schema(value_type = Object)]
+    pub(crate) fit: serde_json::Value,
+}
+
+/// What a class's calibration stands on.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ClassFoundation {
+    /// The class.
+    pub(crate) label: String,
+    /// Its calibration images.
+    pub(crate) support: u64,
+    /// How well founded that makes it.
+    pub(crate) status: WireStatus,
+}
+
+impl CalibrationCard {
+    fn of(bound: &BoundCalibration) -> serde_json::Result<Self> {
+        let content = &bound.content;
+        Ok(Self {
+            id: bound.id.clone(),
+            rung: serde_json::to_value(content.rung)?,
+            temperature: content.temperature,
+            kappa: content.kappa,
+            classes: content
+                .classes
+                .iter()
+                .map(|c| ClassFoundation { label: c.label.clone(), support: c.support, status: c.status.into() })
+                .collect(),
+            fit: serde_json::to_value(&content.fit)?,
+        })
+    }
 }
 
 impl ModelCard {
     pub(crate) fn of(model: &ServedModel) -> Result<Self, Problem> {
-        let manifest = serde_json::to_value(&*model.manifest).map_err(|error| {
-            tracing::error!(%error, "the manifest cannot be written as JSON");
+        let failed = |error: serde_json::Error| {
+            tracing::error!(%error, "the card cannot be written as JSON");
             Problem::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, "internal", "the card cannot be written")
-        })?;
+        };
+        let calibration = model.scorer.calibration();
         Ok(Self {
             name: model.name.clone(),
             version: model.version.clone(),
             device: model.device.to_string(),
-            scale: Calibration::Softmax.into(),
-            calibration: None,
-            manifest,
+            scale: Scale::of(calibration),
+            calibration: calibration.map(CalibrationCard::of).transpose().map_err(failed)?,
+            manifest: serde_json::to_value(&*model.manifest).map_err(failed)?,
+            evaluation: model.evaluation.clone(),
         })
     }
 }

@@ -44,10 +44,11 @@ fn score_takes_a_list_on_stdin_and_writes_csv_to_a_file() {
     child.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
     let mut csv = csv::Reader::from_path(&output).unwrap();
-    assert_eq!(csv.headers().unwrap(), vec!["path", "error", "label_1", "score_1"]);
+    assert_eq!(csv.headers().unwrap(), vec!["path", "error", "decision", "reason", "label_1", "score_1"]);
     let rows: Vec<csv::StringRecord> = csv.records().map(Result::unwrap).collect();
     assert_eq!(&rows[0][0], image.to_str().unwrap());
-    assert!(rows[0][3].parse::<f64>().unwrap() > 0.0);
+    assert_eq!(&rows[0][2], "accept");
+    assert!(rows[0][5].parse::<f64>().unwrap() > 0.0);
     assert!(rows[1][1].contains("No such file"));
 }
 
@@ -86,7 +87,7 @@ fn what_cannot_start_says_what_was_tried() {
     let picture_path = folder.path().join("a.png");
     fs::write(&picture_path, picture(8, 8, ImageFormat::Png)).unwrap();
     let picture_path = picture_path.to_str().unwrap();
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 8] = [
         (
             &["score", "--model", "models/cifar10-lt", "--onnxruntime", wrong.to_str().unwrap(), picture_path],
             "wrong.so",
@@ -96,7 +97,8 @@ fn what_cannot_start_says_what_was_tried() {
             "/nowhere/lib.so: no such file",
         ),
         (&["score", "--model", "models/nobody", picture_path], "models/nobody"),
-        (&["score", "--model", "models/cifar10-lt", "/nowhere/a.png"], "/nowhere/a.png"),
+        (&["score", "--model", "models/cifar10-lt", "/nowhere/a.png"], "0 images scored, 1 failed"),
+        (&["serve", "--addr", "127.0.0.1:0", "--models", "models/cifar10-lt"], "is a bundle: give the folder above"),
         (&["score", "--model", "models/cifar10-lt", "--device", "cuda", picture_path], "--device cuda cannot be used"),
         (&["serve", "--addr", "127.0.0.1:0", "--default-model", "x"], "--default-model \"x\""),
         (&["serve", "--addr", "127.0.0.1:0", "--models", "/nowhere"], "/nowhere"),

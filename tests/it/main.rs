@@ -1,7 +1,9 @@
 //! One binary for all integration tests: a module per subject.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::type_complexity)]
 
+mod calibration;
 mod cli;
+mod data;
 mod export;
 mod fold_properties;
 mod imports;

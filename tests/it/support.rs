@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nbn::bundle::{Bundle, Manifest};
-use nbn::classify::Classifier;
+use nbn::classify::{Classifier, Scorer};
 use nbn::engine::Engine;
 use nbn::pixels::{DecodeLimits, PixelTensor};
 use nbn::runtime::{Device, Library, Runner, RuntimeError, SessionOptions};
-use nbn::serve::{self, Ended, Registry, RequestLimits, ServedModel};
+use nbn::serve::{self, Ended, Registry, RequestLimits, ServeOptions, ServedModel};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -64,7 +64,8 @@ impl Server {
         let address = listener.local_addr().unwrap().to_string();
         let (stop, stopped) = watch::channel(false);
         let registry = Registry::new(models, None).unwrap();
-        let task = tokio::spawn(serve::run(listener, registry, limits, Duration::from_secs(20), stopped));
+        let options = ServeOptions { limits, drain_timeout: Duration::from_secs(20), ..ServeOptions::default() };
+        let task = tokio::spawn(serve::run(listener, registry, options, stopped));
         Self { address, stop, task, client: reqwest::Client::new() }
     }
 
@@ -122,7 +123,9 @@ impl Server {
 pub(crate) fn model(manifest: Arc<Manifest>, runner: impl Runner + 'static, queue: usize) -> ServedModel {
     let classifier = Classifier::new(manifest.clone(), DecodeLimits::default(), Box::new(runner));
     let engine = Engine::start(vec![classifier], queue).unwrap();
-    ServedModel { name: "test".into(), version: "1".into(), manifest, device: Device::Cpu, engine }
+    let scorer = Scorer::new(manifest.clone(), None);
+    let (name, version) = ("test".into(), "1".into());
+    ServedModel { name, version, manifest, scorer, evaluation: None, device: Device::Cpu, engine }
 }
 
 pub(crate) struct Answer {

@@ -1,21 +1,23 @@
-//! Encoded bytes → [`Prediction`]: the one composition of pixels, network and scores, used by the server and by
-//! batch scoring alike.
+//! Encoded bytes → [`Prediction`] → scores: the one composition of pixels, network and calibration, used by the server,
+//! by batch scoring and by calibration alike.
+
+mod scorer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bundle::{Bundle, Manifest};
-use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
+use crate::pixels::{DecodeError, DecodeLimits, Preprocessor, RgbImage};
 use crate::runtime::{Library, OnnxModel, Runner, RuntimeError, SessionOptions};
-use crate::scores::{Logits, LogitsError, Probabilities};
+use crate::scores::{Logits, LogitsError};
+
+pub use scorer::{Abstention, Decision, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
 
 /// The answer for one picture.
 #[derive(Debug, Clone)]
 pub struct Prediction {
     /// The network's own output.
     pub logits: Logits,
-    /// Softmax of the logits.
-    pub probabilities: Probabilities,
     /// Where the time went.
     pub timings: Timings,
 }
@@ -91,7 +93,15 @@ impl Classifier {
         let decoded = Instant::now();
         let values = self.runner.run(&pixels)?;
         let timings = Timings { queue: Duration::ZERO, decode: decoded - began, infer: decoded.elapsed() };
-        let logits = Logits::try_new(values, self.manifest.classes.len())?;
-        Ok(Prediction { probabilities: logits.softmax(), logits, timings })
+        Ok(Prediction { logits: Logits::try_new(values, self.manifest.classes.len())?, timings })
+    }
+
+    /// The logits of a decoded picture.
+    ///
+    /// # Errors
+    /// When the network fails on it.
+    pub fn logits(&mut self, picture: &RgbImage) -> Result<Logits, ClassifyError> {
+        let values = self.runner.run(&self.preprocessor.normalize(picture))?;
+        Ok(Logits::try_new(values, self.manifest.classes.len())?)
     }
 }

@@ -1,0 +1,147 @@
+//! `fold calibrate`'s command line.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use nbn::bundle::{Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap};
+use nbn::calibrate::{Kappa, Options, calibrate, describe};
+use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
+
+use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
+
+#[derive(Args)]
+pub(crate) struct Calibrate {
+    /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
+    bundle: PathBuf,
+    #[command(flatten)]
+    set: Dataset,
+    /// The images that were trained on: none of them may be among the calibration images
+    #[arg(long, value_name = "SET")]
+    training_data: Option<PathBuf>,
+    /// Form of the training images, when it is not guessed right
+    #[arg(long, requires = "training_data")]
+    training_form: Option<Form>,
+    /// JSON with the numbers of the training images, when not all of them were trained on
+    #[arg(long, value_name = "FILE", requires = "training_data")]
+    training_records: Option<PathBuf>,
+    /// Leave out calibration images that were trained on, instead of refusing
+    #[arg(long, requires = "training_data")]
+    drop_shared: bool,
+    /// How much of the class prior training took out of the logits: 0 (cross-entropy), 1 (Balanced Softmax, logit
+    /// adjustment), or learned (a logit-rectification head, or when in doubt)
+    #[arg(long, default_value = "learned", value_parser = kappa)]
+    kappa: Kappa,
+    /// Take this rung of the ladder instead of the one that cross-validation chooses
+    #[arg(long)]
+    rung: Option<Rung>,
+    /// Seed of the cross-validation's folds
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to write, when not calibration.json in the bundle
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Replace a calibration that is already there
+    #[arg(long)]
+    force: bool,
+    /// Show what would be written, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+fn kappa(text: &str) -> Result<Kappa, String> {
+    match text {
+        "learned" => Ok(Kappa::Learned),
+        "0" => Ok(Kappa::Fixed(0.0)),
+        "1" => Ok(Kappa::Fixed(1.0)),
+        _ => Err("it must be 0, 1 or learned".into()),
+    }
+}
+
+pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
+    // The old calibration may be the very reason for this run: it is not looked at.
+    let bundle = Bundle::load_uncalibrated(&args.bundle)?;
+    let out = args.out.clone().unwrap_or_else(|| bundle.folder.join(CALIBRATION_FILE));
+    if out.exists() && !args.force && !args.dry_run {
+        bail!("{} exists: --force replaces it, --dry-run only shows", out.display());
+    }
+    let (mut logits, hashes) = args.set.logits(&bundle, &args.runtime)?;
+    let training_overlap = match (&args.training_data, hashes) {
+        (None, _) => TrainingOverlap::NotChecked,
+        (Some(_), None) => bail!("--training-data cannot be compared with a file of logits: give the images to --data"),
+        (Some(path), Some(hashes)) => {
+            let training = training_hashes(&args, path, &bundle)?;
+            logits = without_shared(logits, &hashes, &training, args.drop_shared)?;
+            TrainingOverlap::None
+        }
+    };
+    let Calibrate { kappa, rung, seed, .. } = args;
+    let options = Options { kappa, rung, seed, training_overlap, command: command_line() };
+    let calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
+    eprint!("{}", describe(&calibration, None));
+    if training_overlap == TrainingOverlap::NotChecked {
+        eprintln!("warning: whether these images were trained on was not checked (--training-data SET)");
+    }
+    if args.dry_run {
+        return Ok(());
+    }
+    let text = serde_json::to_string_pretty(&calibration)? + "\n";
+    replace(&out, text.as_bytes())?;
+    let stale = bundle.folder.join(EVALUATION_FILE);
+    if args.out.is_none() && stale.exists() {
+        std::fs::remove_file(&stale).with_context(|| format!("cannot remove {}", stale.display()))?;
+        eprintln!("removed     {}, which was measured with another calibration", stale.display());
+    }
+    println!("{}", out.display());
+    Ok(())
+}
+
+fn training_hashes(args: &Calibrate, path: &Path, bundle: &Bundle) -> anyhow::Result<HashSet<PixelHash>> {
+    let manifest = &bundle.manifest;
+    let training = images(path, args.training_form, args.training_records.as_deref(), &manifest.classes)?;
+    let bar = bar(training.len(), "training images");
+    let hashes = pixel_hashes(&training, manifest.preprocessing.exif, &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    Ok(hashes)
+}
+
+fn without_shared(
+    logits: LabelledLogits,
+    hashes: &[PixelHash],
+    training: &HashSet<PixelHash>,
+    drop_shared: bool,
+) -> anyhow::Result<LabelledLogits> {
+    let shared: Vec<usize> = (0..hashes.len()).filter(|&n| training.contains(&hashes[n])).collect();
+    let Some(first) = shared.first() else { return Ok(logits) };
+    if !drop_shared {
+        bail!(
+            "{} of {} calibration images were trained on (the first is image {first}, counted from 0): scores fitted to \
+             them would be too sure; hold images out of training, or pass --drop-shared to leave these out",
+            shared.len(),
+            hashes.len()
+        );
+    }
+    eprintln!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
+    let kept: Vec<usize> = (0..hashes.len()).filter(|&n| !training.contains(&hashes[n])).collect();
+    anyhow::ensure!(!kept.is_empty(), "no calibration image is left: all were trained on");
+    let values = kept.iter().flat_map(|&n| logits.row(n).iter().copied()).collect();
+    let labels = kept.iter().map(|&n| logits.labels()[n]).collect();
+    LabelledLogits::try_new(logits.classes(), values, labels).map_err(anyhow::Error::msg)
+}
+
+/// Writes beside the target and renames, so that no reader sees half a file.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    std::fs::write(&temporary, bytes)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The command line as it was given.
+fn command_line() -> String {
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    std::iter::once("fold".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,89 @@
+//! The labelled set on a command line, and its logits.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use nbn::bundle::{Bundle, Class};
+use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, logits_of, records_from};
+use nbn::runtime::{Device, Library, SessionOptions};
+
+#[derive(Args)]
+pub(crate) struct Dataset {
+    /// Labelled images: class folders, a list file, CIFAR's or Fashion-MNIST's own files, or a file of logits
+    #[arg(long, value_name = "SET")]
+    pub(crate) data: PathBuf,
+    /// Form of the set, when it is not guessed right
+    #[arg(long)]
+    pub(crate) form: Option<Form>,
+    /// JSON with the numbers of the images to take, counted from 0: {"records": [0, 1, ...]}
+    #[arg(long, value_name = "FILE")]
+    pub(crate) records: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct RuntimeArgs {
+    /// Where the network runs; auto is CUDA when it works, else the processor
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// ONNX Runtime's shared library, when not found by itself
+    #[arg(long)]
+    onnxruntime: Option<PathBuf>,
+}
+
+/// Opens the images of `path`, all or the `records` of it.
+pub(crate) fn images(
+    path: &Path,
+    form: Option<Form>,
+    records: Option<&Path>,
+    classes: &[Class],
+) -> anyhow::Result<LabelledImages> {
+    let form = form.map_or_else(|| Form::guess(path, classes.len()), Ok)?;
+    let labels: Vec<String> = classes.iter().map(|c| c.label.clone()).collect();
+    let images = LabelledImages::open(path, form, &labels)?;
+    Ok(match records {
+        Some(records) => images.select(&records_from(records)?)?,
+        None => images,
+    })
+}
+
+impl Dataset {
+    /// The bundle's logits of the set, and the hash of each image's pixels where it has images.
+    pub(crate) fn logits(
+        &self,
+        bundle: &Bundle,
+        runtime: &RuntimeArgs,
+    ) -> anyhow::Result<(LabelledLogits, Option<Vec<PixelHash>>)> {
+        let classes = &bundle.manifest.classes;
+        let form = self.form.map_or_else(|| Form::guess(&self.data, classes.len()), Ok)?;
+        if form == Form::Logits {
+            anyhow::ensure!(self.records.is_none(), "--records is for images; {} holds logits", self.data.display());
+            return Ok((LabelledLogits::load(&self.data, classes.len())?, None));
+        }
+        let images = images(&self.data, Some(form), self.records.as_deref(), classes)?;
+        let library = Library::load(runtime.onnxruntime.as_deref())?;
+        let bar = bar(images.len(), "network");
+        let options = SessionOptions { device: runtime.device, threads: 1 };
+        let (logits, hashes) = logits_of(bundle, library, options, &images, &|| bar.inc(1))?;
+        bar.finish_and_clear();
+        Ok((logits, Some(hashes)))
+    }
+}
+
+/// A progress bar on a terminal, nothing elsewhere.
+pub(crate) fn bar(total: usize, what: &'static str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg} {bar:32} {pos}/{len} images, {per_sec}, {eta} left");
+    let bar = ProgressBar::new(total as u64).with_message(what);
+    style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style))
+}
+
+/// Says on stderr what is being done.
+pub(crate) fn say(what: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("{what} …");
+    }
+}

@@ -1,0 +1,110 @@
+//! `fold evaluate`'s command line.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE};
+use nbn::evaluate::{Evaluation, Options, compare, evaluate, html};
+
+use super::calibrate::replace;
+use super::dataset::{Dataset, RuntimeArgs, say};
+
+#[derive(Args)]
+pub(crate) struct Evaluate {
+    /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
+    bundle: PathBuf,
+    #[command(flatten)]
+    set: Dataset,
+    /// Folder for report.html and report.json
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Another bundle of the same classes to compare with on the same images
+    #[arg(long, value_name = "BUNDLE")]
+    against: Option<PathBuf>,
+    /// A calibration.json to evaluate instead of the bundle's own
+    #[arg(long, value_name = "FILE", conflicts_with = "card")]
+    calibration: Option<PathBuf>,
+    /// Level of the prediction sets: they may miss the true class this often
+    #[arg(long, default_value_t = 0.1)]
+    alpha: f64,
+    /// Resamples for the 95 % intervals and for the null bands
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(20..=10_000))]
+    resamples: u32,
+    /// Seed of the resamples
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Write the main figures into the bundle (evaluation.json): its card shows them
+    #[arg(long)]
+    card: bool,
+    /// Write the logits and labels to a safetensors file, which --data takes
+    #[arg(long, value_name = "FILE")]
+    logits: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
+    let bundle = open(&args, &args.bundle, args.calibration.as_ref())?;
+    let options = Options { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
+    let (logits, _) = args.set.logits(&bundle, &args.runtime)?;
+    if let Some(path) = &args.logits {
+        logits.save(path)?;
+    }
+    let data = args.set.data.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let evaluation = evaluate(&bundle, &logits, &data, &options, &say)?;
+    let comparison = match &args.against {
+        None => None,
+        Some(path) => {
+            let other = open(&args, path, None)?;
+            let labels = |bundle: &Bundle| bundle.manifest.classes.iter().map(|c| c.label.clone()).collect::<Vec<_>>();
+            if labels(&bundle) != labels(&other) {
+                bail!(
+                    "{} and {} have other classes: only bundles of the same classes compare",
+                    args.bundle.display(),
+                    path.display()
+                );
+            }
+            if args.set.data.extension().is_some_and(|e| e == "safetensors") {
+                bail!("--against needs the images themselves: a file of logits is of one bundle");
+            }
+            let (theirs, _) = args.set.logits(&other, &args.runtime)?;
+            Some(compare(&bundle, &logits, &other, &theirs, &options)?)
+        }
+    };
+    print!("{}", evaluation.describe());
+    if let Some(comparison) = &comparison {
+        print!("{}", comparison.describe());
+    }
+    if let Some(folder) = &args.report {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let json = serde_json::json!({ "evaluation": evaluation, "comparison": comparison });
+        replace(&folder.join("report.json"), (serde_json::to_string_pretty(&json)? + "\n").as_bytes())?;
+        replace(&folder.join("report.html"), html::page(&evaluation, comparison.as_ref())?.as_bytes())?;
+        eprintln!("report      {}", folder.join("report.html").display());
+    }
+    if args.card {
+        write_card(&bundle, &evaluation)?;
+    }
+    Ok(())
+}
+
+/// A bundle that may carry a stale evaluation.json, which this command replaces.
+fn open(args: &Evaluate, path: &std::path::Path, calibration: Option<&PathBuf>) -> anyhow::Result<Bundle> {
+    if let Some(file) = calibration {
+        let mut bundle = Bundle::load_uncalibrated(path)?;
+        bundle.calibration = Some(BoundCalibration::load(file, &bundle.manifest)?);
+        return Ok(bundle);
+    }
+    if args.card {
+        return Ok(Bundle::load_calibrated(path)?);
+    }
+    Ok(Bundle::load(path)?)
+}
+
+fn write_card(bundle: &Bundle, evaluation: &Evaluation) -> anyhow::Result<()> {
+    let path = bundle.folder.join(EVALUATION_FILE);
+    replace(&path, (serde_json::to_string_pretty(&evaluation.card())? + "\n").as_bytes())?;
+    eprintln!("card        {}", path.display());
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! `fold`: offline work on checkpoints and bundles.
+
+mod calibrate;
+mod dataset;
+mod evaluate;
+mod export;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nbn::bundle::Bundle;
+use nbn::fold::{Checkpoint, inspect};
+use nbn::runtime::disable_telemetry;
+
+/// Folds networks trained with a normalised BatchNorm (NBN) into plain ONNX bundles that `nbn` serves.
+#[derive(Parser)]
+#[command(name = "fold", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Merges a checkpoint's NBN, BatchNorm, LR head and experts into a bundle, and proves it equal
+    Export(export::Export),
+    /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
+    Calibrate(calibrate::Calibrate),
+    /// Measures a bundle on a test set: accuracy, likelihood, calibration and sets, with intervals and a report
+    Evaluate(evaluate::Evaluate),
+    /// Shows a checkpoint's or a bundle's layers, magnitudes and warnings
+    Inspect {
+        /// A checkpoint file, or a bundle's folder
+        path: PathBuf,
+        #[command(flatten)]
+        overrides: export::OverrideArgs,
+    },
+}
+
+fn main() -> ExitCode {
+    disable_telemetry();
+    let cli = Cli::parse();
+    nbn::telemetry::init("warn");
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fold: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Export(args) => export::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
+        Command::Evaluate(args) => evaluate::run(args),
+        Command::Inspect { path, overrides } if path.is_dir() => {
+            anyhow::ensure!(
+                overrides.arch.is_none() && overrides.nbn_layers.is_none(),
+                "--arch and --nbn-layers are for checkpoints; {} is a folder",
+                path.display()
+            );
+            let bundle = Bundle::load(&path)?;
+            println!("bundle      {}/{}", bundle.name, bundle.version);
+            print!("{}", inspect::manifest(&bundle.manifest));
+            match &bundle.calibration {
+                Some(bound) => print!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id))),
+                None => println!("calibration none: scores are the softmax of the logits (fold calibrate)"),
+            }
+            Ok(())
+        }
+        Command::Inspect { path, overrides } => {
+            print!("{}", inspect::checkpoint(&Checkpoint::load(&path)?, &overrides.into())?);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Stratified cross-validation of the ladder: every image is judged by fits that did not see it.
+//!
+//! Rungs are compared under the uniform prior with every class counting the same, since that is how rare classes are
+//! served: under the calibration set's own mix the frequent classes alone would decide how free the rare ones' maps are.
+
+use super::ladder::{Kappa, Parameters, Problem};
+use crate::bundle::{Rung, RungReport};
+use crate::data::LabelledLogits;
+use crate::scores::softmax_in_place;
+
+const FOLDS: usize = 5;
+
+/// One rung's answers for images its fits did not see.
+pub(super) struct OutOfFold {
+    /// −log p of the label under the uniform prior.
+    balanced_nll: Vec<f64>,
+    /// −log p of the label under the calibration set's class mix; so are the rest.
+    pub(super) nll: Vec<f64>,
+    pub(super) predicted: Vec<u32>,
+    pub(super) confidence: Vec<f64>,
+    pub(super) hits: Vec<f64>,
+}
+
+pub(super) struct CrossValidation {
+    /// By rung.
+    pub(super) rungs: Vec<OutOfFold>,
+    /// Fold of each row.
+    folds: Vec<usize>,
+    /// Fits by fold, then by rung.
+    fits: Vec<Vec<Parameters>>,
+    /// Weight of each row, so that all classes with images count the same.
+    weights: Vec<f64>,
+}
+
+impl CrossValidation {
+    pub(super) fn run<'a>(
+        logits: &LabelledLogits,
+        seed: u64,
+        problem: &dyn Fn(Vec<u32>) -> Problem<'a>,
+        highest: Rung,
+        progress: &dyn Fn(&str),
+    ) -> Self {
+        let folds = folds_of(logits, seed);
+        let n = logits.len();
+        let zeros = || vec![0.0; n];
+        let empty = || OutOfFold {
+            balanced_nll: zeros(),
+            nll: zeros(),
+            predicted: vec![0; n],
+            confidence: zeros(),
+            hits: zeros(),
+        };
+        let mut rungs: Vec<OutOfFold> = (0..=highest as usize).map(|_| empty()).collect();
+        let mut fits = Vec::new();
+        for fold in 0..FOLDS.min(n) {
+            progress(&format!("cross-validation, fold {} of {}", fold + 1, FOLDS.min(n)));
+            let rows = |inside: bool| (0..n as u32).filter(|&r| (folds[r as usize] == fold) == inside).collect();
+            let problem = problem(rows(false));
+            let of_fold = problem.fit(highest);
+            let held_out: Vec<u32> = rows(true);
+            for (rung, fit) in rungs.iter_mut().zip(&of_fold) {
+                rung.judge(logits, &held_out, fit, &problem);
+            }
+            fits.push(of_fold);
+        }
+        let counts = logits.counts();
+        let weights = logits.labels().iter().map(|&l| 1.0 / counts[l as usize] as f64).collect();
+        Self { rungs, folds, fits, weights }
+    }
+
+    /// The simplest rung that is at most one standard error less likely than the best, among those that beat the rung
+    /// below them. The standard error is that of the paired difference.
+    pub(super) fn choose(&self) -> Rung {
+        let report = self.report();
+        let best = report.iter().map(|r| r.balanced_nll).fold(f64::INFINITY, f64::min);
+        let beats_below = |n: usize| n == 0 || report[n].balanced_nll < report[n - 1].balanced_nll;
+        report
+            .iter()
+            .enumerate()
+            .find(|&(n, r)| beats_below(n) && r.balanced_nll - best <= r.standard_error)
+            .map_or(Rung::PriorShift, |(_, r)| r.rung)
+    }
+
+    pub(super) fn report(&self) -> Vec<RungReport> {
+        let mean = |rung: &OutOfFold| weighted(&rung.balanced_nll, &self.weights).0;
+        let Some(best) = self.rungs.iter().min_by(|a, b| mean(a).total_cmp(&mean(b))) else { return Vec::new() };
+        let of = |(rung, found): (Rung, &OutOfFold)| RungReport {
+            rung,
+            balanced_nll: mean(found),
+            standard_error: self.difference(found, best).1,
+            nll: found.nll.iter().sum::<f64>() / found.nll.len() as f64,
+        };
+        Rung::ALL.into_iter().zip(&self.rungs).map(of).collect()
+    }
+
+    /// Balanced mean of `first` minus `second` and its standard error.
+    fn difference(&self, first: &OutOfFold, second: &OutOfFold) -> (f64, f64) {
+        let differences: Vec<f64> = first.balanced_nll.iter().zip(&second.balanced_nll).map(|(a, b)| a - b).collect();
+        weighted(&differences, &self.weights)
+    }
+
+    /// The κ to go on with: of 0, 1 and learned, the first that is at most one standard error less likely than the best on
+    /// the rung with one temperature (or the prior alone, where the samples allow no more). Learning it costs likelihood
+    /// when the network took all of the prior out, or none.
+    pub(super) fn choose_kappa(candidates: &[(Kappa, Self)]) -> Option<Kappa> {
+        let rung = |(_, found): &(Kappa, Self)| found.rungs.len().min(2) - 1;
+        let mean = |c: &(Kappa, Self)| weighted(&c.1.rungs[rung(c)].balanced_nll, &c.1.weights).0;
+        let best = candidates.iter().min_by(|a, b| mean(a).total_cmp(&mean(b)))?;
+        let within = |c: &&(Kappa, Self)| {
+            let (difference, error) = best.1.difference(&c.1.rungs[rung(c)], &best.1.rungs[rung(best)]);
+            difference <= error
+        };
+        candidates.iter().find(within).map(|(kappa, _)| *kappa)
+    }
+
+    /// Each image's probability of its own class under the training prior, by the fit that did not see it.
+    pub(super) fn own_class_probabilities(&self, logits: &LabelledLogits, rung: Rung, log_train: &[f64]) -> Vec<f64> {
+        let maps: Vec<(Vec<f64>, Vec<f64>)> =
+            self.fits.iter().map(|f| &f[rung as usize]).map(|f| (f.a(), f.c(log_train))).collect();
+        let mut p = vec![0.0; logits.classes()];
+        let of_row = |(row, &label): (usize, &u32)| {
+            let (a, c) = &maps[self.folds[row]];
+            map(&mut p, logits.row(row), a, c);
+            softmax_in_place(&mut p);
+            p[label as usize]
+        };
+        logits.labels().iter().enumerate().map(of_row).collect()
+    }
+}
+
+impl OutOfFold {
+    fn judge(&mut self, logits: &LabelledLogits, rows: &[u32], fit: &Parameters, problem: &Problem<'_>) {
+        let (a, c) = (fit.a(), fit.c(problem.log_train));
+        let uniform: Vec<f64> = c.iter().zip(problem.log_train).map(|(c, prior)| c - prior).collect();
+        let own_mix: Vec<f64> = c.iter().zip(problem.shift).map(|(c, shift)| c + shift).collect();
+        let mut p = vec![0.0; a.len()];
+        for &row in rows {
+            let row = row as usize;
+            let label = logits.labels()[row] as usize;
+            map(&mut p, logits.row(row), &a, &uniform);
+            let own = p[label];
+            self.balanced_nll[row] = softmax_in_place(&mut p) - own;
+            map(&mut p, logits.row(row), &a, &own_mix);
+            let own = p[label];
+            self.nll[row] = softmax_in_place(&mut p) - own;
+            let best = (0..p.len()).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+            self.predicted[row] = best as u32;
+            self.confidence[row] = p[best];
+            self.hits[row] = f64::from(u8::from(best == label));
+        }
+    }
+}
+
+/// Weighted mean and its standard error.
+fn weighted(values: &[f64], weights: &[f64]) -> (f64, f64) {
+    let total: f64 = weights.iter().sum();
+    let mean = values.iter().zip(weights).map(|(v, w)| v * w).sum::<f64>() / total;
+    let spread = values.iter().zip(weights).map(|(v, w)| (w * (v - mean)).powi(2)).sum::<f64>();
+    (mean, spread.sqrt() / total)
+}
+
+fn map(out: &mut [f64], logits: &[f32], a: &[f64], offsets: &[f64]) {
+    for ((out, z), (a, offset)) in out.iter_mut().zip(logits).zip(a.iter().zip(offsets)) {
+        *out = a * f64::from(*z) + offset;
+    }
+}
+
+/// A fold for each row: every class is dealt out in turn, in a seeded order, so that folds are alike in size and mix.
+fn folds_of(logits: &LabelledLogits, seed: u64) -> Vec<usize> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); logits.classes()];
+    for (row, &label) in logits.labels().iter().enumerate() {
+        by_class[label as usize].push(row);
+    }
+    let mut folds = vec![0; logits.len()];
+    let mut dealt = 0;
+    for rows in &mut by_class {
+        random.shuffle(rows);
+        for &row in rows.iter() {
+            folds[row] = dealt % FOLDS;
+            dealt += 1;
+        }
+    }
+    folds
+}

@@ -1,0 +1,76 @@
+//! A calibration in words, as `fold calibrate` and `fold inspect` print it.
+
+use std::fmt::Write;
+
+use crate::bundle::{Calibration, KappaSource, Status, TrainingOverlap};
+
+/// Classes named in a line before "and others".
+const NAMED: usize = 8;
+
+/// What was fitted, on what, and what it changed. `id` is the name that answers give it, once it is written.
+pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
+    let mut out = String::new();
+    let fit = &calibration.fit;
+    let overlap = match fit.training_overlap {
+        TrainingOverlap::NotChecked => "not compared with the training images",
+        TrainingOverlap::None => "none of them trained on",
+    };
+    // Writing to a String cannot fail.
+    if let Some(id) = id {
+        let _ = writeln!(out, "calibration {id}, {}", fit.created);
+    }
+    let supports = calibration.classes.iter().map(|c| c.support);
+    let _ = writeln!(
+        out,
+        "images      {}, {} to {} a class; {overlap}",
+        fit.images,
+        supports.clone().min().unwrap_or(0),
+        supports.max().unwrap_or(0)
+    );
+    let _ = writeln!(
+        out,
+        "ladder      cross-validated NLL, classes balanced; standard error of its difference from the best; NLL of this mix"
+    );
+    for rung in &fit.ladder {
+        let mark = if rung.rung == calibration.rung { "  <- chosen" } else { "" };
+        let (name, error) = (rung.rung.name(), rung.standard_error);
+        let _ = writeln!(out, "            {name:<34} {:.4}  {error:.4}  {:.4}{mark}", rung.balanced_nll, rung.nll);
+    }
+    let source = match calibration.kappa_source {
+        KappaSource::Given => "given",
+        KappaSource::Chosen => "chosen",
+        KappaSource::Learned => "learned",
+    };
+    let _ = writeln!(
+        out,
+        "fit         T {:.4}, κ {:.3} ({source}); temperature alone would be {:.4}",
+        calibration.temperature, calibration.kappa, calibration.temperature_alone
+    );
+    let (before, after) = (&fit.before, &fit.after);
+    let _ = writeln!(
+        out,
+        "before      NLL {:.4}, ECE {:.4}, accuracy {:.4}: softmax, on these images",
+        before.nll, before.ece, before.accuracy
+    );
+    let _ = writeln!(
+        out,
+        "after       NLL {:.4}, ECE {:.4}, accuracy {:.4}: each image by fits that did not see it, under this class mix; \
+         {} best classes changed",
+        after.nll, after.ece, after.accuracy, fit.top1_flips
+    );
+    for status in [Status::Fitted, Status::Pooled, Status::PriorOnly] {
+        let of: Vec<_> = calibration.classes.iter().filter(|c| c.status == status).collect();
+        if of.is_empty() {
+            continue;
+        }
+        let named: Vec<String> = of.iter().take(NAMED).map(|c| format!("{} {}", c.label, c.support)).collect();
+        let more = if of.len() > NAMED { ", …" } else { "" };
+        let _ = writeln!(out, "{:<11} {} classes: {}{more}", status.name(), of.len(), named.join(", "));
+    }
+    let finest = calibration.sets.alphas.iter().zip(&calibration.sets.pas.marginal.uniform).find(|(_, t)| t.is_some());
+    let _ = match finest {
+        Some((alpha, _)) => writeln!(out, "sets        from α = {alpha} under the uniform prior"),
+        None => writeln!(out, "sets        none: too few images"),
+    };
+    out
+}

@@ -1,0 +1,234 @@
+//! Labelled logits → `calibration.json`: prior-aware structured vector scaling, chosen by cross-validation, and the
+//! thresholds of prediction sets. The method and its formulas: docs/calibration.md.
+
+mod conformal;
+mod cross_validate;
+mod describe;
+mod ladder;
+mod optimize;
+
+use std::time::SystemTime;
+
+use crate::bundle::{
+    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest, Rung,
+    SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
+};
+use crate::data::LabelledLogits;
+use crate::metrics;
+use cross_validate::CrossValidation;
+
+pub use conformal::{threshold, weighted_threshold};
+pub use describe::describe;
+pub use ladder::{Kappa, Parameters, Problem, temperature_alone};
+
+/// Fewer images than this allow the prior shift only.
+const LEAST_FOR_TEMPERATURE: usize = 30;
+/// Fewer images per class than this on average allow no parameters per class.
+const LEAST_PER_CLASS: usize = 2;
+/// Fewer images of a class than this leave it `pooled`.
+const LEAST_FITTED: u64 = 10;
+
+/// How to calibrate.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Whether the prior was taken out of the logits.
+    pub kappa: Kappa,
+    /// The rung to take instead of the one that cross-validation chooses; a higher one than the samples allow is refused.
+    pub rung: Option<Rung>,
+    /// Seed of the folds.
+    pub seed: u64,
+    /// Whether the images were compared with the training images.
+    pub training_overlap: TrainingOverlap,
+    /// The command line, for the record.
+    pub command: String,
+}
+
+/// Why a bundle was not calibrated.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum CalibrateError {
+    /// The training prior is unknown.
+    #[error(
+        "the bundle has no training count above 0 for class {0:?}, so its class prior is unknown: export the checkpoint \
+         again with --classes and a file of label,count"
+    )]
+    NoCount(String),
+    /// All labels are the same.
+    #[error("all {images} calibration images are of class {label:?}: calibration needs images of at least 2 classes")]
+    OneClass {
+        /// Number of images.
+        images: usize,
+        /// The class.
+        label: String,
+    },
+    /// A rung was asked for that the samples do not allow.
+    #[error(
+        "{images} calibration images allow no more than {highest}; {rung} was asked for: calibrate with more images"
+    )]
+    Rung {
+        /// What was asked for.
+        rung: &'static str,
+        /// Number of images.
+        images: usize,
+        /// The most that they allow.
+        highest: &'static str,
+    },
+    /// T runs away.
+    #[error("the temperature runs to its limit {temperature} (accepted: above 0.05, below 20): {hint}")]
+    Temperature {
+        /// The limit that was reached.
+        temperature: f64,
+        /// What it most likely means.
+        hint: &'static str,
+    },
+}
+
+/// Fits `manifest`'s bundle to its `logits` of held-out images. `progress` is told what is being done.
+///
+/// # Errors
+/// When the training prior is unknown, the labels are of one class, or no temperature fits.
+pub fn calibrate(
+    logits: &LabelledLogits,
+    manifest: &Manifest,
+    options: &Options,
+    progress: &dyn Fn(&str),
+) -> Result<Calibration, CalibrateError> {
+    let train = train_prior(&manifest.classes).ok_or_else(|| {
+        let without = manifest.classes.iter().find(|c| c.count.is_none_or(|n| n == 0));
+        CalibrateError::NoCount(without.map_or_else(String::new, |c| c.label.clone()))
+    })?;
+    let counts = logits.counts();
+    if let Some(only) = counts.iter().position(|&n| n == logits.len() as u64) {
+        return Err(CalibrateError::OneClass { images: logits.len(), label: manifest.classes[only].label.clone() });
+    }
+    let log_train: Vec<f64> = train.iter().map(|p| p.ln()).collect();
+    let n = logits.len() as f64;
+    // A class without an image has π_cal = 0 and takes no part in the fit.
+    let shift: Vec<f64> =
+        counts.iter().zip(&log_train).map(|(&count, prior)| (count as f64 / n).ln() - prior).collect();
+    let highest = if logits.len() < LEAST_FOR_TEMPERATURE {
+        Rung::PriorShift
+    } else if logits.len() < LEAST_PER_CLASS * logits.classes() {
+        Rung::Temperature
+    } else {
+        Rung::StructuredVectorScaling
+    };
+    if let Some(rung) = options.rung.filter(|r| *r > highest) {
+        return Err(CalibrateError::Rung { rung: rung.name(), images: logits.len(), highest: highest.name() });
+    }
+    let problem = |kappa: Kappa, rows: Vec<u32>| {
+        let ridge = logits.classes() as f64 / rows.len() as f64;
+        Problem { logits, rows, log_train: &log_train, shift: &shift, kappa, ridge }
+    };
+    let cross_validate = |kappa: Kappa, highest: Rung| {
+        CrossValidation::run(logits, options.seed, &|rows| problem(kappa, rows), highest, progress)
+    };
+    let kappa = match options.kappa {
+        Kappa::Fixed(kappa) => Kappa::Fixed(kappa),
+        Kappa::Learned => {
+            progress("κ: 0, 1 or learned");
+            let shared = highest.min(Rung::Temperature);
+            let candidates = [Kappa::Fixed(0.0), Kappa::Fixed(1.0), Kappa::Learned];
+            let candidates = candidates.map(|kappa| (kappa, cross_validate(kappa, shared)));
+            CrossValidation::choose_kappa(&candidates).unwrap_or(Kappa::Learned)
+        }
+    };
+    let source = match (options.kappa, kappa) {
+        (Kappa::Fixed(_), _) => KappaSource::Given,
+        (Kappa::Learned, Kappa::Fixed(_)) => KappaSource::Chosen,
+        (Kappa::Learned, Kappa::Learned) => KappaSource::Learned,
+    };
+    progress("fitting the ladder");
+    let fits = problem(kappa, (0..logits.len() as u32).collect()).fit(highest);
+    let validation = cross_validate(kappa, highest);
+    let rung = options.rung.unwrap_or_else(|| validation.choose());
+    let fit = &fits[rung as usize];
+    let report = report(logits, options, &validation, rung);
+    if rung >= Rung::Temperature {
+        // Without any error, every smaller temperature fits better.
+        let temperature = fit.inverse_temperature.recip();
+        check_temperature(if report.before.accuracy < 1.0 { temperature } else { ladder::TEMPERATURE[0] })?;
+    }
+    progress("prediction sets");
+    let own = validation.own_class_probabilities(logits, rung, &log_train);
+    let adjusted: Vec<f64> = own.iter().zip(logits.labels()).map(|(p, &l)| -p / train[l as usize]).collect();
+    let plain: Vec<f64> = own.iter().map(|p| -p).collect();
+    let table = |scores: &[f64]| conformal::table(scores, logits.labels(), &manifest.classes, &train);
+    let classes = manifest.classes.iter().zip(fit.a()).zip(fit.c(&log_train)).zip(&train).zip(&counts);
+    Ok(Calibration {
+        schema_version: CALIBRATION_SCHEMA_VERSION,
+        model_sha256: manifest.model.sha256.clone(),
+        inputs_sha256: inputs_sha256(manifest),
+        rung,
+        temperature: fit.inverse_temperature.recip(),
+        kappa: fit.kappa,
+        kappa_source: source,
+        temperature_alone: temperature_alone(logits),
+        classes: classes
+            .map(|((((class, a), c), &train_prior), &support)| ClassCalibration {
+                label: class.label.clone(),
+                a,
+                c,
+                train_prior,
+                support,
+                status: status(support, rung),
+            })
+            .collect(),
+        sets: SetTables { alphas: conformal::ALPHAS.to_vec(), pas: table(&adjusted), plain: table(&plain) },
+        fit: report,
+    })
+}
+
+fn check_temperature(temperature: f64) -> Result<(), CalibrateError> {
+    let [least, most] = ladder::TEMPERATURE;
+    let hint = if temperature <= least * 1.0001 {
+        "the calibration images are (nearly) all classified right; were they held out of training?"
+    } else if temperature >= most * 0.9999 {
+        "the logits tell next to nothing about the labels; are the labels in the order of the bundle's classes?"
+    } else {
+        return Ok(());
+    };
+    Err(CalibrateError::Temperature { temperature, hint })
+}
+
+fn status(support: u64, rung: Rung) -> Status {
+    match (support, rung) {
+        (0, _) => Status::PriorOnly,
+        (_, Rung::PriorShift | Rung::Temperature) | (..LEAST_FITTED, _) => Status::Pooled,
+        _ => Status::Fitted,
+    }
+}
+
+fn report(logits: &LabelledLogits, options: &Options, validation: &CrossValidation, rung: Rung) -> FitReport {
+    let mut confidence = Vec::with_capacity(logits.len());
+    let mut hits = Vec::with_capacity(logits.len());
+    let (mut nll, mut flips) = (0.0, 0);
+    let mut p = Vec::with_capacity(logits.classes());
+    let chosen = &validation.rungs[rung as usize];
+    for (row, &label) in logits.labels().iter().enumerate() {
+        p.clear();
+        p.extend(logits.row(row).iter().map(|z| f64::from(*z)));
+        let own = p[label as usize];
+        nll += crate::scores::softmax_in_place(&mut p) - own;
+        let best = (0..p.len()).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+        confidence.push(p[best]);
+        hits.push(f64::from(u8::from(best == label as usize)));
+        flips += u64::from(chosen.predicted[row] as usize != best);
+    }
+    let n = logits.len() as f64;
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / n;
+    FitReport {
+        by: format!("fold {}", env!("CARGO_PKG_VERSION")),
+        created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        command: options.command.clone(),
+        images: logits.len() as u64,
+        training_overlap: options.training_overlap,
+        ladder: validation.report(),
+        before: FitMetrics { nll: nll / n, ece: metrics::ece(&confidence, &hits), accuracy: mean(&hits) },
+        after: FitMetrics {
+            nll: mean(&chosen.nll),
+            ece: metrics::ece(&chosen.confidence, &chosen.hits),
+            accuracy: mean(&chosen.hits),
+        },
+        top1_flips: flips,
+    }
+}

@@ -1,0 +1,181 @@
+//! Logits → scores: calibrated under a prior where the bundle is calibrated, else the softmax; prediction set; decision.
+
+use std::sync::Arc;
+
+use crate::bundle::{BoundCalibration, Manifest, Status};
+use crate::scores::{
+    Calibrator, ClassMix, Logits, Offsets, PredictionSet, Prior, Probabilities, SetError, SetRequest, SetRule, SetRung,
+    SetScore,
+};
+
+/// What a model's scores are: the softmax of its logits, or calibrated probabilities.
+#[derive(Debug, Clone)]
+pub struct Scorer {
+    manifest: Arc<Manifest>,
+    calibrated: Option<(BoundCalibration, Calibrator)>,
+}
+
+/// What a caller asks for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ScoreRequest {
+    /// The class prior to answer under; the server's own when absent.
+    pub prior: Option<Prior>,
+    /// Level of the prediction set; no set when absent.
+    pub alpha: Option<f64>,
+    /// Score of the prediction set.
+    pub set_score: SetScore,
+    /// For whom the set's coverage shall hold.
+    pub set_rung: SetRung,
+    /// When to withhold the decision.
+    pub abstention: Abstention,
+}
+
+/// When a decision is withheld.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Abstention {
+    /// The best score is below this.
+    pub min_score: Option<f64>,
+    /// The prediction set is larger than this.
+    pub max_set_size: Option<usize>,
+    /// The best class has no calibration image.
+    pub prior_only: bool,
+}
+
+/// Whether the best class should be acted on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Nothing that was asked for speaks against it.
+    Accept,
+    /// It should not, for this reason.
+    Abstain(String),
+}
+
+/// A [`ScoreRequest`] that was checked, with everything that does not depend on the image computed.
+#[derive(Debug, Clone)]
+pub struct ScoreRule {
+    prior: Option<Prior>,
+    offsets: Option<Offsets>,
+    set: Option<(SetRule, Offsets)>,
+    abstention: Abstention,
+}
+
+impl ScoreRule {
+    /// The prior that scores are under; none where they are the softmax.
+    pub fn prior(&self) -> Option<&Prior> {
+        self.prior.as_ref()
+    }
+
+    /// The set that every image gets.
+    pub fn set_request(&self) -> Option<&SetRequest> {
+        self.set.as_ref().map(|(rule, _)| rule.request())
+    }
+}
+
+/// One image's scores.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// One per class.
+    pub probabilities: Probabilities,
+    /// The prediction set, when asked for.
+    pub set: Option<PredictionSet>,
+    /// Whether to act on the best class.
+    pub decision: Decision,
+}
+
+/// Why a request's scores cannot be given.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum ScoreError {
+    /// Priors and sets need a calibrated bundle.
+    #[error(
+        "{0} needs a calibrated model; this one's scores are the softmax of its logits: run `fold calibrate` on it"
+    )]
+    NotCalibrated(&'static str),
+    /// The level cannot be had.
+    #[error(transparent)]
+    Set(#[from] SetError),
+    /// A set's size is limited, but no set is asked for.
+    #[error("max_set_size needs a prediction set: give alpha as well")]
+    NoSet,
+}
+
+impl Scorer {
+    /// The scorer of a bundle whose calibration was checked.
+    pub fn new(manifest: Arc<Manifest>, calibration: Option<BoundCalibration>) -> Self {
+        let calibrated = calibration.map(|bound| {
+            let calibrator = Calibrator::of(&bound.content);
+            (bound, calibrator)
+        });
+        Self { manifest, calibrated }
+    }
+
+    /// The calibration behind the scores.
+    pub fn calibration(&self) -> Option<&BoundCalibration> {
+        self.calibrated.as_ref().map(|(bound, _)| bound)
+    }
+
+    /// Prepares a request; `default` is the prior of one that names none.
+    ///
+    /// # Errors
+    /// When the model is not calibrated but a prior or a set is asked for, or the set's level cannot be had.
+    pub fn rule(&self, request: ScoreRequest, default: &Prior) -> Result<ScoreRule, ScoreError> {
+        let ScoreRequest { prior, alpha, set_score, set_rung, abstention } = request;
+        if abstention.max_set_size.is_some() && alpha.is_none() {
+            return Err(ScoreError::NoSet);
+        }
+        let Some((bound, calibrator)) = &self.calibrated else {
+            return match (prior, alpha, abstention.prior_only) {
+                (Some(_), ..) => Err(ScoreError::NotCalibrated("a prior")),
+                (_, Some(_), _) => Err(ScoreError::NotCalibrated("a prediction set (alpha)")),
+                (.., true) => Err(ScoreError::NotCalibrated("abstain_prior_only")),
+                _ => Ok(ScoreRule { prior: None, offsets: None, set: None, abstention }),
+            };
+        };
+        let prior = prior.unwrap_or_else(|| default.clone());
+        let mix = match prior {
+            Prior::Uniform => ClassMix::Uniform,
+            Prior::Train => ClassMix::Train,
+            Prior::Custom(_) => ClassMix::Calibration,
+        };
+        let rule = |alpha| {
+            let request = SetRequest { alpha, score: set_score, rung: set_rung, mix };
+            let rule = SetRule::resolve(&bound.content.sets, &self.manifest.classes, request)?;
+            Ok::<_, SetError>((rule, calibrator.offsets(&Prior::Train)))
+        };
+        let set = alpha.map(rule).transpose()?;
+        Ok(ScoreRule { offsets: Some(calibrator.offsets(&prior)), prior: Some(prior), set, abstention })
+    }
+
+    /// Scores one image.
+    pub fn score(&self, logits: &Logits, rule: &ScoreRule) -> Scored {
+        let (probabilities, set) = match (&self.calibrated, &rule.offsets) {
+            (Some((_, calibrator)), Some(offsets)) => {
+                let set = rule.set.as_ref().map(|(rule, train)| {
+                    rule.apply(&calibrator.probabilities(logits, train), calibrator.train_prior())
+                });
+                (calibrator.probabilities(logits, offsets), set)
+            }
+            _ => (logits.softmax(), None),
+        };
+        let decision = self.decide(&probabilities, set.as_ref(), &rule.abstention);
+        Scored { probabilities, set, decision }
+    }
+
+    fn decide(&self, probabilities: &Probabilities, set: Option<&PredictionSet>, rule: &Abstention) -> Decision {
+        let Some(&(best, score)) = probabilities.top(1).first() else { return Decision::Accept };
+        if let Some(limit) = rule.min_score.filter(|limit| score < *limit) {
+            return Decision::Abstain(format!("the best score is {score:.4}, below min_score {limit}"));
+        }
+        if let (Some(limit), Some(set)) = (rule.max_set_size, set)
+            && set.members.len() > limit
+        {
+            let size = set.members.len();
+            return Decision::Abstain(format!("the set has {size} classes, more than max_set_size {limit}"));
+        }
+        let status = self.calibration().and_then(|c| Some(c.content.classes.get(best)?.status));
+        if rule.prior_only && status == Some(Status::PriorOnly) {
+            let label = &self.manifest.classes[best].label;
+            return Decision::Abstain(format!("the best class, {label}, has no calibration image"));
+        }
+        Decision::Accept
+    }
+}

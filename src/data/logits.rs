@@ -1,0 +1,253 @@
+//! A bundle's logits of a labelled set.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use sha2::{Digest, Sha256};
+
+use super::source::{content, read};
+use super::{DataError, LabelledImages};
+use crate::bundle::{Bundle, Exif};
+use crate::classify::{Classifier, ClassifyError};
+use crate::pixels::{DecodeLimits, RgbImage};
+use crate::runtime::{Library, SessionOptions};
+use crate::scores::{Logits, LogitsError};
+
+/// Logits [N, K] of N images, and the index of each one's class. All are finite; every label is below K.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelledLogits {
+    classes: usize,
+    values: Vec<f32>,
+    labels: Vec<u32>,
+}
+
+/// Images whose unreadable examples are quoted in an error.
+const QUOTED: usize = 3;
+/// SHA-256 of an image's size and RGB bytes.
+pub type PixelHash = [u8; 32];
+
+impl LabelledLogits {
+    /// Accepts row-major `values` [N, K] with one label a row.
+    ///
+    /// # Errors
+    /// When the sizes do not fit, a value is not finite, or a label is beyond the classes.
+    pub fn try_new(classes: usize, values: Vec<f32>, labels: Vec<u32>) -> Result<Self, String> {
+        if values.len() != labels.len() * classes {
+            return Err(format!("has {} logits for {} labels and {classes} classes", values.len(), labels.len()));
+        }
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(format!("the logit of class {} in row {} is {}", at % classes, at / classes, values[at]));
+        }
+        if let Some(row) = labels.iter().position(|&l| l as usize >= classes) {
+            return Err(format!(
+                "row {row} has label {}; there are {classes} classes, 0 to {}",
+                labels[row],
+                classes - 1
+            ));
+        }
+        Ok(Self { classes, values, labels })
+    }
+
+    /// Reads `logits` [N, K] (f32 or f64) and `labels` [N] (i64 or i32) from a safetensors file.
+    ///
+    /// # Errors
+    /// When the file has another form, another number of classes than `classes`, or values that are not finite.
+    pub fn load(path: &Path, classes: usize) -> Result<Self, DataError> {
+        let bytes = read(path)?;
+        let wrong = |reason: &str| content(path, reason);
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&format!("not safetensors: {error}")))?;
+        let missing = "expected the tensors `logits` [N, K] (f32 or f64) and `labels` [N] (i64 or i32)";
+        let logits = file.tensor("logits").map_err(|_| wrong(missing))?;
+        let labels = file.tensor("labels").map_err(|_| wrong(missing))?;
+        let &[rows, columns] = logits.shape() else { return Err(wrong(missing)) };
+        if columns != classes {
+            return Err(wrong(&format!("has logits of {columns} classes; the bundle has {classes}")));
+        }
+        if labels.shape() != [rows] || rows == 0 {
+            return Err(wrong(&format!("has logits {:?} and labels {:?}; {missing}", logits.shape(), labels.shape())));
+        }
+        let values = match logits.dtype() {
+            Dtype::F32 => chunks(logits.data(), |b: [u8; 4]| f32::from_le_bytes(b)),
+            Dtype::F64 => chunks(logits.data(), |b: [u8; 8]| f64::from_le_bytes(b) as f32),
+            _ => return Err(wrong(missing)),
+        };
+        let whole: Vec<i64> = match labels.dtype() {
+            Dtype::I64 => chunks(labels.data(), i64::from_le_bytes),
+            Dtype::I32 => chunks(labels.data(), |b: [u8; 4]| i32::from_le_bytes(b).into()),
+            _ => return Err(wrong(missing)),
+        };
+        // A negative label is beyond the classes, too.
+        let labels = whole.into_iter().map(|l| u32::try_from(l).unwrap_or(u32::MAX)).collect();
+        Self::try_new(classes, values, labels).map_err(|reason| wrong(&reason))
+    }
+
+    /// Writes the file that [`LabelledLogits::load`] reads.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), DataError> {
+        let values: Vec<u8> = self.values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let labels: Vec<u8> = self.labels.iter().flat_map(|&l| i64::from(l).to_le_bytes()).collect();
+        let view = |dtype, shape, data| TensorView::new(dtype, shape, data).map_err(|e| content(path, &e.to_string()));
+        let tensors = [
+            ("logits", view(Dtype::F32, vec![self.len(), self.classes], &values)?),
+            ("labels", view(Dtype::I64, vec![self.len()], &labels)?),
+        ];
+        safetensors::serialize_to_file(tensors, None, path).map_err(|error| content(path, &error.to_string()))
+    }
+
+    /// K.
+    pub fn classes(&self) -> usize {
+        self.classes
+    }
+
+    /// N.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// One row's logits.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.classes..(row + 1) * self.classes]
+    }
+
+    /// One row's logits, as the scorers take them.
+    ///
+    /// # Errors
+    /// Never, since construction checked the same; the type wants it.
+    pub fn logits(&self, row: usize) -> Result<Logits, LogitsError> {
+        Logits::try_new(self.row(row).to_vec(), self.classes)
+    }
+
+    /// The class of each row.
+    pub fn labels(&self) -> &[u32] {
+        &self.labels
+    }
+
+    /// Rows per class.
+    pub fn counts(&self) -> Vec<u64> {
+        let mut counts = vec![0; self.classes];
+        self.labels.iter().for_each(|&l| counts[l as usize] += 1);
+        counts
+    }
+}
+
+fn chunks<const N: usize, T>(bytes: &[u8], of: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().map(|chunk| of(*chunk)).collect()
+}
+
+/// Runs `bundle`'s network over `images` through the pixels and the runtime that serve, on all processors. Returns the
+/// logits and each image's [`pixel_hashes`] hash. `progress` is called once per image, from any thread.
+///
+/// # Errors
+/// When images cannot be decoded, or the network fails.
+pub fn logits_of(
+    bundle: &Bundle,
+    library: &Library,
+    options: SessionOptions,
+    images: &LabelledImages,
+    progress: &(dyn Fn() + Sync),
+) -> Result<(LabelledLogits, Vec<PixelHash>), DataError> {
+    let (exif, limits) = (bundle.manifest.preprocessing.exif, DecodeLimits::default());
+    let classes = bundle.manifest.classes.len();
+    let rows = Mutex::new((vec![0.0; images.len() * classes], vec![[0; 32]; images.len()]));
+    each(images, exif, progress, || {
+        let (mut classifier, _) = Classifier::open(bundle, library, options, limits)?;
+        let rows = &rows;
+        Ok(move |index: usize, picture: &RgbImage| {
+            let logits = classifier.logits(picture)?;
+            let hash = hash_of(picture);
+            let mut rows = rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            rows.0[index * classes..(index + 1) * classes].copy_from_slice(logits.values());
+            rows.1[index] = hash;
+            Ok(())
+        })
+    })?;
+    let (values, hashes) = rows.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let logits = LabelledLogits { classes, values, labels: images.labels().to_vec() };
+    Ok((logits, hashes))
+}
+
+/// The hash of every image's size and pixels, the same whatever file form it came in.
+///
+/// # Errors
+/// When images cannot be decoded.
+pub fn pixel_hashes(
+    images: &LabelledImages,
+    exif: Exif,
+    progress: &(dyn Fn() + Sync),
+) -> Result<HashSet<PixelHash>, DataError> {
+    let hashes = Mutex::new(HashSet::new());
+    each(images, exif, progress, || {
+        Ok(|_: usize, picture: &RgbImage| {
+            let hash = hash_of(picture);
+            hashes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(hash);
+            Ok(())
+        })
+    })?;
+    Ok(hashes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+fn hash_of(picture: &RgbImage) -> PixelHash {
+    let mut hash = Sha256::new();
+    hash.update(picture.width().to_le_bytes());
+    hash.update(picture.height().to_le_bytes());
+    hash.update(picture.as_raw());
+    hash.finalize().into()
+}
+
+/// Decodes every image on all processors and hands it to a worker made once per thread.
+fn each<W>(
+    images: &LabelledImages,
+    exif: Exif,
+    progress: &(dyn Fn() + Sync),
+    worker: impl Fn() -> Result<W, ClassifyError> + Sync,
+) -> Result<(), DataError>
+where
+    W: FnMut(usize, &RgbImage) -> Result<(), ClassifyError>,
+{
+    let next = AtomicUsize::new(0);
+    let limits = DecodeLimits::default();
+    let unreadable = Mutex::new(Vec::new());
+    let run = || {
+        let mut worker = worker()?;
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= images.len() {
+                return Ok(());
+            }
+            match images.picture(index, exif, &limits) {
+                Ok(picture) => worker(index, &picture)?,
+                Err(reason) => {
+                    let mut unreadable = unreadable.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    unreadable.push((index, reason));
+                }
+            }
+            progress();
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(images.len().max(1));
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        threads.into_iter().try_for_each(|t| {
+            t.join().unwrap_or_else(|_| Err(ClassifyError::Panic("while running the network".into())))
+        })
+    })?;
+    let mut unreadable = unreadable.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if unreadable.is_empty() {
+        return Ok(());
+    }
+    unreadable.sort();
+    let examples: Vec<String> =
+        unreadable.iter().take(QUOTED).map(|(n, reason)| format!("{}: {reason}", images.name(*n))).collect();
+    Err(DataError::Images { failed: unreadable.len(), total: images.len(), examples: examples.join("; ") })
+}

@@ -1,0 +1,355 @@
+//! Where labelled images come from.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::DataError;
+use crate::bundle::Exif;
+use crate::pixels::{DecodeLimits, RgbImage, decode};
+
+/// Endings of the files that are taken from class folders.
+const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+const CIFAR_SIDE: usize = 32;
+const CIFAR_PIXELS: usize = 3 * CIFAR_SIDE * CIFAR_SIDE;
+
+/// The form of a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Form {
+    /// A folder with one folder of images per class, named by the class's label
+    Folder,
+    /// A text file with `path label` a line; paths are relative to its folder, labels are names or indices
+    List,
+    /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes
+    Cifar10,
+    /// CIFAR-100's binary version: coarse and fine label byte, then 3072 pixel bytes
+    Cifar100,
+    /// IDX, as MNIST and Fashion-MNIST: …-images-idx3-ubyte[.gz], with …-labels-idx1-ubyte[.gz] beside it
+    Idx,
+    /// A safetensors file with `logits` [N, K] (f32) and `labels` [N] (i64)
+    Logits,
+}
+
+impl Form {
+    /// The form that `path` most likely has.
+    ///
+    /// # Errors
+    /// When there is nothing at `path`.
+    pub fn guess(path: &Path, classes: usize) -> Result<Self, DataError> {
+        let metadata = fs::metadata(path).map_err(|cause| DataError::Read { path: path.to_owned(), cause })?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        let size = metadata.len() as usize;
+        Ok(if metadata.is_dir() {
+            Self::Folder
+        } else if name.ends_with(".safetensors") {
+            Self::Logits
+        } else if name.contains("idx3-ubyte") {
+            Self::Idx
+        } else if name.ends_with(".bin") {
+            let hundred =
+                size.is_multiple_of(2 + CIFAR_PIXELS) && (classes == 100 || !size.is_multiple_of(1 + CIFAR_PIXELS));
+            if hundred { Self::Cifar100 } else { Self::Cifar10 }
+        } else {
+            Self::List
+        })
+    }
+}
+
+/// One image, still where it was found.
+#[derive(Debug, Clone)]
+enum Item {
+    File(PathBuf),
+    /// Planes of bytes in `store`, from `at`.
+    Raw {
+        at: usize,
+    },
+}
+
+/// Pixels of a set that keeps them all in one file.
+#[derive(Debug, Clone)]
+struct Store {
+    bytes: Arc<[u8]>,
+    width: usize,
+    height: usize,
+    planes: usize,
+}
+
+/// Images and the index of each one's class.
+#[derive(Debug, Clone)]
+pub struct LabelledImages {
+    items: Vec<Item>,
+    labels: Vec<u32>,
+    store: Option<Store>,
+    origin: PathBuf,
+}
+
+impl LabelledImages {
+    /// Opens the set at `path`, whose classes are `labels` in the order of the logits.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or a label is none of `labels`.
+    pub fn open(path: &Path, form: Form, labels: &[String]) -> Result<Self, DataError> {
+        let set = match form {
+            Form::Folder => folder(path, labels),
+            Form::List => list(path, labels),
+            Form::Cifar10 => cifar(path, labels, 1),
+            Form::Cifar100 => cifar(path, labels, 2),
+            Form::Idx => idx(path, labels),
+            Form::Logits => Err(content(path, "holds logits, no images: give the images themselves")),
+        }?;
+        if set.items.is_empty() {
+            return Err(content(path, "holds no image"));
+        }
+        Ok(set)
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether there is none; [`LabelledImages::open`] refuses such a set.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Index of each image's class.
+    pub fn labels(&self) -> &[u32] {
+        &self.labels
+    }
+
+    /// Keeps the images with these numbers, counted from 0 in the set's order.
+    ///
+    /// # Errors
+    /// When a number is beyond the set.
+    pub fn select(&self, records: &[usize]) -> Result<Self, DataError> {
+        if let Some(beyond) = records.iter().find(|&&r| r >= self.len()) {
+            let reason = format!("has {} images; record {beyond} is asked for (they count from 0)", self.len());
+            return Err(content(&self.origin, &reason));
+        }
+        Ok(Self {
+            items: records.iter().map(|&r| self.items[r].clone()).collect(),
+            labels: records.iter().map(|&r| self.labels[r]).collect(),
+            store: self.store.clone(),
+            origin: self.origin.clone(),
+        })
+    }
+
+    /// The image's path, or its record number.
+    pub fn name(&self, index: usize) -> String {
+        match &self.items[index] {
+            Item::File(path) => path.display().to_string(),
+            Item::Raw { .. } => format!("{} record {index}", self.origin.display()),
+        }
+    }
+
+    /// Decodes an image.
+    ///
+    /// # Errors
+    /// A sentence without the image's name.
+    pub fn picture(&self, index: usize, exif: Exif, limits: &DecodeLimits) -> Result<RgbImage, String> {
+        match (&self.items[index], &self.store) {
+            (Item::File(path), _) => {
+                let bytes = fs::read(path).map_err(|error| error.to_string())?;
+                decode(&bytes, exif, limits).map_err(|error| error.to_string())
+            }
+            (Item::Raw { at }, Some(store)) => Ok(store.picture(*at)),
+            (Item::Raw { .. }, None) => Err("has no pixels".into()),
+        }
+    }
+}
+
+impl Store {
+    fn picture(&self, at: usize) -> RgbImage {
+        let plane = self.width * self.height;
+        let bytes = &self.bytes[at..at + plane * self.planes];
+        RgbImage::from_fn(self.width as u32, self.height as u32, |x, y| {
+            let at = y as usize * self.width + x as usize;
+            let channel = |c: usize| bytes[at + plane * c.min(self.planes - 1)];
+            image::Rgb([channel(0), channel(1), channel(2)])
+        })
+    }
+}
+
+/// The record numbers in a JSON file `{"records": […]}`, as training writes it, or a plain list of them.
+///
+/// # Errors
+/// When the file cannot be read or has another form.
+pub fn records_from(path: &Path) -> Result<Vec<usize>, DataError> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Records {
+        Named { records: Vec<usize> },
+        Plain(Vec<usize>),
+    }
+    let bytes = read(path)?;
+    let records: Records = serde_json::from_slice(&bytes)
+        .map_err(|_| content(path, "expected JSON {\"records\": [0, 1, …]} or a list of record numbers"))?;
+    Ok(match records {
+        Records::Named { records } | Records::Plain(records) => records,
+    })
+}
+
+fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
+    let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
+    let mut unknown = Vec::new();
+    for class in entries(path)?.into_iter().filter(|p| p.is_dir()) {
+        let name = class.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let Some(label) = labels.iter().position(|l| *l == name) else {
+            unknown.push(name);
+            continue;
+        };
+        walk(&class, label as u32, &mut set)?;
+    }
+    if let Some(first) = unknown.first() {
+        let reason = format!(
+            "{} of its folders are named after no class of the model, the first is {first:?}: name each folder as the \
+             class's label, such as {:?}",
+            unknown.len(),
+            labels.first().map_or("", String::as_str)
+        );
+        return Err(content(path, &reason));
+    }
+    if set.items.is_empty() {
+        return Err(content(path, "holds no class folder with images: expected FOLDER/LABEL/image.jpg"));
+    }
+    Ok(set)
+}
+
+fn walk(folder: &Path, label: u32, set: &mut LabelledImages) -> Result<(), DataError> {
+    for path in entries(folder)? {
+        let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        if path.is_dir() && !path.is_symlink() {
+            walk(&path, label, set)?;
+        } else if ENDINGS.contains(&ending.as_str()) {
+            set.items.push(Item::File(path));
+            set.labels.push(label);
+        }
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let fail = |cause| DataError::Read { path: folder.to_owned(), cause };
+    let mut entries: Vec<PathBuf> =
+        fs::read_dir(folder).map_err(fail)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>().map_err(fail)?;
+    entries.sort();
+    Ok(entries)
+}
+
+fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
+    let text = String::from_utf8(read(path)?)
+        .map_err(|_| content(path, "is not UTF-8 text: a list has `path label` a line"))?;
+    let index: HashMap<&str, usize> = labels.iter().enumerate().map(|(k, l)| (l.as_str(), k)).collect();
+    let base = path.parent().unwrap_or(Path::new("."));
+    let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
+    for (n, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let wrong = |reason: String| content(path, &format!("line {}: {reason}", n + 1));
+        // Names may hold spaces: the longest label at the end of the line counts.
+        let named = line.match_indices([' ', '\t']).find_map(|(at, _)| {
+            let label = line[at..].trim();
+            index.get(label).map(|k| (line[..at].trim(), *k))
+        });
+        let numbered = || {
+            let (file, label) = line.trim().rsplit_once([' ', '\t'])?;
+            Some((file.trim(), label.parse().ok()?))
+        };
+        let Some((file, label)) = named.or_else(numbered) else {
+            return Err(wrong(format!("{line:?}: expected a path, a space, and a class's label or index")));
+        };
+        if label >= labels.len() {
+            return Err(wrong(format!(
+                "label {label} is beyond the model's {} classes, 0 to {}",
+                labels.len(),
+                labels.len() - 1
+            )));
+        }
+        set.items.push(Item::File(base.join(file)));
+        set.labels.push(label as u32);
+    }
+    Ok(set)
+}
+
+fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledImages, DataError> {
+    let bytes = read(path)?;
+    let record = label_bytes + CIFAR_PIXELS;
+    if bytes.is_empty() || !bytes.len().is_multiple_of(record) {
+        let reason =
+            format!("is {} bytes long, no multiple of a record's {record}: not CIFAR's binary version", bytes.len());
+        return Err(content(path, &reason));
+    }
+    let count = bytes.len() / record;
+    let labels = check_labels(path, (0..count).map(|r| bytes[r * record + label_bytes - 1]).collect(), labels)?;
+    let items = (0..count).map(|r| Item::Raw { at: r * record + label_bytes }).collect();
+    let store = Store { bytes: bytes.into(), width: CIFAR_SIDE, height: CIFAR_SIDE, planes: 3 };
+    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned() })
+}
+
+fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
+    let (dimensions, pixels, at) = read_idx(path)?;
+    let [count, height, width] = dimensions[..] else {
+        return Err(content(
+            path,
+            &format!("has {} dimensions; images have 3: give the file …-images-idx3-ubyte", dimensions.len()),
+        ));
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy().replace("images-idx3", "labels-idx1");
+    let beside = path.with_file_name(name);
+    let (label_dimensions, label_bytes, label_at) = read_idx(&beside)?;
+    if label_dimensions != [count] {
+        return Err(content(&beside, &format!("has labels {label_dimensions:?} for {count} images")));
+    }
+    let labels = check_labels(&beside, label_bytes[label_at..].to_vec(), labels)?;
+    let items = (0..count).map(|n| Item::Raw { at: at + n * height * width }).collect();
+    let store = Store { bytes: pixels.into(), width, height, planes: 1 };
+    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned() })
+}
+
+/// Dimensions, all bytes, and where the data starts. Source: yann.lecun.com/exdb/mnist, "the IDX file format".
+fn read_idx(path: &Path) -> Result<(Vec<usize>, Vec<u8>, usize), DataError> {
+    let mut bytes = read(path)?;
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        let mut unpacked = Vec::new();
+        flate2::read::GzDecoder::new(&bytes[..])
+            .read_to_end(&mut unpacked)
+            .map_err(|cause| DataError::Read { path: path.to_owned(), cause })?;
+        bytes = unpacked;
+    }
+    let broken = || content(path, "is not an IDX file of bytes, or is cut short");
+    let &[0, 0, 8, rank, ..] = &bytes[..] else { return Err(broken()) };
+    let at = 4 + 4 * usize::from(rank);
+    let header = bytes.get(4..at).ok_or_else(broken)?;
+    let dimensions: Vec<usize> =
+        header.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]) as usize).collect();
+    let size = dimensions.iter().try_fold(1usize, |size, d| size.checked_mul(*d));
+    if size.and_then(|s| s.checked_add(at)) != Some(bytes.len()) || dimensions.contains(&0) {
+        return Err(broken());
+    }
+    Ok((dimensions, bytes, at))
+}
+
+fn check_labels(path: &Path, found: Vec<u8>, labels: &[String]) -> Result<Vec<u32>, DataError> {
+    if let Some(record) = found.iter().position(|&l| usize::from(l) >= labels.len()) {
+        let reason = format!(
+            "record {record} has label {}; the model has {} classes, 0 to {}: is this the right set for the bundle?",
+            found[record],
+            labels.len(),
+            labels.len() - 1
+        );
+        return Err(content(path, &reason));
+    }
+    Ok(found.into_iter().map(u32::from).collect())
+}
+
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, DataError> {
+    let fail = |cause| DataError::Read { path: path.to_owned(), cause };
+    let mut bytes = Vec::new();
+    File::open(path).map_err(fail)?.read_to_end(&mut bytes).map_err(fail)?;
+    Ok(bytes)
+}
+
+pub(super) fn content(path: &Path, reason: &str) -> DataError {
+    DataError::Content { path: path.to_owned(), reason: reason.to_owned() }
+}

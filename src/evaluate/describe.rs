@@ -1,0 +1,87 @@
+//! Figures in words, as `fold evaluate` prints them.
+
+use std::fmt::Write;
+
+use super::{Comparison, Evaluation, Figure, PriorFigures};
+
+/// Columns of the printed tables: heading, metric, factor.
+const COLUMNS: [(&str, &str, f64); 8] = [
+    ("top-1 %", "top1", 100.0),
+    ("NLL", "nll", 1.0),
+    ("Brier", "brier", 1.0),
+    ("ECE %", "ece", 100.0),
+    ("(null)", "ece", 100.0),
+    ("cw-ECE %", "classwise_ece", 100.0),
+    ("cover %", "pas_coverage", 100.0),
+    ("set size", "pas_size", 1.0),
+];
+
+impl Evaluation {
+    /// A table per prior.
+    pub fn describe(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{} on {}: {} images", self.bundle, self.data, self.images);
+        if self.absent_classes > 0 {
+            let _ = writeln!(out, "{} classes have no image and count in no figure", self.absent_classes);
+        }
+        for prior in &self.priors {
+            let _ = writeln!(out, "\nunder the {} prior", prior.prior);
+            table(&mut out, prior, &|figure, heading| match heading {
+                "(null)" => figure.null,
+                _ => Some(figure.value),
+            });
+        }
+        let _ = writeln!(
+            out,
+            "\ncw-ECE: mean classwise ECE of the classes; (null): 95 % quantile of ECE under perfect calibration; sets: \
+             prevalence-adjusted, α = {}",
+            self.alpha
+        );
+        out
+    }
+}
+
+impl Comparison {
+    /// Differences with their 95 % intervals.
+    pub fn describe(&self) -> String {
+        let mut out = format!("\n{} minus {}, 95 % paired intervals\n", self.bundle, self.against);
+        for prior in &self.differences {
+            for scorer in &prior.scorers {
+                for slice in &scorer.slices {
+                    let _ = write!(out, "{:<8} {:<11} {:<8}", prior.prior, scorer.scorer, slice.slice);
+                    for (name, factor) in [("top1", 100.0), ("nll", 1.0), ("ece", 100.0)] {
+                        let Some(figure) = slice.metrics.get(name) else { continue };
+                        let [low, high] = figure.interval.unwrap_or([f64::NAN; 2]).map(|v| v * factor);
+                        let _ = write!(out, "  {name} {:+.3} [{low:+.3}, {high:+.3}]", figure.value * factor);
+                    }
+                    out.push('\n');
+                }
+            }
+        }
+        out
+    }
+}
+
+fn table(out: &mut String, prior: &PriorFigures, pick: &dyn Fn(&Figure, &str) -> Option<f64>) {
+    let _ = write!(out, "{:<9}{:<12}", "", "");
+    for (heading, ..) in COLUMNS {
+        let _ = write!(out, "{heading:>10}");
+    }
+    out.push('\n');
+    let Some(first) = prior.scorers.first() else { return };
+    for (n, slice) in first.slices.iter().enumerate() {
+        for scorer in &prior.scorers {
+            let _ = write!(out, "{:<9}{:<12}", slice.slice, scorer.scorer);
+            for (heading, metric, factor) in COLUMNS {
+                let value = scorer.slices[n].metrics.get(metric).and_then(|f| pick(f, heading));
+                let _ = match value {
+                    Some(value) if factor > 1.0 => write!(out, "{:>10.2}", value * factor),
+                    Some(value) => write!(out, "{value:>10.4}"),
+                    None => write!(out, "{:>10}", "–"),
+                };
+            }
+            out.push('\n');
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! What a request asks for, in the query string or in JSON, with the descriptions that openapi.yaml carries.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::problem::Problem;
+use crate::bundle::Manifest;
+use crate::classify::{Abstention, ScoreRequest};
+use crate::scores::{Prior, SetRung, SetScore};
+
+/// What the answer holds.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Options {
+    /// Classes per image, the best first; 5 when absent, at most the number of classes.
+    #[serde(default)]
+    #[schema(minimum = 1)]
+    pub(crate) top_k: Option<usize>,
+    /// Leave out classes that score less; abstain when that leaves none.
+    #[serde(default)]
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    pub(crate) min_score: Option<f64>,
+    /// The class prior to answer under.
+    #[serde(default)]
+    pub(crate) prior: Option<WirePrior>,
+    /// Add a prediction set that misses the true class at most this often.
+    #[serde(default)]
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    pub(crate) alpha: Option<f64>,
+    /// Score of the prediction set; `pas` when absent.
+    #[serde(default)]
+    pub(crate) set_score: Option<WireSetScore>,
+    /// For whom the set's coverage shall hold; `marginal` when absent.
+    #[serde(default)]
+    pub(crate) set_rung: Option<WireSetRung>,
+    /// Abstain when the set is larger; needs `alpha`.
+    #[serde(default)]
+    #[schema(minimum = 1)]
+    pub(crate) max_set_size: Option<usize>,
+    /// Abstain when the best class has no calibration image.
+    #[serde(default)]
+    pub(crate) abstain_prior_only: Option<bool>,
+    /// Extras.
+    #[serde(default)]
+    pub(crate) include: Vec<Include>,
+}
+
+/// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
+/// object from label to number. Numbers must be above 0 and need not sum to 1.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum WirePrior {
+    /// `uniform` or `train`.
+    Named(NamedPrior),
+    /// One weight per class.
+    Vector(Vec<f64>),
+    /// A weight for every label.
+    Map(BTreeMap<String, f64>),
+}
+
+/// A prior with a name.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum NamedPrior {
+    /// Every class equally often.
+    Uniform,
+    /// As often as in training.
+    Train,
+}
+
+/// What a prediction set's threshold is compared with.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WireSetScore {
+    /// Prevalence-adjusted: the score divided by the class's share of the training images.
+    Pas,
+    /// The score itself.
+    Plain,
+}
+
+/// For whom a prediction set's coverage holds.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WireSetRung {
+    /// Over all images.
+    Marginal,
+    /// Over the images of each group of classes.
+    Group,
+    /// Over the images of each class.
+    Class,
+}
+
+/// An extra part of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Include {
+    /// The network's output for every class.
+    Logits,
+    /// Beside each score the softmax of the logits.
+    Uncalibrated,
+    /// Beside each score the class's calibration images and status.
+    Support,
+    /// Milliseconds by stage.
+    Timings,
+}
+
+impl Options {
+    /// Reads the query string's options.
+    pub(crate) fn from_query(query: Option<&str>) -> Result<Self, Problem> {
+        let mut options = Self::default();
+        for (key, value) in form_pairs(query.unwrap_or_default()) {
+            let bad = |what: &str| {
+                Problem::bad_request("bad_option", format!("query parameter {key}={value:?}: expected {what}"))
+            };
+            let number = || value.parse::<f64>().map_err(|_| bad("a number from 0 to 1"));
+            let whole = || value.parse::<usize>().map_err(|_| bad("a whole number from 1"));
+            match key.as_str() {
+                "top_k" => options.top_k = Some(whole()?),
+                "min_score" => options.min_score = Some(number()?),
+                "alpha" => options.alpha = Some(number()?),
+                "max_set_size" => options.max_set_size = Some(whole()?),
+                "prior" => {
+                    let prior =
+                        word(&value).ok_or_else(|| bad("uniform or train; a prior of your own goes into JSON"))?;
+                    options.prior = Some(WirePrior::Named(prior));
+                }
+                "set_score" => options.set_score = Some(word(&value).ok_or_else(|| bad("pas or plain"))?),
+                "set_rung" => options.set_rung = Some(word(&value).ok_or_else(|| bad("marginal, group or class"))?),
+                "abstain_prior_only" => {
+                    options.abstain_prior_only = Some(value.parse().map_err(|_| bad("true or false"))?);
+                }
+                "include" => {
+                    for part in value.split(',') {
+                        let what = "logits, uncalibrated, support, timings, or several with commas";
+                        options.include.push(word(part).ok_or_else(|| bad(what))?);
+                    }
+                }
+                _ => {
+                    return Err(bad("top_k, min_score, prior, alpha, set_score, set_rung, max_set_size, \
+                                    abstain_prior_only or include for the name"));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    /// Fills what `self` leaves open from `other`, and checks the ranges.
+    pub(crate) fn or(self, other: Self) -> Result<Self, Problem> {
+        let include = if self.include.is_empty() { other.include } else { self.include };
+        let options = Self {
+            top_k: self.top_k.or(other.top_k),
+            min_score: self.min_score.or(other.min_score),
+            prior: self.prior.or(other.prior),
+            alpha: self.alpha.or(other.alpha),
+            set_score: self.set_score.or(other.set_score),
+            set_rung: self.set_rung.or(other.set_rung),
+            max_set_size: self.max_set_size.or(other.max_set_size),
+            abstain_prior_only: self.abstain_prior_only.or(other.abstain_prior_only),
+            include,
+        };
+        for (name, value) in [("top_k", options.top_k), ("max_set_size", options.max_set_size)] {
+            if value == Some(0) {
+                return Err(Problem::bad_request("bad_option", format!("{name} is 0; it must be at least 1")));
+            }
+        }
+        if let Some(score) = options.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
+            return Err(Problem::bad_request("bad_option", format!("min_score is {score}; it must lie in 0 to 1")));
+        }
+        Ok(options)
+    }
+
+    /// What the scorer is asked for.
+    pub(crate) fn score_request(&self, manifest: &Manifest) -> Result<ScoreRequest, Problem> {
+        let prior = match &self.prior {
+            None => None,
+            Some(WirePrior::Named(NamedPrior::Uniform)) => Some(Ok(Prior::Uniform)),
+            Some(WirePrior::Named(NamedPrior::Train)) => Some(Ok(Prior::Train)),
+            Some(WirePrior::Vector(weights)) => Some(Prior::custom(weights.clone(), &manifest.classes)),
+            Some(WirePrior::Map(weights)) => {
+                let weights = weights.iter().map(|(label, weight)| (label.as_str(), *weight));
+                Some(Prior::from_labels(weights, &manifest.classes))
+            }
+        };
+        let prior = prior.transpose().map_err(|error| Problem::bad_request("bad_option", error.to_string()))?;
+        Ok(ScoreRequest {
+            prior,
+            alpha: self.alpha,
+            set_score: self.set_score.map_or(SetScore::default(), SetScore::from),
+            set_rung: self.set_rung.map_or(SetRung::default(), SetRung::from),
+            abstention: Abstention {
+                min_score: self.min_score,
+                max_set_size: self.max_set_size,
+                prior_only: self.abstain_prior_only.unwrap_or(false),
+            },
+        })
+    }
+
+    pub(crate) fn includes(&self, extra: Include) -> bool {
+        self.include.contains(&extra)
+    }
+}
+
+/// The variant of a wire enum that is written `text`.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
+    serde_json::from_value(serde_json::Value::String(text.to_owned())).ok()
+}
+
+impl From<SetScore> for WireSetScore {
+    fn from(score: SetScore) -> Self {
+        match score {
+            SetScore::Pas => Self::Pas,
+            SetScore::Plain => Self::Plain,
+        }
+    }
+}
+
+impl From<SetRung> for WireSetRung {
+    fn from(rung: SetRung) -> Self {
+        match rung {
+            SetRung::Marginal => Self::Marginal,
+            SetRung::Group => Self::Group,
+            SetRung::Class => Self::Class,
+        }
+    }
+}
+
+impl From<WireSetScore> for SetScore {
+    fn from(score: WireSetScore) -> Self {
+        match score {
+            WireSetScore::Pas => Self::Pas,
+            WireSetScore::Plain => Self::Plain,
+        }
+    }
+}
+
+impl From<WireSetRung> for SetRung {
+    fn from(rung: WireSetRung) -> Self {
+        match rung {
+            WireSetRung::Marginal => Self::Marginal,
+            WireSetRung::Group => Self::Group,
+            WireSetRung::Class => Self::Class,
+        }
+    }
+}
+
+/// Key and value pairs of a query string, percent-decoded.
+fn form_pairs(query: &str) -> Vec<(String, String)> {
+    let decode = |text: &str| {
+        let mut bytes = Vec::new();
+        let mut rest = text.as_bytes();
+        while let Some((&byte, tail)) = rest.split_first() {
+            let escaped = (byte == b'%')
+                .then(|| {
+                    tail.get(..2).and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok())
+                })
+                .flatten();
+            bytes.push(escaped.unwrap_or(if byte == b'+' { b' ' } else { byte }));
+            rest = if escaped.is_some() { &tail[2..] } else { tail };
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(key, value)| (decode(key), decode(value)))
+        .collect()
+}

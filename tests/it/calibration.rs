@@ -1,0 +1,467 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nbn::bundle::{Bundle, Class, Manifest, Rung, TrainingOverlap};
+use nbn::calibrate::{CalibrateError, Kappa, Options, Problem, calibrate, temperature_alone, threshold};
+use nbn::data::LabelledLogits;
+use nbn::metrics::Rows;
+use nbn::scores::{Calibrator, Logits, Prior, softmax_in_place};
+use nbn::serve::{RequestLimits, ServedModel};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+
+use crate::support::{Server, data, fold, library, nbn, picture, root, shipped, text};
+
+/// Class scores drawn so that labels follow them, then doubled: a classifier that is too sure.
+fn too_sure(counts: &[usize], seed: u64) -> LabelledLogits {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut normal = || (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
+    let (mut values, mut labels) = (Vec::new(), Vec::new());
+    for (label, count) in counts.iter().enumerate() {
+        for _ in 0..*count {
+            let row: Vec<f64> = (0..counts.len()).map(|k| normal() + if k == label { 2.0 } else { 0.0 }).collect();
+            values.extend(row.iter().map(|z| (4.0 * z) as f32));
+            labels.push(label as u32);
+        }
+    }
+    LabelledLogits::try_new(counts.len(), values, labels).unwrap()
+}
+
+fn manifest(counts: &[u64]) -> Manifest {
+    let mut manifest = shipped().manifest;
+    manifest.classes =
+        counts.iter().enumerate().map(|(k, n)| Class { label: format!("class {k}"), count: Some(*n) }).collect();
+    manifest
+}
+
+fn options(kappa: Kappa) -> Options {
+    Options { kappa, rung: None, seed: 0, training_overlap: TrainingOverlap::NotChecked, command: "test".into() }
+}
+
+fn rows(logits: &LabelledLogits, of: impl Fn(&Logits) -> Vec<f64>) -> Rows {
+    let p = (0..logits.len()).flat_map(|row| of(&logits.logits(row).unwrap())).collect();
+    Rows::new(logits.classes(), p, logits.labels().to_vec())
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+#[test]
+fn figures_and_fits_agree_with_independent_implementations() {
+    let logits = LabelledLogits::load(&data("calibration/logits.safetensors"), 10).unwrap();
+    let expected: Value = serde_json::from_slice(&fs::read(data("calibration/expected.json")).unwrap()).unwrap();
+    let close = |name: &str, found: f64, expected: &Value, tolerance: f64| {
+        let expected = expected.as_f64().unwrap_or_else(|| panic!("{name} is missing"));
+        assert!((found - expected).abs() <= tolerance, "{name}: {found}, expected {expected}");
+    };
+    let softmax = rows(&logits, |z| z.softmax().values().to_vec());
+    let ones = vec![1.0; logits.len()];
+    let of = &expected["softmax"];
+    close("nll", mean(&softmax.nll), &of["nll"], 1e-6);
+    close("brier", mean(&softmax.brier), &of["brier"], 1e-6);
+    close("ece", softmax.ece(&softmax.top1, &ones), &of["ece"], 1e-6);
+    close("ece_equal_mass", softmax.ece_equal_mass(&softmax.top1, &ones), &of["ece_equal_mass"], 1e-6);
+    for (k, found) in softmax.classwise_ece(logits.labels(), &ones).into_iter().enumerate() {
+        close("classwise_ece", found, &of["classwise_ece"][k], 1e-6);
+    }
+    close("temperature", temperature_alone(&logits), &expected["temperature"], 1e-3);
+    // No prior, no ridge: the rung is plain vector scaling.
+    let zero = vec![0.0; 10];
+    let problem = Problem {
+        logits: &logits,
+        rows: (0..logits.len() as u32).collect(),
+        log_train: &zero,
+        shift: &zero,
+        kappa: Kappa::Fixed(0.0),
+        ridge: 0.0,
+    };
+    let fit = &problem.fit(Rung::StructuredVectorScaling)[Rung::StructuredVectorScaling as usize];
+    let (a, c) = (fit.a(), fit.c(&zero));
+    let nll = (0..logits.len()).map(|row| {
+        let mut p: Vec<f64> = logits.row(row).iter().zip(&a).zip(&c).map(|((z, a), c)| a * f64::from(*z) + c).collect();
+        let own = p[logits.labels()[row] as usize];
+        softmax_in_place(&mut p) - own
+    });
+    let nll = nll.sum::<f64>() / logits.len() as f64;
+    let theirs = expected["vector_scaling_nll"].as_f64().unwrap();
+    assert!(nll <= theirs + 1e-4, "vector scaling: {nll}, theirs {theirs}");
+    let mut scores: Vec<f64> =
+        logits.labels().iter().enumerate().map(|(row, l)| 1.0 - softmax.row(row)[*l as usize]).collect();
+    scores.sort_by(f64::total_cmp);
+    let table = expected["conformal"].as_array().unwrap();
+    assert!(table.len() >= 5);
+    for level in table {
+        let found = threshold(&scores, level["alpha"].as_f64().unwrap()).unwrap();
+        let packages = level.as_object().unwrap().iter().filter(|(name, _)| *name != "alpha");
+        for (package, theirs) in packages {
+            close(package, found, theirs, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn calibration_improves_what_it_did_not_see_and_writes_down_how() {
+    let manifest = manifest(&[2000, 400, 60, 8]);
+    let fitted = calibrate(&too_sure(&[500, 100, 15, 2], 1), &manifest, &options(Kappa::Learned), &|_| ()).unwrap();
+    fitted.check(&manifest).unwrap();
+    assert_eq!(fitted.fit.images, 617);
+    assert_eq!(fitted.classes.iter().map(|c| c.support).collect::<Vec<_>>(), [500, 100, 15, 2]);
+    assert!((0.9..1.1).contains(&fitted.kappa), "the logits have no prior: κ is {}", fitted.kappa);
+    // Scores are N(0, 1) + 2·[own class], so the likelihood ratio is 2·s and logits of 4·s want T = 2.
+    assert!((1.6..2.4).contains(&fitted.temperature), "{}", fitted.temperature);
+    let test = too_sure(&[300; 4], 2);
+    let calibrator = Calibrator::of(&fitted);
+    let offsets = calibrator.offsets(&Prior::Uniform);
+    let before = rows(&test, |z| z.softmax().values().to_vec());
+    let after = rows(&test, |z| calibrator.probabilities(z, &offsets).values().to_vec());
+    assert!(mean(&after.nll) < mean(&before.nll) - 0.1);
+    let ones = vec![1.0; test.len()];
+    assert!(after.ece(&after.top1, &ones) < 0.5 * before.ece(&before.top1, &ones));
+}
+
+#[test]
+fn few_images_hold_the_ladder_down_and_status_says_what_a_class_stands_on() {
+    let manifest = manifest(&[2000, 400, 60, 8]);
+    let rung = |counts: &[usize]| {
+        calibrate(&too_sure(counts, 3), &manifest, &options(Kappa::Fixed(1.0)), &|_| ())
+            .map(|c| (c.rung, c.fit.ladder.len()))
+    };
+    assert_eq!(rung(&[20, 5, 2, 1]).unwrap(), (Rung::PriorShift, 1));
+    assert_eq!(rung(&[40, 20, 4, 0]).unwrap().1, 4);
+    let many: Vec<u64> = (0..40).map(|k| 400 - 10 * k).collect();
+    let counts = [vec![2; 30], vec![0; 10]].concat();
+    let found = calibrate(&too_sure(&counts, 4), &self::manifest(&many), &options(Kappa::Learned), &|_| ()).unwrap();
+    assert!(found.rung <= Rung::Temperature && found.fit.ladder.len() == 2);
+    assert_eq!(found.classes[35].status.name(), "prior_only");
+    let error = calibrate(
+        &too_sure(&counts, 4),
+        &self::manifest(&many),
+        &Options { rung: Some(Rung::TemperatureBias), ..options(Kappa::Learned) },
+        &|_| (),
+    );
+    assert!(matches!(error, Err(CalibrateError::Rung { .. })));
+}
+
+#[test]
+fn a_request_with_a_prior_of_its_own_equals_a_fit_made_for_it() {
+    let manifest = manifest(&[1000, 500, 200, 50]);
+    let rare_first = [240, 600, 1600, 3600];
+    let options = Options { rung: Some(Rung::Temperature), ..options(Kappa::Learned) };
+    let fit = |counts: &[usize]| calibrate(&too_sure(counts, 5), &manifest, &options, &|_| ()).unwrap();
+    // Fitted on the training mix and asked under the other, and fitted on images of that other mix.
+    let [here, there] = [fit(&[3600, 1600, 600, 240]), fit(&rare_first)].map(|fitted| Calibrator::of(&fitted));
+    let prior = Prior::custom(rare_first.iter().map(|n| *n as f64).collect(), &manifest.classes).unwrap();
+    let test = too_sure(&[50; 4], 8);
+    let mut largest: f64 = 0.0;
+    for row in 0..test.len() {
+        let z = test.logits(row).unwrap();
+        let asked = here.probabilities(&z, &here.offsets(&prior));
+        let refit = there.probabilities(&z, &there.offsets(&prior));
+        largest = asked.values().iter().zip(refit.values()).map(|(a, b)| (a - b).abs()).fold(largest, f64::max);
+        // Exactly: the training prior's answer, re-weighted.
+        let train = here.probabilities(&z, &here.offsets(&Prior::Train));
+        let moved =
+            train.values().iter().zip(rare_first).zip(here.train_prior()).map(|((p, to), from)| p * to as f64 / from);
+        let moved: Vec<f64> = moved.collect();
+        let total: f64 = moved.iter().sum();
+        for (asked, moved) in asked.values().iter().zip(&moved) {
+            assert!((asked - moved / total).abs() < 1e-9);
+        }
+    }
+    assert!(largest < 0.03, "{largest}");
+}
+
+#[test]
+fn what_cannot_be_calibrated_is_refused_with_the_way_out() {
+    let of = |counts: &[usize], manifest: &Manifest| {
+        calibrate(&too_sure(counts, 6), manifest, &options(Kappa::Learned), &|_| ()).unwrap_err().to_string()
+    };
+    assert!(of(&[60, 0, 0], &manifest(&[9, 9, 9])).contains("\"class 0\""));
+    assert!(of(&[60, 20, 10], &manifest(&[9, 0, 9])).contains("no training count above 0 for class \"class 1\""));
+    let sure: Vec<f32> = (0..60).flat_map(|n| if n % 2 == 0 { [3.0, 0.0] } else { [0.0, 3.0] }).collect();
+    let labels = (0..60).map(|n| n % 2).collect();
+    let sure = LabelledLogits::try_new(2, sure, labels).unwrap();
+    let options = Options { rung: Some(Rung::Temperature), ..options(Kappa::Fixed(0.0)) };
+    let error = calibrate(&sure, &manifest(&[9, 9]), &options, &|_| ()).unwrap_err().to_string();
+    assert!(error.contains("held out of training"), "{error}");
+    assert!(LabelledLogits::try_new(2, vec![0.0, f32::NAN], vec![0]).unwrap_err().contains("class 1 in row 0 is NaN"));
+    assert!(LabelledLogits::try_new(2, vec![0.0, 1.0], vec![2]).unwrap_err().contains("label 2"));
+}
+
+/// A copy of the shipped bundle without its calibration.
+fn copied(folder: &Path) -> PathBuf {
+    let bundle = folder.join("m/1");
+    fs::create_dir_all(&bundle).unwrap();
+    for file in ["model.onnx", "manifest.json"] {
+        fs::copy(root().join("models/cifar10-lt/1").join(file), bundle.join(file)).unwrap();
+    }
+    bundle
+}
+
+fn save(path: &Path, classes: usize, values: &[f32], labels: &[i64]) {
+    let values: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let rows = labels.len();
+    let labels: Vec<u8> = labels.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let tensors = [
+        ("logits", TensorView::new(Dtype::F32, vec![rows, classes], &values).unwrap()),
+        ("labels", TensorView::new(Dtype::I64, vec![rows], &labels).unwrap()),
+    ];
+    safetensors::serialize_to_file(tensors, None, path).unwrap();
+}
+
+#[test]
+fn the_commands_refuse_what_does_not_fit_and_write_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = copied(folder.path());
+    let at = |name: &str| folder.path().join(name);
+    save(&at("nan.safetensors"), 10, &[f32::NAN; 20], &[0, 1]);
+    save(&at("three.safetensors"), 3, &[0.0; 6], &[0, 1]);
+    save(&at("label.safetensors"), 10, &[0.0; 20], &[0, 10]);
+    save(&at("one.safetensors"), 10, &[0.5; 400], &[3; 40]);
+    fs::write(at("words.safetensors"), "words").unwrap();
+    let bundle_path = bundle.to_str().unwrap();
+    for (file, words) in [
+        ("nan.safetensors", "the logit of class 0 in row 0 is NaN"),
+        ("three.safetensors", "has logits of 3 classes; the bundle has 10"),
+        ("label.safetensors", "row 1 has label 10"),
+        ("one.safetensors", "all 40 calibration images are of class \"cat\""),
+        ("words.safetensors", "not safetensors"),
+    ] {
+        let out = fold(&["calibrate", bundle_path, "--data", at(file).to_str().unwrap()]);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains(words), "{file}: {}", text(&out.stderr));
+        assert!(!bundle.join("calibration.json").exists());
+    }
+    too_sure(&[40, 30, 20, 9, 8, 7, 6, 5, 4, 3], 7).save(&at("good.safetensors")).unwrap();
+    let good = at("good.safetensors");
+    let calibrate =
+        |more: &[&str]| fold(&[&["calibrate", bundle_path, "--data", good.to_str().unwrap()], more].concat());
+    assert!(calibrate(&["--dry-run"]).status.success() && !bundle.join("calibration.json").exists());
+    assert!(calibrate(&[]).status.success());
+    let again = calibrate(&[]);
+    assert!(!again.status.success() && text(&again.stderr).contains("--force"));
+    let inspected = fold(&["inspect", bundle_path]);
+    assert!(text(&inspected.stdout).contains("<- chosen"), "{}", text(&inspected.stdout));
+    let evaluate = |more: &[&str]| fold(&[&["evaluate", bundle_path, "--data", good.to_str().unwrap()], more].concat());
+    let fine = evaluate(&["--alpha", "0.001", "--resamples", "20"]);
+    assert!(text(&fine.stderr).contains("alpha is 0.001; the calibration images allow"), "{}", text(&fine.stderr));
+    let report = at("report");
+    let out = evaluate(&["--card", "--resamples", "20", "--report", report.to_str().unwrap()]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let page = fs::read_to_string(report.join("report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 6 && !page.contains("http://127") && !page.contains("src="));
+    assert!(Bundle::load(&bundle).unwrap().evaluation.is_some());
+    // An evaluation of another calibration is stale; a calibration of another bundle is foreign.
+    assert!(calibrate(&["--force", "--rung", "temperature"]).status.success());
+    assert!(Bundle::load(&bundle).unwrap().evaluation.is_none());
+    let mut manifest: Value = serde_json::from_slice(&fs::read(bundle.join("manifest.json")).unwrap()).unwrap();
+    manifest["classes"][0]["count"] = json!(1);
+    fs::write(bundle.join("manifest.json"), manifest.to_string()).unwrap();
+    let out = nbn(&["serve", "--addr", "127.0.0.1:0", "--models", folder.path().to_str().unwrap()]);
+    assert!(text(&out.stderr).contains("it belongs to another bundle"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn images_that_were_trained_on_are_refused_or_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = copied(folder.path());
+    let mut records = Vec::new();
+    for n in 0..60u8 {
+        records.push(n % 10);
+        records.extend((0..3072u32).map(|i| (i as u8).wrapping_mul(n).wrapping_add(n)));
+    }
+    let held_out = folder.path().join("held-out.bin");
+    fs::write(&held_out, &records).unwrap();
+    // One of them, as a PNG in a class folder.
+    let training = folder.path().join("training");
+    fs::create_dir_all(training.join("deer")).unwrap();
+    let shared = 14;
+    let planes = &records[shared * 3073 + 1..(shared + 1) * 3073];
+    let image = image::RgbImage::from_fn(32, 32, |x, y| {
+        let at = (y * 32 + x) as usize;
+        image::Rgb([planes[at], planes[1024 + at], planes[2048 + at]])
+    });
+    image.save(training.join("deer/a.png")).unwrap();
+    let run = |more: &[&str]| {
+        let (bundle, held_out, training) =
+            (bundle.to_str().unwrap(), held_out.to_str().unwrap(), training.to_str().unwrap());
+        let words = ["calibrate", bundle, "--data", held_out, "--training-data", training, "--rung", "prior-shift"];
+        fold(&[&words, more].concat())
+    };
+    let out = run(&[]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(
+        text(&out.stderr).contains("1 of 60 calibration images were trained on (the first is image 14"),
+        "{}",
+        text(&out.stderr)
+    );
+    let out = run(&["--drop-shared"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let written = Bundle::load(&bundle).unwrap().calibration.unwrap().content;
+    assert_eq!((written.fit.images, written.fit.training_overlap), (59, TrainingOverlap::None));
+}
+
+async fn calibrated() -> Server {
+    Server::shipped().await
+}
+
+#[tokio::test]
+async fn a_calibrated_model_answers_under_the_prior_that_a_request_names() {
+    let server = calibrated().await;
+    let png = picture(32, 32, image::ImageFormat::Png);
+    let ask = async |query: &str| {
+        let answer = server.post(&format!("/v1/classify?top_k=10{query}"), "image/png", png.clone()).await;
+        assert_eq!(answer.status, 200, "{}", text(&answer.body));
+        answer.json()
+    };
+    let scores = |reply: &Value| -> Vec<f64> {
+        let mut scores = vec![0.0; 10];
+        for p in reply["results"][0]["predictions"].as_array().unwrap() {
+            scores[p["class_id"].as_u64().unwrap() as usize] = p["score"].as_f64().unwrap();
+        }
+        assert!((scores.iter().sum::<f64>() - 1.0).abs() < 1e-6);
+        scores
+    };
+    let uniform = ask("").await;
+    assert_eq!((&uniform["scale"], &uniform["prior"]), (&json!("calibrated"), &json!("uniform")));
+    assert_eq!(uniform["results"][0]["decision"], "accept");
+    let train = ask("&prior=train").await;
+    assert_eq!(train["prior"], "train");
+    let counts: Vec<f64> = shipped().manifest.classes.iter().map(|c| c.count.unwrap() as f64).collect();
+    let weighted: Vec<f64> = scores(&train).iter().zip(&counts).map(|(p, n)| p / n).collect();
+    let total: f64 = weighted.iter().sum();
+    for (u, w) in scores(&uniform).iter().zip(&weighted) {
+        assert!((u - w / total).abs() < 1e-9);
+    }
+    let labels: Vec<String> = shipped().manifest.classes.iter().map(|c| c.label.clone()).collect();
+    let map: Value =
+        labels.iter().zip(&counts).map(|(l, n)| (l.clone(), json!(n))).collect::<serde_json::Map<_, _>>().into();
+    let b64 = {
+        use base64::Engine;
+        base64::engine::general_purpose::STANDARD.encode(&png)
+    };
+    for prior in [json!("train"), json!(counts), map.clone()] {
+        let body = json!({"images": [{"b64": b64}], "options": {"top_k": 10, "prior": prior}});
+        let reply = server.post("/v1/classify", "application/json", body.to_string()).await.json();
+        for (a, b) in scores(&reply).iter().zip(scores(&train)) {
+            assert!((a - b).abs() < 1e-9);
+        }
+    }
+    let mut zero = counts.clone();
+    zero[3] = 0.0;
+    let mut missing = map.clone();
+    missing.as_object_mut().unwrap().remove("truck");
+    for (prior, words) in [
+        (json!(zero), "class \"cat\" is 0"),
+        (json!(counts[..9]), "9 entries; the model has 10"),
+        (missing, "no entry for class \"truck\""),
+        (json!({"unicorn": 1.0}), "\"unicorn\""),
+        (json!(["a"]), "WirePrior"),
+    ] {
+        let body = json!({"images": [{"b64": b64}], "options": {"prior": prior}});
+        let answer = server.post("/v1/classify", "application/json", body.to_string()).await;
+        assert_eq!(answer.status, 400);
+        assert!(answer.json()["detail"].as_str().unwrap().contains(words), "{}", text(&answer.body));
+    }
+}
+
+#[tokio::test]
+async fn sets_extras_and_abstention_come_on_request() {
+    let server = calibrated().await;
+    let png = picture(50, 40, image::ImageFormat::Png);
+    let ask = async |query: &str| server.post(&format!("/v1/classify?{query}"), "image/png", png.clone()).await;
+    let reply = ask("alpha=0.1&include=uncalibrated,support&top_k=10").await.json();
+    let result = &reply["results"][0];
+    let set = &result["set"];
+    assert_eq!(
+        (&set["alpha"], &set["method"], &set["rung"], &set["holds_for"]),
+        (&json!(0.1), &json!("pas"), &json!("marginal"), &json!("uniform"))
+    );
+    assert!(!set["labels"].as_array().unwrap().is_empty() && set["rungs"].is_null());
+    let softmax: f64 =
+        result["predictions"].as_array().unwrap().iter().map(|p| p["uncalibrated"].as_f64().unwrap()).sum();
+    assert!((softmax - 1.0).abs() < 1e-6);
+    let truck = result["predictions"].as_array().unwrap().iter().find(|p| p["label"] == "truck").unwrap();
+    assert_eq!(
+        (&truck["support"], &truck["status"], &truck["training_images"]),
+        (&json!(5), &json!("pooled"), &json!(45))
+    );
+    let wide = ask("alpha=0.02&set_rung=class&prior=train").await.json()["results"][0]["set"].clone();
+    assert!(wide["labels"].as_array().unwrap().len() >= set["labels"].as_array().unwrap().len());
+    assert_eq!(wide["rungs"].as_array().unwrap().len(), wide["labels"].as_array().unwrap().len());
+    assert_eq!(wide["holds_for"], "train");
+    let shy = ask("min_score=1").await.json()["results"][0].clone();
+    assert_eq!((&shy["decision"], &shy["predictions"]), (&json!("abstain"), &json!([])));
+    assert!(shy["reason"].as_str().unwrap().contains("below min_score 1"));
+    let tight = ask("alpha=0.02&max_set_size=1").await.json()["results"][0].clone();
+    assert!(tight["decision"] == "abstain" && tight["reason"].as_str().unwrap().contains("more than max_set_size 1"));
+    for (query, words) in [
+        ("alpha=0.0001", "the calibration images allow"),
+        ("alpha=2", "it must lie between 0 and 1"),
+        ("alpha=x", "a number from 0 to 1"),
+        ("alpha=0.1&set_score=none", "pas or plain"),
+        ("include=everything", "uncalibrated"),
+    ] {
+        let answer = ask(query).await;
+        assert_eq!(answer.status, 400, "{query}");
+        assert!(answer.json()["detail"].as_str().unwrap().contains(words), "{query}: {}", text(&answer.body));
+    }
+}
+
+#[tokio::test]
+async fn a_bundle_without_calibration_serves_the_softmax_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::load(&copied(folder.path())).unwrap();
+    let options = nbn::runtime::SessionOptions::default();
+    let model = ServedModel::start(bundle, library(), 1, options, Default::default(), 8).unwrap();
+    let server = Server::of(vec![model], RequestLimits::default()).await;
+    let png = picture(32, 32, image::ImageFormat::Png);
+    let reply = server.post("/v1/classify?top_k=10&include=logits", "image/png", png).await.json();
+    assert_eq!(
+        (&reply["scale"], &reply["prior"], &reply["calibration"]),
+        (&json!("softmax"), &Value::Null, &Value::Null)
+    );
+    let result = &reply["results"][0];
+    let logits: Vec<f64> = result["logits"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+    let total: f64 = logits.iter().map(|z| z.exp()).sum();
+    for prediction in result["predictions"].as_array().unwrap() {
+        let class = prediction["class_id"].as_u64().unwrap() as usize;
+        assert!((prediction["score"].as_f64().unwrap() - logits[class].exp() / total).abs() < 1e-6);
+    }
+    assert_eq!(server.get("/v1/models/m").await.json()["calibration"], Value::Null);
+    let out =
+        nbn(&["serve", "--addr", "127.0.0.1:0", "--require-calibration", "--models", folder.path().to_str().unwrap()]);
+    assert!(
+        text(&out.stderr).contains("m/1 is not calibrated and --require-calibration is set"),
+        "{}",
+        text(&out.stderr)
+    );
+}
+
+#[test]
+fn batch_rows_carry_sets_and_decisions() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.png"), picture(40, 30, image::ImageFormat::Png)).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let score = |more: &[&str]| nbn(&[&["score", "--model", "models/cifar10-lt"], more, &[path]].concat());
+    let out = score(&["--alpha", "0.1", "--prior", "train", "--max-set-size", "9"]);
+    let row: Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|_| panic!("{}", text(&out.stderr)));
+    assert!(!row["set"].as_array().unwrap().is_empty());
+    assert_eq!(row["decision"], "accept");
+    let out = score(&["--alpha", "0.1", "--format", "csv", "--min-score", "1"]);
+    let mut csv = csv::Reader::from_reader(&out.stdout[..]);
+    assert_eq!(
+        csv.headers().unwrap().iter().take(5).collect::<Vec<_>>(),
+        ["path", "error", "decision", "reason", "set"]
+    );
+    let row = csv.records().next().unwrap().unwrap();
+    assert_eq!(&row[2], "abstain");
+    assert!(serde_json::from_str::<Vec<String>>(&row[4]).is_ok());
+    let prior = folder.path().join("prior.json");
+    fs::write(&prior, "[1,1,1]").unwrap();
+    let out = score(&["--prior", prior.to_str().unwrap()]);
+    assert!(text(&out.stderr).contains("3 entries"), "{}", text(&out.stderr));
+    let out = score(&["--max-set-size", "3"]);
+    assert_eq!(out.status.code(), Some(2));
+}
