@@ -98,11 +98,13 @@ fn place_library() -> Result<PathBuf, String> {
              data=zipfile.ZipFile(wheel).read('onnxruntime/capi/'+sys.argv[2])\n\
              part=sys.argv[3]+'.part%d'%os.getpid()\n\
              open(part,'wb').write(data)\n\
+             os.utime(part,(0,0))\n\
              os.replace(part,sys.argv[3])",
         )
         .arg(&out)
         .arg(file)
         .arg(&library);
+    // The old time of change: cargo builds again when a watched file is newer than the build that made it.
     run(unzip, "python3 takes the library out of the wheel")?;
     let _ = fs::remove_dir_all(&out);
     Ok(library)

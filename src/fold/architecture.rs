@@ -118,11 +118,12 @@ pub struct Network {
 /// # Errors
 /// When the names are of no known network, or of too many experts.
 pub fn family(checkpoint: &Checkpoint) -> Result<Family, FoldError> {
-    let has = |name: &str| checkpoint.tensors.contains_key(name);
+    // By any tensor of a stage, so that a single missing one is reported as missing.
+    let has = |stage: &str| checkpoint.tensors.keys().any(|name| name.starts_with(stage));
     match () {
-        () if has("layer3s.0.0.conv1.weight") => Ok(Family::MultiExpert),
-        () if has("layer4.0.conv1.weight") => Ok(Family::ImageNet),
-        () if has("layer3.0.conv1.weight") => Ok(Family::Cifar),
+        () if has("layer3s.0.") => Ok(Family::MultiExpert),
+        () if has("layer4.") => Ok(Family::ImageNet),
+        () if has("layer3.") => Ok(Family::Cifar),
         () => Err(FoldError::UnknownArchitecture {
             keys: checkpoint.tensors.len(),
             example: checkpoint.tensors.keys().next().cloned().unwrap_or_else(|| "no key".into()),
@@ -142,7 +143,7 @@ pub fn build(
     overrides: &Overrides,
 ) -> Result<Network, FoldError> {
     let family = family(checkpoint)?;
-    let experts = if family == Family::MultiExpert { count(checkpoint, "layer3s.", ".0.conv1.weight") } else { 1 };
+    let experts = if family == Family::MultiExpert { count(checkpoint, "layer3s.") } else { 1 };
     if experts > MAX_EXPERTS {
         return Err(FoldError::TooManyExperts(experts));
     }
@@ -184,9 +185,9 @@ fn choose_layers(checkpoint: &Checkpoint, family: Family, overrides: &Overrides)
     }
 }
 
-/// How many of `prefix0suffix`, `prefix1suffix` … there are, counting up to the highest index.
-fn count(checkpoint: &Checkpoint, prefix: &str, suffix: &str) -> usize {
-    let index = |name: &String| name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse::<usize>().ok();
+/// How many of `prefix0.…`, `prefix1.…` there are, counting up to the highest index.
+fn count(checkpoint: &Checkpoint, prefix: &str) -> usize {
+    let index = |name: &String| name.strip_prefix(prefix)?.split_once('.')?.0.parse::<usize>().ok();
     checkpoint.tensors.keys().filter_map(index).max().map_or(0, |highest| highest + 1)
 }
 
@@ -198,7 +199,7 @@ fn name(checkpoint: &Checkpoint, family: Family, experts: usize) -> String {
         Family::Cifar => &["layer1.", "layer2.", "layer3."],
         Family::MultiExpert => &["layer1.", "layer2.", "layer3s.0.", "layer4s.0."],
     };
-    let blocks: usize = stages.iter().map(|stage| count(checkpoint, stage, ".conv1.weight")).sum();
+    let blocks: usize = stages.iter().map(|stage| count(checkpoint, stage)).sum();
     let bottleneck = checkpoint.tensors.contains_key("layer1.0.conv3.weight");
     let depth = blocks * if bottleneck { 3 } else { 2 } + 2;
     let (width, per_group) = (shape("layer1.0.conv1.weight", 0), shape("layer1.0.conv2.weight", 1));
@@ -293,7 +294,7 @@ impl<'a> Builder<'a> {
         family: Family,
         place: Place,
     ) -> Result<(NodeId, usize), FoldError> {
-        for block in 0..count(self.checkpoint, prefix, ".conv1.weight").max(1) {
+        for block in 0..count(self.checkpoint, prefix).max(1) {
             let stride = if stage > 1 && block == 0 { 2 } else { 1 };
             let name = format!("{prefix}{block}");
             (x, channels) = self.block(&name, x, channels, stride, family, place)?;

@@ -31,7 +31,7 @@ pub enum FoldError {
     },
     /// The names match no known network.
     #[error(
-        "the checkpoint's {keys} keys are of no known network ({example}): expected torchvision-named ResNet/ResNeXt \
+        "the checkpoint's {keys} keys are of no known network (e.g. {example}): expected torchvision-named ResNet/ResNeXt \
          (layer1 … layer4), CIFAR ResNet (layer1 … layer3) or the multi-expert layout (layer3s.0, layer4s.0, linears.0)"
     )]
     UnknownArchitecture {

@@ -73,6 +73,13 @@ pub struct ExportOptions {
 /// # Errors
 /// Nothing is written on an error.
 pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, FoldError> {
+    let version = file_name(&options.out);
+    if version.parse::<u64>().is_err() {
+        return Err(FoldError::Input(format!(
+            "--out ends in {version:?}; a bundle's folder is its version, a decimal number: {}/1",
+            options.out.display()
+        )));
+    }
     if options.out.exists() && !options.force {
         return Err(FoldError::Input(format!(
             "{} exists: give the next version's number, or --force to replace it",
@@ -133,7 +140,13 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
     };
     let input = |line: usize, reason: &str| FoldError::Input(format!("{}: line {line}: {reason}", path.display()));
     let text = String::from_utf8(read(path)?).map_err(|_| input(1, "not UTF-8"))?;
-    let has_header = text.lines().next().is_some_and(|l| l.trim() == "label,count" || l.trim() == "label");
+    // Spreadsheets begin UTF-8 files with a byte-order mark.
+    let text = text.trim_start_matches('\u{feff}');
+    let first = text.lines().next().unwrap_or_default().trim().to_ascii_lowercase();
+    let has_header = first == "label,count" || first == "label";
+    if !has_header && text.lines().all(|line| line.trim().is_empty() || has_a_number_at_the_end(line)) {
+        return Err(input(1, "looks like labels with counts, but has no header: make the first line label,count"));
+    }
     let mut classes = Vec::new();
     if has_header {
         for (n, record) in csv::Reader::from_reader(text.as_bytes()).records().enumerate() {
@@ -153,12 +166,19 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
     }
     if classes.len() != expected {
         return Err(FoldError::Input(format!(
-            "{} names {} classes; the checkpoint has {expected}: list every class once, in the order of the logits",
+            "{} names {} classes; the checkpoint has {expected}: list every class once, in the order of the logits{}",
             path.display(),
-            classes.len()
+            classes.len(),
+            if has_header { "" } else { " (its first line is taken for a class: a header must be label,count)" }
         )));
     }
     Ok(classes)
+}
+
+/// Whether `line` is `something,12` or the like.
+fn has_a_number_at_the_end(line: &str) -> bool {
+    let last = line.trim().rsplit_once([',', ';', '\t']).map(|(_, last)| last.trim());
+    last.is_some_and(|last| !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn evaluation(path: &Path) -> Result<serde_json::Value, FoldError> {

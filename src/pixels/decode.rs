@@ -3,7 +3,8 @@
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+use mozjpeg::ColorSpace;
 
 use crate::bundle::Exif;
 
@@ -36,7 +37,7 @@ pub enum DecodeError {
     UnknownFormat,
     /// Larger than the pixel limit.
     #[error(
-        "image is {width}×{height} ({:.1} MP); the limit is {:.1} MP: resize it, or raise `--max-pixels`",
+        "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise `--max-pixels`",
         (*width as f64 * *height as f64) / 1e6, *limit as f64 / 1e6
     )]
     TooManyPixels {
@@ -96,12 +97,9 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImag
         Exif::Apply => decoder.orientation().ok(),
         Exif::Ignore => None,
     };
-    let mut picture = if format == ImageFormat::Jpeg && decoder.original_color_type() != ExtendedColorType::Cmyk8 {
+    let mut picture = if format == ImageFormat::Jpeg {
         DynamicImage::ImageRgb8(decode_jpeg(bytes, width, height).map_err(damaged)?)
     } else {
-        if format == ImageFormat::Jpeg && !jpeg_has_an_end(bytes) {
-            return Err(damaged("its last scan has no end".into()));
-        }
         DynamicImage::from_decoder(decoder).map_err(|error| match error {
             ImageError::Limits(_) => too_many_bytes(),
             error => damaged(error.to_string()),
@@ -114,18 +112,20 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImag
 }
 
 /// Decodes with libjpeg, whose inverse transform and chroma upsampling Pillow uses too: equal bit for bit. The
-/// pure-Rust decoder of `image` differs by up to 16 levels at the edges of colours. CMYK is left to that decoder.
+/// pure-Rust decoder of `image` differs by up to 16 levels at the edges of colours.
 fn decode_jpeg(bytes: &[u8], width: u32, height: u32) -> Result<RgbImage, String> {
     if !jpeg_has_an_end(bytes) {
         return Err("its last scan has no end".into());
     }
     // libjpeg's fatal errors unwind through this frame, with the message as the payload.
     let decoded = catch_unwind(AssertUnwindSafe(|| {
-        let mut scanlines = mozjpeg::Decompress::new_mem(bytes)?.rgb()?;
+        let decompress = mozjpeg::Decompress::new_mem(bytes)?;
+        let inks = matches!(decompress.color_space(), ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK);
+        let mut scanlines = if inks { decompress.to_colorspace(ColorSpace::JCS_CMYK)? } else { decompress.rgb()? };
         let size = (scanlines.width(), scanlines.height());
         let pixels: Vec<u8> = scanlines.read_scanlines()?;
         scanlines.finish()?;
-        std::io::Result::Ok((size, pixels))
+        std::io::Result::Ok((size, if inks { rgb_of_inks(&pixels) } else { pixels }))
     }));
     let (size, pixels) = match decoded {
         Ok(result) => result.map_err(|error| error.to_string())?,
@@ -135,6 +135,17 @@ fn decode_jpeg(bytes: &[u8], width: u32, height: u32) -> Result<RgbImage, String
         return Err(format!("its headers disagree: {width}×{height} and {}×{}", size.0, size.1));
     }
     RgbImage::from_raw(width, height, pixels).ok_or_else(|| "its size and its data disagree".into())
+}
+
+/// RGB of CMYK samples as Pillow has it: JPEGs store inks inverted, and each colour is (255 − ink) darkened by black, with
+/// Pillow's rounded division by 255.
+fn rgb_of_inks(samples: &[u8]) -> Vec<u8> {
+    let darken = |ink_left: u8, black_left: u8| {
+        let product = u32::from(255 - ink_left) * u32::from(black_left) + 128;
+        black_left - (((product >> 8) + product) >> 8) as u8
+    };
+    let (pixels, _) = samples.as_chunks::<4>();
+    pixels.iter().flat_map(|[c, m, y, k]| [darken(*c, *k), darken(*m, *k), darken(*y, *k)]).collect()
 }
 
 /// Whether an end-of-image marker follows the last start-of-scan marker. The decoder fills a missing rest

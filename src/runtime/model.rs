@@ -62,6 +62,8 @@ pub enum RuntimeError {
     Run(String),
 }
 
+static SAID_ONCE: std::sync::Once = std::sync::Once::new();
+
 /// One session.
 pub struct OnnxModel {
     session: Session,
@@ -79,7 +81,8 @@ impl OnnxModel {
             Device::Cuda => return Self::on_cuda(library, model, options).map_err(RuntimeError::Cuda),
             Device::Auto => match Self::on_cuda(library, model, options) {
                 Ok(session) => return Ok(session),
-                Err(reason) => tracing::info!(%reason, "CUDA is not used; running on the CPU"),
+                // Every worker opens a session; one line tells it.
+                Err(reason) => SAID_ONCE.call_once(|| tracing::info!(%reason, "CUDA is not used; running on the CPU")),
             },
         }
         let session = builder(library, options)

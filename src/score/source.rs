@@ -23,16 +23,15 @@ pub enum SourceError {
     NoImages(PathBuf),
 }
 
-/// The files that `inputs` stand for: a file is itself, whatever its name; a folder is every picture in it and below,
-/// by name.
+/// The files that `inputs` stand for: a file is itself, whatever its name and even when it is missing, which its row will
+/// tell; a folder is every picture in it and below, by name.
 ///
 /// # Errors
-/// When an input does not exist or a folder cannot be read.
+/// When a folder cannot be read or holds no picture.
 pub fn expand(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, SourceError> {
     let mut files = Vec::new();
     for input in inputs {
-        let metadata = fs::metadata(input).map_err(|cause| SourceError::Io { path: input.clone(), cause })?;
-        if !metadata.is_dir() {
+        if !input.is_dir() {
             files.push(input.clone());
             continue;
         }

@@ -9,8 +9,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::RequestLimits;
+use super::options::Options;
 use super::problem::Problem;
-use super::wire::{ClassifyRequest, Options};
+use super::wire::ClassifyRequest;
 use crate::engine::EncodedImage;
 
 const IMAGE_TYPES: [&str; 7] =
@@ -81,7 +82,7 @@ async fn body_bytes(body: Body, headers: &HeaderMap, limits: &RequestLimits) -> 
     match tokio::time::timeout(limits.timeout, axum::body::to_bytes(body, limit)).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(error)) if std::error::Error::source(&error).is_some_and(|s| s.to_string().contains("length limit")) => {
-            Err(too_large("longer than that"))
+            Err(too_large(&format!("longer than {limit} bytes")))
         }
         Ok(Err(_)) => Err(Problem::bad_request("body_broken", "the body ended before its announced length")),
         Err(_) => Err(slow(limits.timeout)),

@@ -32,6 +32,7 @@ def main():
         "rgb.png": rgb, "grey.png": rgb.convert("L"), "palette.png": rgb.quantize(32), "alpha.png": alpha,
         "tall.png": picture(20, 90, 1), "small.png": picture(32, 32, 2), "rgb.bmp": rgb, "rgb.gif": rgb.quantize(64),
         "rgb.webp": rgb, "photo.jpg": picture(120, 80, 3), "grey.jpg": rgb.convert("L"),
+        "cmyk.jpg": picture(70, 50, 5).convert("CMYK"),
     }
     expected = {}
     for name, image in files.items():
