@@ -55,16 +55,29 @@ fn figures_and_fits_agree_with_independent_implementations() {
         let expected = expected.as_f64().unwrap_or_else(|| panic!("{name} is missing"));
         assert!((found - expected).abs() <= tolerance, "{name}: {found}, expected {expected}");
     };
-    let softmax = rows(&logits, |z| z.softmax().values().to_vec());
     let ones = vec![1.0; logits.len()];
-    let of = &expected["softmax"];
-    close("nll", mean(&softmax.nll), &of["nll"], 1e-6);
-    close("brier", mean(&softmax.brier), &of["brier"], 1e-6);
-    close("ece", softmax.ece(&softmax.top1, &ones), &of["ece"], 1e-6);
-    close("ece_equal_mass", softmax.ece_equal_mass(&softmax.top1, &ones), &of["ece_equal_mass"], 1e-6);
-    for (k, found) in softmax.classwise_ece(logits.labels(), &ones).into_iter().enumerate() {
-        close("classwise_ece", found, &of["classwise_ece"][k], 1e-6);
+    let softmax = |temperature: f64| {
+        rows(&logits, |z| {
+            let mut p: Vec<f64> = z.values().iter().map(|z| f64::from(*z) / temperature).collect();
+            softmax_in_place(&mut p);
+            p
+        })
+    };
+    // At the fitted temperature the gaps have both signs, so that the bins themselves are tested.
+    for (section, temperature) in
+        [("softmax", 1.0), ("softmax_at_temperature", expected["temperature"].as_f64().unwrap())]
+    {
+        let (of, found) = (&expected[section], softmax(temperature));
+        close("nll", mean(&found.nll), &of["nll"], 1e-6);
+        close("brier", mean(&found.brier), &of["brier"], 1e-6);
+        close("ece", found.ece(&found.top1, &ones), &of["ece"], 1e-6);
+        close("ece", found.ece(&found.top1, &ones), &of["ece_uncertainty_calibration"], 1e-6);
+        close("ece_equal_mass", found.ece_equal_mass(&found.top1, &ones), &of["ece_equal_mass"], 1e-6);
+        for (k, found) in found.classwise_ece(logits.labels(), &ones).into_iter().enumerate() {
+            close("classwise_ece", found, &of["classwise_ece"][k], 1e-6);
+        }
     }
+    let softmax = softmax(1.0);
     close("temperature", temperature_alone(&logits), &expected["temperature"], 1e-3);
     // No prior, no ridge: the rung is plain vector scaling.
     let zero = vec![0.0; 10];

@@ -30,7 +30,7 @@ from torchcp.classification.predictor import SplitPredictor
 from torchcp.classification.score import LAC
 
 OUT = Path(__file__).parents[1] / "data" / "calibration"
-PACKAGES = ["numpy", "scipy", "torch", "scikit-learn", "netcal", "uncertainty-calibration", "crepes", "mapie", "torchcp"]
+PACKAGES = "numpy scipy torch scikit-learn netcal uncertainty-calibration crepes mapie torchcp".split()
 CLASSES, ROWS, BINS = 10, 1500, 15
 ALPHAS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
 
@@ -47,14 +47,18 @@ def main():
         "conformal": conformal(z, y),
     }
     expected |= vector_scaling(z, y, 1 / expected["temperature"])
+    # Before scaling every bin is overconfident, which makes ECE the same over any bins; after it the signs are mixed.
+    scaled = measure(softmax(z / expected["temperature"]), y)
+    assert abs(scaled["ece"] - scaled["ece_equal_mass"]) > 1e-3
+    expected["softmax_at_temperature"] = scaled
     (OUT / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     show(expected, y)
 
 
 def draw():
-    random = np.random.default_rng(20)
-    log_prior = np.log(0.66 ** np.arange(CLASSES))
-    scores = log_prior + 2.2 * random.standard_normal((ROWS, CLASSES))
+    random = np.random.default_rng(7)
+    log_prior = np.log(0.62 ** np.arange(CLASSES))
+    scores = log_prior + 1.8 * random.standard_normal((ROWS, CLASSES))
     # The largest of scores + Gumbel noise is a draw from softmax(scores).
     y = (scores + random.gumbel(size=scores.shape)).argmax(1)
     logits = random.uniform(1.5, 2.6, CLASSES) * scores + random.uniform(-0.8, 0.8, CLASSES)
@@ -104,6 +108,8 @@ def measure(p, y):
         by_uncertainty_calibration = calibration.get_ece(p[:, k], (y == k).astype(int), num_bins=BINS)
         ours = binned(p[:, k], one_hot[:, k], of(p[:, k]))
         classwise.append(same(value, [by_sklearn, by_uncertainty_calibration, ours]))
+    # Not halved: the sum over classes.
+    brier = brier_score_loss(y, p, labels=classes, scale_by_half=False)
     ours = binned(confidence, hit, of(confidence))
     # uncertainty-calibration's bins end halfway between neighbours. netcal's ACE is the plain mean over bins of equal
     # width, so its ECE over quantiles is the one to compare with; at 100 rows a bin both hold the same rows.
@@ -111,8 +117,7 @@ def measure(p, y):
     by_netcal = ECE(BINS, equal_intervals=False).measure(p, y)
     return {
         "nll": same(log_loss(y, p, labels=classes), [nll(np.log(p), y)]),
-        # scikit-learn halves nothing here: the sum over classes.
-        "brier": same(brier_score_loss(y, p, labels=classes, scale_by_half=False), [((p - one_hot) ** 2).sum(1).mean()]),
+        "brier": same(brier, [((p - one_hot) ** 2).sum(1).mean()]),
         "ece": same(ECE(BINS).measure(p, y), [ours]),
         # Without debiasing and with p = 1 this is Guo et al.'s definition too.
         "ece_uncertainty_calibration": same(calibration.get_ece(p, y, num_bins=BINS), [ours]),
@@ -224,11 +229,13 @@ def conformal(z, y):
 
 def show(expected, y):
     print("rows per class", *np.bincount(y), "\n")
-    for name, value in (expected["softmax"] | expected).items():
-        if isinstance(value, float):
-            print(f"{name:28} {value:.9f}")
-    for name in ("classwise_ece", "vector_scaling_a", "vector_scaling_b"):
-        print(f"{name:28}", *(f"{v:.4f}" for v in (expected["softmax"] | expected)[name]))
+    for title in ("softmax", "softmax_at_temperature", None):
+        print(title or "fits")
+        for name, value in (expected[title] if title else expected).items():
+            if isinstance(value, float):
+                print(f"  {name:28} {value:.9f}")
+            elif isinstance(value, list) and isinstance(value[0], float):
+                print(f"  {name:28}", *(f"{v:.4f}" for v in value))
     print("\nalpha  torchcp      mapie        crepes")
     for row in expected["conformal"]:
         print(f"{row['alpha']:<6} {row['torchcp']:.9f}  {row['mapie']:.9f}  {row['crepes']:.9f}")
