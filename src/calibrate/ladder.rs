@@ -1,8 +1,10 @@
 //! The rungs of prior-aware structured vector scaling, from the prior alone to a scale and a bias per class.
 //!
-//!     u = (1 + v) ⊙ z / T + b + κ·log π_train
-//!     fit:   softmax(u + log(π_cal / π_train)), mean negative log-likelihood + (K/n)·(‖v‖² + ‖b‖²)
-//!     serve: softmax(u + log(π_deploy / π_train))
+//! ```text
+//! u = (1 + v) ⊙ z / T + b + κ·log π_train
+//! fit:   softmax(u + log(π_cal / π_train)), mean negative log-likelihood + (K/n)·(‖v‖² + ‖b‖²)
+//! serve: softmax(u + log(π_deploy / π_train))
+//! ```
 //!
 //! T and κ are fitted first, then v and b with both held. Every problem is convex in 1/T, κ, v, b.
 

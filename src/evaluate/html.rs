@@ -25,10 +25,10 @@ const ROWS: [(&str, &str, f64, usize); 11] = [
 ];
 
 const STYLE: &str = "
-body{font:15px/1.5 system-ui,sans-serif;color:#222226;background:#fff;max-width:1040px;margin:32px auto;padding:0 24px}
+body{font:15px/1.5 system-ui,sans-serif;color:#222226;background:#fff;max-width:1040px;margin:32px auto;padding:0 20px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:40px 0 8px}p{max-width:76ch}small,.note{color:#606068}
 table{border-collapse:collapse;margin:12px 0;min-width:560px;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #e4e4e8}td{white-space:nowrap}
+th,td{padding:4px 8px;text-align:right;border-bottom:1px solid #e4e4e8}td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #88888f;vertical-align:bottom}
 td small{display:block;font-size:11.5px}.plots{display:flex;flex-wrap:wrap;gap:4px}.scroll{overflow-x:auto}
 svg{max-width:100%;height:auto}.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 14px}
