@@ -6,7 +6,7 @@
 use super::ladder::{Kappa, Parameters, Problem};
 use crate::bundle::{Rung, RungReport};
 use crate::data::LabelledLogits;
-use crate::scores::softmax_in_place;
+use crate::scores::{argmax, softmax_in_place};
 
 const FOLDS: usize = 5;
 
@@ -143,7 +143,7 @@ impl OutOfFold {
             map(&mut p, logits.row(row), &a, &own_mix);
             let own = p[label];
             self.nll[row] = softmax_in_place(&mut p) - own;
-            let best = (0..p.len()).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+            let best = argmax(&p);
             self.predicted[row] = best as u32;
             self.confidence[row] = p[best];
             self.hits[row] = f64::from(u8::from(best == label));

@@ -15,6 +15,7 @@ use crate::bundle::{
 };
 use crate::data::LabelledLogits;
 use crate::metrics;
+use crate::scores::{argmax, softmax_in_place};
 use cross_validate::CrossValidation;
 
 pub use conformal::{threshold, weighted_threshold};
@@ -208,8 +209,8 @@ fn report(logits: &LabelledLogits, options: &Options, validation: &CrossValidati
         p.clear();
         p.extend(logits.row(row).iter().map(|z| f64::from(*z)));
         let own = p[label as usize];
-        nll += crate::scores::softmax_in_place(&mut p) - own;
-        let best = (0..p.len()).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+        nll += softmax_in_place(&mut p) - own;
+        let best = argmax(&p);
         confidence.push(p[best]);
         hits.push(f64::from(u8::from(best == label as usize)));
         flips += u64::from(chosen.predicted[row] as usize != best);

@@ -8,10 +8,8 @@ use std::sync::Arc;
 
 use super::DataError;
 use crate::bundle::Exif;
-use crate::pixels::{DecodeLimits, RgbImage, decode};
+use crate::pixels::{DecodeLimits, RgbImage, decode, has_picture_ending};
 
-/// Endings of the files that are taken from class folders.
-const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: usize = 3 * CIFAR_SIDE * CIFAR_SIDE;
 
@@ -220,10 +218,9 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
 
 fn walk(folder: &Path, label: u32, set: &mut LabelledImages) -> Result<(), DataError> {
     for path in entries(folder)? {
-        let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
         if path.is_dir() && !path.is_symlink() {
             walk(&path, label, set)?;
-        } else if ENDINGS.contains(&ending.as_str()) {
+        } else if has_picture_ending(&path) {
             set.items.push(Item::File(path));
             set.labels.push(label);
         }

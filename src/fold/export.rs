@@ -144,7 +144,8 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
     let text = text.trim_start_matches('\u{feff}');
     let first = text.lines().next().unwrap_or_default().trim().to_ascii_lowercase();
     let has_header = first == "label,count" || first == "label";
-    if !has_header && text.lines().all(|line| line.trim().is_empty() || has_a_number_at_the_end(line)) {
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty()).peekable();
+    if !has_header && lines.peek().is_some() && lines.all(has_a_number_at_the_end) {
         return Err(input(1, "looks like labels with counts, but has no header: make the first line label,count"));
     }
     let mut classes = Vec::new();

@@ -4,6 +4,8 @@
 //! of equal mass (Nguyen & O'Connor 2015). Classwise ECE of class k bins every image's score of k instead and compares it
 //! with how often k is the label (Kull et al. 2019). Brier: Σ_k (p_k − 1[y = k])², summed over classes.
 
+use crate::scores::argmax;
+
 /// Bins of every binned error.
 pub const BINS: usize = 15;
 
@@ -47,7 +49,7 @@ impl Rows {
         for (p, &label) in rows.probabilities.chunks_exact(classes).zip(&rows.labels) {
             let label = label as usize;
             let own = p[label];
-            let best = (0..classes).fold(0, |best, k| if p[k] > p[best] { k } else { best });
+            let best = argmax(p);
             // Equal scores rank by class index, as in answers.
             let above = p.iter().enumerate().filter(|&(k, v)| *v > own || (*v == own && k < label)).count();
             rows.nll.push(-own.max(f64::MIN_POSITIVE).ln());

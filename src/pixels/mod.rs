@@ -6,7 +6,18 @@ mod resize;
 pub use decode::{DecodeError, DecodeLimits, decode};
 pub use image::RgbImage;
 
+use std::path::Path;
+
 use crate::bundle::Preprocessing;
+
+/// Endings of the files that are taken for pictures when a folder is read.
+pub const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+
+/// Whether `path` ends as a picture does, in upper or lower case.
+pub fn has_picture_ending(path: &Path) -> bool {
+    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known))
+}
 
 /// One picture ready for the network: `[3, side, side]`, row-major, normalised.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,8 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
-/// Endings of the files that are taken from a folder.
-const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+use crate::pixels::{ENDINGS, has_picture_ending};
 
 /// An input that cannot be listed.
 #[derive(Debug, thiserror::Error)]
@@ -53,16 +52,11 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
         // Symbolic links to folders are not followed: they may form a circle.
         if entry.file_type().map_err(fail)?.is_dir() {
             walk(&path, files)?;
-        } else if has_ending(&path) {
+        } else if has_picture_ending(&path) {
             files.push(path);
         }
     }
     Ok(())
-}
-
-fn has_ending(path: &Path) -> bool {
-    let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known))
 }
 
 /// One path a line; empty lines are skipped.

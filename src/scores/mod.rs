@@ -90,6 +90,11 @@ impl Probabilities {
     }
 }
 
+/// Index of the largest value; the first of equal ones, as answers rank them.
+pub fn argmax(values: &[f64]) -> usize {
+    (0..values.len()).fold(0, |best, k| if values[k] > values[best] { k } else { best })
+}
+
 /// Replaces `scores` by exp(xₖ − max x) / Σ exp(xⱼ − max x) and returns log Σ exp(xⱼ). An entry of −∞ becomes 0.
 pub fn softmax_in_place(scores: &mut [f64]) -> f64 {
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -12,7 +12,7 @@ pub enum SetScore {
     /// −p/π_train, prevalence-adjusted: rare classes get in more easily, which raises mean coverage per class.
     #[default]
     Pas,
-    /// −p: the smallest sets on average; rare classes are often missed.
+    /// −p: small sets under the training mix, which often miss rare classes.
     Plain,
 }
 

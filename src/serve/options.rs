@@ -50,7 +50,7 @@ pub(crate) struct Options {
 /// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
 /// object from label to number. Numbers must be above 0 and need not sum to 1.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "prior must be uniform, train, a list of numbers or an object from label to number")]
 pub(crate) enum WirePrior {
     /// `uniform` or `train`.
     Named(NamedPrior),

@@ -370,7 +370,7 @@ async fn a_calibrated_model_answers_under_the_prior_that_a_request_names() {
         (json!(counts[..9]), "9 entries; the model has 10"),
         (missing, "no entry for class \"truck\""),
         (json!({"unicorn": 1.0}), "\"unicorn\""),
-        (json!(["a"]), "WirePrior"),
+        (json!(["a"]), "prior must be uniform, train, a list of numbers"),
     ] {
         let body = json!({"images": [{"b64": b64}], "options": {"prior": prior}});
         let answer = server.post("/v1/classify", "application/json", body.to_string()).await;

@@ -1,0 +1,151 @@
+//! What an evaluation holds, as report.json has it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::measure::Figure;
+use crate::bundle::Group;
+
+/// All that was measured of one bundle.
+#[derive(Debug, Clone, Serialize)]
+pub struct Evaluation {
+    /// Name and version.
+    pub bundle: String,
+    /// SHA-256 of its network.
+    pub model_sha256: String,
+    /// Id of its calibration.
+    pub calibration: Option<String>,
+    /// File name of the set.
+    pub data: String,
+    /// Images.
+    pub images: usize,
+    /// When, in UTC.
+    pub created: String,
+    /// Level of the prediction sets.
+    pub alpha: f64,
+    /// Resamples behind the intervals.
+    pub resamples: usize,
+    /// Classes without an image: no figure counts them.
+    pub absent_classes: usize,
+    /// Under the uniform and, where counts are known, the training prior.
+    pub priors: Vec<PriorFigures>,
+    /// By class, in the order of the logits, under the uniform prior.
+    pub classes: Vec<ClassFigures>,
+    /// The most frequent confusions, by the share of the true class's images.
+    pub confusions: Vec<Confusion>,
+    /// Images by size of their set, from size 1, under the uniform prior; empty without calibration.
+    pub set_sizes: BTreeMap<&'static str, Vec<u64>>,
+}
+
+/// Figures under one prior.
+#[derive(Debug, Clone, Serialize)]
+pub struct PriorFigures {
+    /// `uniform` or `train`.
+    pub prior: &'static str,
+    /// The softmax, the softmax with one temperature, and the calibrated scores.
+    pub scorers: Vec<ScorerFigures>,
+}
+
+/// Figures of one way of scoring.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScorerFigures {
+    /// `softmax`, `temperature` or `calibrated`.
+    pub scorer: &'static str,
+    /// Overall, macro, and each group.
+    pub slices: Vec<SliceFigures>,
+}
+
+/// Figures over some images.
+#[derive(Debug, Clone, Serialize)]
+pub struct SliceFigures {
+    /// `overall`, `macro` (every class the same), `many`, `medium` or `few`.
+    pub slice: &'static str,
+    /// By metric; sets only for calibrated scores.
+    pub metrics: BTreeMap<&'static str, Figure>,
+    /// Reliability: mean score and accuracy in each of 15 bins of the best class's score.
+    pub reliability: Vec<ReliabilityBin>,
+}
+
+/// One bin of a reliability diagram.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct ReliabilityBin {
+    /// Share of the slice's weight.
+    pub share: f64,
+    /// Mean score of the best class.
+    pub confidence: f64,
+    /// Share of images whose best class is right.
+    pub accuracy: f64,
+}
+
+/// One class.
+#[derive(Debug, Clone, Serialize)]
+pub struct ClassFigures {
+    /// Its label.
+    pub label: String,
+    /// Its group, when known.
+    pub group: Option<Group>,
+    /// Its training images, when known.
+    pub training_images: Option<u64>,
+    /// Its test images.
+    pub images: u64,
+    /// Share of them whose best class is right, by the softmax and by the calibrated scores.
+    pub recall: BTreeMap<&'static str, f64>,
+    /// Share of them whose set holds the class: PAS and plain.
+    pub coverage: BTreeMap<&'static str, f64>,
+}
+
+/// How often one class is taken for another.
+#[derive(Debug, Clone, Serialize)]
+pub struct Confusion {
+    /// The true class.
+    pub label: String,
+    /// What it is taken for.
+    pub taken_for: String,
+    /// Images.
+    pub images: u64,
+    /// Of the true class's images.
+    pub share: f64,
+}
+
+/// Two bundles on the same images.
+#[derive(Debug, Clone, Serialize)]
+pub struct Comparison {
+    /// The first.
+    pub bundle: String,
+    /// The second.
+    pub against: String,
+    /// First minus second by prior, slice and metric, with paired intervals.
+    pub differences: Vec<PriorFigures>,
+}
+
+impl Evaluation {
+    /// What goes into the bundle and onto its card: values without intervals, rounded to 4 decimals.
+    pub fn card(&self) -> serde_json::Value {
+        let rounded = |figure: &Figure| (figure.value * 1e4).round() / 1e4;
+        let mut figures = serde_json::Map::new();
+        for prior in &self.priors {
+            let scorers: BTreeMap<_, BTreeMap<_, BTreeMap<_, _>>> = prior
+                .scorers
+                .iter()
+                .map(|s| {
+                    let slices = s.slices.iter().map(|slice| {
+                        (slice.slice, slice.metrics.iter().map(|(name, figure)| (*name, rounded(figure))).collect())
+                    });
+                    (s.scorer, slices.collect())
+                })
+                .collect();
+            figures.insert(prior.prior.to_owned(), serde_json::json!(scorers));
+        }
+        serde_json::json!({
+            "model_sha256": self.model_sha256,
+            "calibration": self.calibration,
+            "data": self.data,
+            "images": self.images,
+            "created": self.created,
+            "how": "fold evaluate --card; by prior, scorer, slice and metric",
+            "alpha": self.alpha,
+            "figures": figures,
+        })
+    }
+}
