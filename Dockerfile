@@ -22,7 +22,9 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 COPY --from=build /out /opt/nbn
 COPY models /models
-ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models
+# Optimised networks; writable by the server alone.
+RUN install -d -o 10001 -g 10001 -m 700 /cache
+ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM

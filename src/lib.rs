@@ -9,7 +9,8 @@
 //! - [`runtime`]: one ONNX model, one caller at a time; the only room that names `ort`
 //! - [`classify`]: bytes → prediction → scores, the one composition that all programs share
 //! - `engine`: worker threads that own classifiers, behind a bounded queue
-//! - `serve`, `score`: HTTP, and batch scoring
+//! - `registry`: the models that are served: loading, swapping, unloading
+//! - `serve`, `score`: HTTP and gRPC, and batch scoring
 //! - `data`: labelled image sets, and a bundle's logits of them
 //! - `metrics`: accuracy, likelihood and calibration errors
 //! - `calibrate`: labelled logits → calibration.json
@@ -35,6 +36,8 @@ pub mod evaluate;
 pub mod fold;
 #[cfg(feature = "fold")]
 pub mod metrics;
+#[cfg(feature = "serve")]
+pub mod registry;
 #[cfg(feature = "serve")]
 pub mod score;
 #[cfg(feature = "serve")]

@@ -5,12 +5,13 @@ use tokio::sync::watch;
 /// Exit status after a second signal, as shells report an interrupt.
 const INTERRUPTED: i32 = 130;
 
-/// Becomes true at the first signal. Must be called inside a tokio runtime.
+/// The receiver becomes true at the first signal, or when something is sent. Must be called inside a tokio runtime.
 ///
 /// # Errors
 /// When the signal handlers cannot be installed.
-pub fn on_signal() -> std::io::Result<watch::Receiver<bool>> {
+pub fn on_signal() -> std::io::Result<(watch::Sender<bool>, watch::Receiver<bool>)> {
     let (sender, receiver) = watch::channel(false);
+    let own = sender.clone();
     #[cfg(unix)]
     let mut terminate = {
         use tokio::signal::unix::{SignalKind, signal};
@@ -32,5 +33,5 @@ pub fn on_signal() -> std::io::Result<watch::Receiver<bool>> {
             let _ = sender.send(true);
         }
     });
-    Ok(receiver)
+    Ok((own, receiver))
 }

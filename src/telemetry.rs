@@ -1,16 +1,72 @@
-//! Logs: human lines on a terminal, JSON elsewhere, always on stderr.
+//! Logs: human lines on a terminal, JSON elsewhere, always on stderr. Traces to a collector, where one is named.
 
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Starts logging at `level` for this crate; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
 pub fn init(level: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},ort=warn")));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry().with(filter(level));
     if std::io::stderr().is_terminal() {
-        builder.with_target(false).init();
+        registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
     } else {
-        builder.json().flatten_event(true).init();
+        let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr);
+        registry.with(json).init();
     }
+}
+
+fn filter(level: &str) -> EnvFilter {
+    EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},ort=warn")))
+}
+
+/// The way to the collector.
+#[cfg(feature = "serve")]
+pub struct Traces(opentelemetry_sdk::trace::SdkTracerProvider);
+
+#[cfg(feature = "serve")]
+impl Traces {
+    /// Sends what is left. Blocks for a few seconds at most.
+    pub fn finish(self) {
+        if let Err(error) = self.0.shutdown() {
+            tracing::warn!(%error, "the last traces were not sent");
+        }
+    }
+}
+
+/// As [`init`], and sends spans to the collector at `otlp` over gRPC. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// When `otlp` is no address of a collector.
+#[cfg(feature = "serve")]
+pub fn init_traced(level: &str, otlp: Option<&str>) -> Result<Option<Traces>, String> {
+    use opentelemetry::trace::TracerProvider;
+    use opentelemetry_otlp::WithExportConfig;
+    let Some(endpoint) = otlp else {
+        init(level);
+        return Ok(None);
+    };
+    if !endpoint.starts_with("http://") {
+        return Err(format!("{endpoint:?}: expected an address such as http://127.0.0.1:4317"));
+    }
+    let exporter = opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint)
+        .build()
+        .map_err(|error| format!("{endpoint:?}: {error}"))?;
+    let resource = opentelemetry_sdk::Resource::builder().with_service_name("nbn").build();
+    let provider = opentelemetry_sdk::trace::SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_resource(resource)
+        .build();
+    let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn"));
+    let registry = tracing_subscriber::registry().with(filter(level)).with(spans);
+    if std::io::stderr().is_terminal() {
+        registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
+    } else {
+        let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr);
+        registry.with(json).init();
+    }
+    Ok(Some(Traces(provider)))
 }

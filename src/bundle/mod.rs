@@ -6,8 +6,10 @@
 
 mod calibration;
 mod manifest;
+mod repository;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use sha2::{Digest, Sha256};
 
@@ -20,6 +22,7 @@ pub use manifest::{
     Alpha, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof, Preprocessing, Proof,
     SCHEMA_VERSION,
 };
+pub use repository::{Repository, VersionFolder, VersionPolicy};
 
 /// File name of the network in a bundle.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -54,7 +57,40 @@ impl BoundCalibration {
     }
 }
 
-/// A verified bundle. `model` is the ONNX file's bytes.
+/// The network's file. Its bytes are read, and checked against the manifest's SHA-256, when they are first asked for.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// SHA-256 in lower-case hexadecimal, from the manifest.
+    pub sha256: String,
+    bytes: OnceLock<Vec<u8>>,
+}
+
+impl Network {
+    fn new(path: PathBuf, sha256: String) -> Self {
+        Self { path, sha256, bytes: OnceLock::new() }
+    }
+
+    /// The checked bytes of `model.onnx`.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is not the one that the manifest describes.
+    pub fn bytes(&self) -> Result<&[u8], BundleError> {
+        if let Some(bytes) = self.bytes.get() {
+            return Ok(bytes);
+        }
+        let bytes = read(&self.path)?;
+        let found = sha256_hex(&bytes);
+        if found != self.sha256 {
+            return Err(BundleError::Digest { path: self.path.clone(), found, expected: self.sha256.clone() });
+        }
+        Ok(self.bytes.get_or_init(|| bytes))
+    }
+}
+
+/// A bundle whose manifest is consistent and whose calibration was made for it. Unless it came from [`Bundle::open`], its
+/// network was checked, too.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     /// Name of the model: its folder's name under the model repository.
@@ -63,8 +99,8 @@ pub struct Bundle {
     pub version: String,
     /// The bundle's description.
     pub manifest: Manifest,
-    /// Bytes of `model.onnx`, whose SHA-256 was checked.
-    pub model: Vec<u8>,
+    /// The network.
+    pub network: Network,
     /// The calibration, when there is one.
     pub calibration: Option<BoundCalibration>,
     /// What `fold evaluate --card` measured, when it did.
@@ -161,7 +197,17 @@ impl Bundle {
     /// When a file cannot be read, the manifest is malformed or inconsistent, the model's digest differs, or the
     /// calibration is of another bundle.
     pub fn load(folder: &Path) -> Result<Self, BundleError> {
-        let mut bundle = Self::load_calibrated(folder)?;
+        let bundle = Self::open(folder)?;
+        bundle.network.bytes()?;
+        Ok(bundle)
+    }
+
+    /// As [`Bundle::load`], but leaves the network unread and unchecked until [`Network::bytes`] is called.
+    ///
+    /// # Errors
+    /// As [`Bundle::load`], but for the model's digest.
+    pub fn open(folder: &Path) -> Result<Self, BundleError> {
+        let mut bundle = Self::open_calibrated(folder)?;
         let path = bundle.folder.join(EVALUATION_FILE);
         if path.exists() {
             bundle.evaluation = Some(bundle.read_evaluation(path)?);
@@ -174,7 +220,13 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::load`].
     pub fn load_calibrated(folder: &Path) -> Result<Self, BundleError> {
-        let mut bundle = Self::load_uncalibrated(folder)?;
+        let bundle = Self::open_calibrated(folder)?;
+        bundle.network.bytes()?;
+        Ok(bundle)
+    }
+
+    fn open_calibrated(folder: &Path) -> Result<Self, BundleError> {
+        let mut bundle = Self::open_uncalibrated(folder)?;
         let path = bundle.folder.join(CALIBRATION_FILE);
         if path.exists() {
             bundle.calibration = Some(BoundCalibration::load(&path, &bundle.manifest)?);
@@ -205,50 +257,29 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::load`].
     pub fn load_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
+        let bundle = Self::open_uncalibrated(folder)?;
+        bundle.network.bytes()?;
+        Ok(bundle)
+    }
+
+    fn open_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
         let folder = if folder.join(MANIFEST_FILE).is_file() { folder.to_owned() } else { latest_version(folder)? };
         let folder = std::fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
         let path = folder.join(MANIFEST_FILE);
         let manifest: Manifest =
             serde_json::from_slice(&read(&path)?).map_err(|cause| BundleError::Parse { path: path.clone(), cause })?;
         manifest.check().map_err(|cause| BundleError::Manifest { path, cause })?;
-        let path = folder.join(MODEL_FILE);
-        let model = read(&path)?;
-        let found = sha256_hex(&model);
-        if found != manifest.model.sha256 {
-            return Err(BundleError::Digest { path, found, expected: manifest.model.sha256 });
-        }
+        let network = Network::new(folder.join(MODEL_FILE), manifest.model.sha256.clone());
         let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         let (name, version) = (part(folder.parent()), part(Some(&folder)));
-        Ok(Self { name, version, manifest, model, calibration: None, evaluation: None, folder })
-    }
-
-    /// Opens the highest version of every model below `repository`, in the order of their names.
-    ///
-    /// # Errors
-    /// When there is no model, or any of them cannot be opened.
-    pub fn load_all(repository: &Path) -> Result<Vec<Self>, BundleError> {
-        let mut folders: Vec<PathBuf> = list(repository)?
-            .into_iter()
-            .filter(|path| path.is_dir() && path.file_name().is_some_and(|n| !n.to_string_lossy().starts_with('.')))
-            .collect();
-        folders.sort();
-        if let Some(version) = folders.iter().find(|folder| folder.join(MANIFEST_FILE).is_file()) {
-            return Err(BundleError::NotARepository { path: repository.to_owned(), version: version.clone() });
-        }
-        if folders.is_empty() {
-            return Err(BundleError::NoModel(repository.to_owned()));
-        }
-        folders.iter().map(|folder| Self::load(folder)).collect()
+        Ok(Self { name, version, manifest, network, calibration: None, evaluation: None, folder })
     }
 }
 
 fn latest_version(folder: &Path) -> Result<PathBuf, BundleError> {
-    list(folder)?
-        .into_iter()
-        .filter(|path| path.join(MANIFEST_FILE).is_file())
-        .filter_map(|path| Some((path.file_name()?.to_str()?.parse::<u64>().ok()?, path)))
-        .max()
-        .map(|(_, path)| path)
+    repository::versions(folder)?
+        .pop()
+        .map(|version| version.folder)
         .ok_or_else(|| BundleError::NoVersion(folder.to_owned()))
 }
 

@@ -1,17 +1,35 @@
 //! Encoded bytes → [`Prediction`] → scores: the one composition of pixels, network and calibration, used by the server,
 //! by batch scoring and by calibration alike.
 
+mod prepare;
 mod scorer;
 
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::bundle::{Bundle, Manifest};
+use bytes::Bytes;
+use ndarray::{Array2, ArrayView4};
+
+use crate::bundle::{Bundle, BundleError, Manifest};
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor, RgbImage};
-use crate::runtime::{Library, OnnxModel, Runner, RuntimeError, SessionOptions};
+use crate::runtime::{
+    Device, Library, NetworkCache, NetworkFile, OnnxModel, Runner, RuntimeError, SessionOptions, Stop,
+};
 use crate::scores::{Logits, LogitsError};
 
+pub use prepare::{Prepare, StageTimes};
 pub use scorer::{Abstention, Decision, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
+
+/// One picture, as a caller sends it. Both kinds are shared, not copied.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// An encoded picture.
+    Encoded(Bytes),
+    /// The network's own input `[3, side, side]`: normalised, row-major, f32 in little-endian bytes.
+    Pixels(Bytes),
+}
 
 /// The answer for one picture.
 #[derive(Debug, Clone)]
@@ -22,15 +40,21 @@ pub struct Prediction {
     pub timings: Timings,
 }
 
-/// Seconds by stage, for one picture.
+/// Time by stage, for one picture.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Timings {
     /// Waiting for a worker.
     pub queue: Duration,
-    /// Decoding, resizing, cropping and normalising.
+    /// Decoding.
     pub decode: Duration,
-    /// The network.
+    /// Resizing, cropping and normalising.
+    pub preprocess: Duration,
+    /// The network, for the whole batch that the picture was in.
     pub infer: Duration,
+    /// Pictures in that batch.
+    pub batch: usize,
+    /// Whether this picture stands for its batch where batches are counted.
+    pub leads_batch: bool,
 }
 
 /// Why a picture got no prediction.
@@ -39,29 +63,60 @@ pub enum ClassifyError {
     /// The picture's own fault.
     #[error(transparent)]
     Image(#[from] DecodeError),
+    /// A tensor of another size than the network's input.
+    #[error("the tensor has {found} bytes; the network's input has {expected}")]
+    Tensor {
+        /// Bytes given.
+        found: usize,
+        /// Bytes of `[3, side, side]` in f32.
+        expected: usize,
+    },
     /// The runtime's fault.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// The network's file is not the bundle's.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
     /// The network gave no usable logits.
     #[error(transparent)]
     Logits(#[from] LogitsError),
+    /// The network gave another number of rows than pictures.
+    #[error("the network gave {found} rows of logits for {pictures} pictures")]
+    Rows {
+        /// Rows given.
+        found: usize,
+        /// Pictures put in.
+        pictures: usize,
+    },
     /// The worker's code panicked on this picture.
     #[error("the worker panicked: {0}")]
     Panic(String),
+    /// The deadline passed while the picture waited.
+    #[error("the deadline passed while the image waited")]
+    Deadline,
 }
 
 /// One worker's own session and preprocessing.
 pub struct Classifier {
-    preprocessor: Preprocessor,
-    runner: Box<dyn Runner>,
     manifest: Arc<Manifest>,
+    prepare: Box<dyn Prepare>,
+    runner: Box<dyn Runner>,
+    /// Batch sizes that the network is run with, ascending from 1.
+    sizes: Vec<usize>,
+    /// `[pictures, 3, side, side]` of the batch at work.
+    buffer: Vec<f32>,
 }
 
 impl Classifier {
-    /// A classifier for `manifest` over any runner.
+    /// A classifier for `manifest` over any runner, one picture a batch.
     pub fn new(manifest: Arc<Manifest>, limits: DecodeLimits, runner: Box<dyn Runner>) -> Self {
         let preprocessor = Preprocessor::new(manifest.preprocessing.clone(), limits);
-        Self { preprocessor, runner, manifest }
+        Self::with_parts(manifest, Box::new(preprocessor), runner)
+    }
+
+    /// A classifier of any parts, one picture a batch.
+    pub fn with_parts(manifest: Arc<Manifest>, prepare: Box<dyn Prepare>, runner: Box<dyn Runner>) -> Self {
+        Self { manifest, prepare, runner, sizes: vec![1], buffer: Vec::new() }
     }
 
     /// Opens a session over `bundle`'s network and runs it once, so that the first picture is no slower and a
@@ -74,26 +129,149 @@ impl Classifier {
         library: &Library,
         options: SessionOptions,
         limits: DecodeLimits,
-    ) -> Result<(Self, crate::runtime::Device), ClassifyError> {
-        let model = OnnxModel::open(library, &bundle.model, options)?;
+    ) -> Result<(Self, Device), ClassifyError> {
+        let model = OnnxModel::open(library, bundle.network.bytes()?, options)?;
         let device = model.device();
         let mut classifier = Self::new(Arc::new(bundle.manifest.clone()), limits, Box::new(model));
-        let blank = classifier.preprocessor.blank();
-        Logits::try_new(classifier.runner.run(&blank)?, classifier.manifest.classes.len())?;
+        classifier.warm()?;
         Ok((classifier, device))
     }
 
-    /// Classifies one encoded picture.
+    /// Opens `workers` sessions over `bundle`'s network, on the processor through `cache`. They are not warm.
     ///
     /// # Errors
-    /// When the picture cannot be decoded within the limits, or the network fails on it.
-    pub fn classify(&mut self, bytes: &[u8]) -> Result<Prediction, ClassifyError> {
+    /// When the network is not the bundle's or cannot be opened.
+    pub fn open_many(
+        bundle: &Bundle,
+        library: &Library,
+        options: SessionOptions,
+        limits: DecodeLimits,
+        cache: &NetworkCache,
+        workers: usize,
+    ) -> Result<(Vec<Self>, Device), ClassifyError> {
+        let models = if options.device == Device::Cpu {
+            let read = || Ok::<_, ClassifyError>(bundle.network.bytes()?.to_vec());
+            cache.open(library, &network_file(bundle), read, options, workers)?
+        } else {
+            let bytes = bundle.network.bytes()?;
+            (0..workers).map(|_| OnnxModel::open(library, bytes, options)).collect::<Result<_, _>>()?
+        };
+        let device = models.first().map_or(options.device, OnnxModel::device);
+        let manifest = Arc::new(bundle.manifest.clone());
+        let of = |model| Self::new(manifest.clone(), limits, Box::new(model));
+        Ok((models.into_iter().map(of).collect(), device))
+    }
+
+    /// Lets up to `max_batch` pictures into one run of the network: 1, 2, 4 … and `max_batch` itself.
+    #[must_use]
+    pub fn with_max_batch(mut self, max_batch: usize) -> Self {
+        self.sizes = batch_sizes(max_batch);
+        self
+    }
+
+    /// The most pictures in one run of the network.
+    pub fn max_batch(&self) -> usize {
+        self.sizes.last().copied().unwrap_or(1)
+    }
+
+    /// Runs the network once with each of its batch sizes.
+    ///
+    /// # Errors
+    /// When it fails, or gives another number of logits than the manifest's classes.
+    pub fn warm(&mut self) -> Result<(), ClassifyError> {
+        for size in self.sizes.clone() {
+            self.time(size)?;
+        }
+        Ok(())
+    }
+
+    /// Measures how long batches of 1, 2, 4 … up to `limit` pictures take, each as the shortest of a few runs. Ends early
+    /// where a batch takes longer than half a second.
+    ///
+    /// # Errors
+    /// As [`Self::warm`].
+    pub fn measure(&mut self, limit: usize) -> Result<Vec<(usize, Duration)>, ClassifyError> {
+        let mut found = Vec::new();
+        for size in batch_sizes(limit) {
+            let began = Instant::now();
+            let mut best = self.time(size)?;
+            for run in 0..8 {
+                if run >= 2 && began.elapsed() > Duration::from_millis(100) {
+                    break;
+                }
+                best = best.min(self.time(size)?);
+            }
+            found.push((size, best));
+            if best > Duration::from_millis(250) {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
+    /// One run over `size` blank pictures.
+    fn time(&mut self, size: usize) -> Result<Duration, ClassifyError> {
+        let item = self.item();
+        self.buffer.clear();
+        self.buffer.resize(size * item, 0.0);
         let began = Instant::now();
-        let pixels = self.preprocessor.prepare(bytes)?;
-        let decoded = Instant::now();
-        let values = self.runner.run(&pixels)?;
-        let timings = Timings { queue: Duration::ZERO, decode: decoded - began, infer: decoded.elapsed() };
-        Ok(Prediction { logits: Logits::try_new(values, self.manifest.classes.len())?, timings })
+        let rows = self.run(0..size, &Stop::default())?;
+        let took = began.elapsed();
+        rows.into_iter().try_for_each(|row| row.map(|_| ()))?;
+        Ok(took)
+    }
+
+    /// Classifies pictures together. Answers in their order; the fault of one is not the others'.
+    pub fn classify(&mut self, inputs: &[Input], stop: &Stop) -> Vec<Result<Prediction, ClassifyError>> {
+        let item = self.item();
+        self.buffer.resize(inputs.len().max(1) * item, 0.0);
+        let mut outcomes: Vec<Result<Prediction, ClassifyError>> = Vec::with_capacity(inputs.len());
+        // Where each usable picture stands in `inputs`, and what it has cost so far.
+        let mut ready: Vec<(usize, StageTimes)> = Vec::with_capacity(inputs.len());
+        for (at, input) in inputs.iter().enumerate() {
+            let slot = ready.len() * item..(ready.len() + 1) * item;
+            let filled = catch_unwind(AssertUnwindSafe(|| fill(&*self.prepare, input, &mut self.buffer[slot])));
+            let filled = filled.unwrap_or_else(|panic| Err(ClassifyError::Panic(panic_text(&*panic))));
+            match filled {
+                Ok(times) => {
+                    ready.push((at, times));
+                    // Replaced below, once it has run.
+                    outcomes.push(Err(ClassifyError::Runtime(RuntimeError::Stopped)));
+                }
+                Err(error) => outcomes.push(Err(error)),
+            }
+        }
+        let mut done = 0;
+        while done < ready.len() && !stop.asked() {
+            let left = ready.len() - done;
+            let size = self.sizes.iter().copied().filter(|&s| s <= left).max().unwrap_or(1);
+            let began = Instant::now();
+            let rows = match self.run(done..done + size, stop) {
+                // One picture's fault must not be its neighbours'.
+                Err(error) if size > 1 && !stop.asked() => {
+                    tracing::warn!(%error, size, "a batch failed; its pictures are tried one by one");
+                    (done..done + size).map(|n| self.run(n..n + 1, stop).and_then(|mut r| r.remove(0))).collect()
+                }
+                Err(error) => vec![Err(error)],
+                Ok(rows) => rows,
+            };
+            let infer = began.elapsed();
+            let mut leads_batch = true;
+            for ((at, times), row) in ready[done..].iter().zip(rows) {
+                let timings = Timings {
+                    queue: Duration::ZERO,
+                    decode: times.decode,
+                    preprocess: times.preprocess,
+                    infer,
+                    batch: size,
+                    leads_batch: leads_batch && row.is_ok(),
+                };
+                leads_batch &= row.is_err();
+                outcomes[*at] = row.map(|logits| Prediction { logits, timings });
+            }
+            done += size;
+        }
+        outcomes
     }
 
     /// The logits of a decoded picture.
@@ -101,7 +279,67 @@ impl Classifier {
     /// # Errors
     /// When the network fails on it.
     pub fn logits(&mut self, picture: &RgbImage) -> Result<Logits, ClassifyError> {
-        let values = self.runner.run(&self.preprocessor.normalize(picture))?;
-        Ok(Logits::try_new(values, self.manifest.classes.len())?)
+        self.buffer.resize(self.item(), 0.0);
+        self.prepare.normalize_into(picture, &mut self.buffer);
+        self.run(0..1, &Stop::default())?.remove(0)
     }
+
+    /// Values of one picture's tensor.
+    fn item(&self) -> usize {
+        3 * self.prepare.side() * self.prepare.side()
+    }
+
+    /// Runs the network on pictures of the buffer.
+    fn run(
+        &mut self,
+        pictures: Range<usize>,
+        stop: &Stop,
+    ) -> Result<Vec<Result<Logits, ClassifyError>>, ClassifyError> {
+        let (item, side, n) = (self.item(), self.prepare.side(), pictures.len());
+        let values = &self.buffer[pictures.start * item..pictures.end * item];
+        let view = ArrayView4::from_shape((n, 3, side, side), values);
+        let view = view.map_err(|error| RuntimeError::Run(error.to_string()))?;
+        let runner = &mut self.runner;
+        let rows: Array2<f32> = catch_unwind(AssertUnwindSafe(|| runner.run(view, stop)))
+            .unwrap_or_else(|panic| Err(RuntimeError::Run(format!("panicked: {}", panic_text(&*panic)))))?;
+        if rows.nrows() != n {
+            return Err(ClassifyError::Rows { found: rows.nrows(), pictures: n });
+        }
+        let classes = self.manifest.classes.len();
+        Ok(rows.rows().into_iter().map(|row| Ok(Logits::try_new(row.to_vec(), classes)?)).collect())
+    }
+}
+
+/// The file behind `bundle`'s network.
+pub fn network_file(bundle: &Bundle) -> NetworkFile {
+    NetworkFile { path: bundle.network.path.clone(), sha256: bundle.network.sha256.clone() }
+}
+
+/// 1, 2, 4 … below `max_batch`, and `max_batch`.
+fn batch_sizes(max_batch: usize) -> Vec<usize> {
+    let mut sizes: Vec<usize> =
+        std::iter::successors(Some(1), |size| Some(size * 2)).take_while(|&size| size < max_batch).collect();
+    sizes.push(max_batch.max(1));
+    sizes
+}
+
+fn fill(prepare: &dyn Prepare, input: &Input, out: &mut [f32]) -> Result<StageTimes, ClassifyError> {
+    match input {
+        Input::Encoded(bytes) => Ok(prepare.prepare_into(bytes, out)?),
+        Input::Pixels(bytes) => {
+            let began = Instant::now();
+            if bytes.len() != 4 * out.len() {
+                return Err(ClassifyError::Tensor { found: bytes.len(), expected: 4 * out.len() });
+            }
+            for (value, bytes) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            }
+            Ok(StageTimes { decode: Duration::ZERO, preprocess: began.elapsed() })
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

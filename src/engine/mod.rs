@@ -1,27 +1,38 @@
-//! Worker threads that own classifiers, behind one bounded queue counted in images.
+//! Worker threads that own classifiers, behind one bounded queue counted in pictures.
 //!
-//! A worker decodes and infers, so that workers × threads is the whole CPU budget. Work whose caller has gone is
-//! dropped before it costs anything; a panic costs one picture.
+//! A worker takes what already waits, up to a batch, decodes it and runs the network on it; nothing is waited for to fill
+//! a batch. Workers × threads is the whole budget of processors, shared by all engines through a [`Budget`]. Work whose
+//! caller has gone, or whose deadline has passed, is dropped before it costs anything; a running batch that nobody waits
+//! for any more is ended. A panic costs one picture.
+
+mod budget;
+mod stats;
+mod ticket;
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use crate::classify::{Classifier, ClassifyError, Prediction};
+use crate::classify::{Classifier, ClassifyError, Input, Prediction};
+use crate::runtime::Stop;
+
+pub use budget::Budget;
+pub use stats::{BatchStats, EngineStats};
+pub use ticket::{Lost, Ticket};
+
+use ticket::Caller;
 
 /// What a submitted picture comes back as.
 pub type Reply = Result<Prediction, ClassifyError>;
-/// An encoded picture, shared without copying.
-pub type EncodedImage = Arc<[u8]>;
 
 /// The queue has no room for all of the request's pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Full; try again after this long, from the queue's length and the measured rate.
+    /// Full, or not to be answered within the deadline; try again after this long, from the queue's length and the
+    /// measured rate.
     #[error("the queue is full")]
     Full {
         /// When there should be room.
@@ -35,15 +46,20 @@ pub enum Refused {
         /// The queue's capacity.
         capacity: usize,
     },
+    /// The deadline has passed already.
+    #[error("the deadline passed before the image could be queued")]
+    Late,
     /// The engine was closed.
     #[error("the engine is closed")]
     Closed,
 }
 
 struct Job {
-    image: EncodedImage,
+    input: Input,
     reply: oneshot::Sender<Reply>,
+    caller: Arc<Caller>,
     submitted: Instant,
+    deadline: Option<Instant>,
 }
 
 struct State {
@@ -52,6 +68,7 @@ struct State {
     closed: bool,
     /// Smoothed seconds that one worker spends on one picture.
     seconds_per_image: f64,
+    stats: EngineStats,
 }
 
 struct Shared {
@@ -60,6 +77,7 @@ struct Shared {
     room: Condvar,
     capacity: usize,
     workers: usize,
+    budget: Arc<Budget>,
 }
 
 /// The front of the queue. Dropping it finishes what is queued and joins the workers.
@@ -69,17 +87,26 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts one worker per classifier, with room for `capacity` waiting pictures.
+    /// Starts one worker per classifier, with room for `capacity` waiting pictures. Each worker holds a place in `budget`
+    /// while it works.
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(classifiers: Vec<Classifier>, capacity: usize) -> std::io::Result<Self> {
+    pub fn start(classifiers: Vec<Classifier>, capacity: usize, budget: Arc<Budget>) -> std::io::Result<Self> {
+        let state = State {
+            queue: VecDeque::new(),
+            running: 0,
+            closed: false,
+            seconds_per_image: 0.0,
+            stats: EngineStats::default(),
+        };
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { queue: VecDeque::new(), running: 0, closed: false, seconds_per_image: 0.0 }),
+            state: Mutex::new(state),
             work: Condvar::new(),
             room: Condvar::new(),
             capacity: capacity.max(1),
             workers: classifiers.len(),
+            budget,
         });
         let mut engine = Self { shared, threads: Vec::new() };
         for (n, classifier) in classifiers.into_iter().enumerate() {
@@ -90,34 +117,40 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Queues all of `images` or none. The receivers answer in the order of `images`.
+    /// Queues all of `inputs` or none. The tickets answer in the order of `inputs`. With a deadline, they are refused
+    /// when by the measured rate they would not be answered in time.
     ///
     /// # Errors
     /// When they do not all fit.
-    pub fn submit(&self, images: Vec<EncodedImage>) -> Result<Vec<oneshot::Receiver<Reply>>, Refused> {
+    pub fn submit(&self, inputs: Vec<Input>, deadline: Option<Instant>) -> Result<Vec<Ticket>, Refused> {
+        let capacity = self.shared.capacity;
         let mut state = self.shared.lock();
         if state.closed {
             return Err(Refused::Closed);
         }
-        if images.len() > self.shared.capacity {
-            return Err(Refused::TooMany { images: images.len(), capacity: self.shared.capacity });
+        if inputs.len() > capacity {
+            return Err(Refused::TooMany { images: inputs.len(), capacity });
         }
-        if state.queue.len() + images.len() > self.shared.capacity {
-            state.queue.retain(|job| !job.reply.is_closed());
+        if state.queue.len() + inputs.len() > capacity {
+            state.queue.retain(|job| !job.caller.gone());
         }
-        if state.queue.len() + images.len() > self.shared.capacity {
-            let ahead = (state.queue.len() + state.running) as f64;
-            let seconds = ahead * state.seconds_per_image / self.shared.workers.max(1) as f64;
-            return Err(Refused::Full { retry_after: Duration::from_secs_f64(seconds.clamp(1.0, 3600.0)) });
+        if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Refused::Late);
         }
-        Ok(images.into_iter().map(|image| self.shared.push(&mut state, image)).collect())
+        let wait = self.shared.wait(&state);
+        let late = deadline.is_some_and(|deadline| Instant::now() + wait > deadline);
+        if state.queue.len() + inputs.len() > capacity || late {
+            let retry_after = wait.clamp(Duration::from_secs(1), Duration::from_secs(3600));
+            return Err(Refused::Full { retry_after });
+        }
+        Ok(inputs.into_iter().map(|input| self.shared.push(&mut state, input, deadline)).collect())
     }
 
     /// Queues one picture, waiting for room.
     ///
     /// # Errors
     /// Only when the engine is closed.
-    pub fn submit_waiting(&self, image: EncodedImage) -> Result<oneshot::Receiver<Reply>, Refused> {
+    pub fn submit_waiting(&self, input: Input) -> Result<Ticket, Refused> {
         let mut state = self.shared.lock();
         while state.queue.len() >= self.shared.capacity && !state.closed {
             state = self.shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -125,12 +158,17 @@ impl Engine {
         if state.closed {
             return Err(Refused::Closed);
         }
-        Ok(self.shared.push(&mut state, image))
+        Ok(self.shared.push(&mut state, input, None))
     }
 
     /// Pictures waiting for a worker.
     pub fn queued(&self) -> usize {
         self.shared.lock().queue.len()
+    }
+
+    /// Pictures that workers are at.
+    pub fn running(&self) -> usize {
+        self.shared.lock().running
     }
 
     /// Pictures that can wait at most.
@@ -141,6 +179,11 @@ impl Engine {
     /// Worker threads.
     pub fn workers(&self) -> usize {
         self.shared.workers
+    }
+
+    /// What was done since the start.
+    pub fn stats(&self) -> EngineStats {
+        self.shared.lock().stats.clone()
     }
 }
 
@@ -161,55 +204,90 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, state: &mut State, image: EncodedImage) -> oneshot::Receiver<Reply> {
-        let (reply, receiver) = oneshot::channel();
-        state.queue.push_back(Job { image, reply, submitted: Instant::now() });
-        self.work.notify_one();
-        receiver
+    /// How long until a picture that came now would be begun.
+    fn wait(&self, state: &State) -> Duration {
+        let ahead = (state.queue.len() + state.running) as f64;
+        let seconds = ahead * state.seconds_per_image / self.workers.max(1) as f64;
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// The next picture that somebody waits for; none when the engine closes.
-    fn next(&self) -> Option<Job> {
+    fn push(&self, state: &mut State, input: Input, deadline: Option<Instant>) -> Ticket {
+        let (reply, receiver) = oneshot::channel();
+        let caller = Arc::new(Caller::default());
+        state.queue.push_back(Job { input, reply, caller: caller.clone(), submitted: Instant::now(), deadline });
+        self.work.notify_one();
+        Ticket::new(receiver, caller)
+    }
+
+    /// The next pictures that somebody waits for; empty when there are none.
+    fn take(&self, max_batch: usize) -> Vec<Job> {
         let mut state = self.lock();
-        loop {
-            match state.queue.pop_front() {
-                Some(job) => {
-                    self.room.notify_one();
-                    if !job.reply.is_closed() {
-                        state.running += 1;
-                        return Some(job);
-                    }
-                }
-                None if state.closed => return None,
-                None => state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
+        // A share each: what waits should not go to one worker while another idles.
+        let share = state.queue.len().div_ceil(self.workers.max(1)).min(max_batch);
+        let now = Instant::now();
+        let mut jobs = Vec::with_capacity(share);
+        while jobs.len() < share
+            && let Some(job) = state.queue.pop_front()
+        {
+            if job.caller.gone() {
+                state.stats.dropped += 1;
+            } else if job.deadline.is_some_and(|deadline| deadline <= now) {
+                state.stats.dropped += 1;
+                // The caller may go at the same moment.
+                let _ = job.reply.send(Err(ClassifyError::Deadline));
+            } else {
+                jobs.push(job);
             }
         }
+        state.running += jobs.len();
+        self.room.notify_all();
+        jobs
+    }
+
+    /// Waits until there is work, so that a place in the budget is not taken for nothing. False when the engine closes.
+    fn wait_for_work(&self) -> bool {
+        let mut state = self.lock();
+        while state.queue.is_empty() {
+            if state.closed {
+                return false;
+            }
+            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
     }
 }
 
 fn work(shared: &Shared, mut classifier: Classifier) {
-    while let Some(job) = shared.next() {
+    while shared.wait_for_work() {
+        let place = shared.budget.take();
+        let jobs = shared.take(classifier.max_batch());
+        if jobs.is_empty() {
+            // Another worker was first, or nobody waits.
+            continue;
+        }
         let began = Instant::now();
-        let outcome = catch_unwind(AssertUnwindSafe(|| classifier.classify(&job.image)));
-        let reply = match outcome {
-            Ok(reply) => reply.map(|mut prediction| {
-                prediction.timings.queue = began - job.submitted;
-                prediction
-            }),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-                Err(ClassifyError::Panic(text.unwrap_or_else(|| "no message".into())))
-            }
-        };
+        let stop = Arc::new(Stop::default());
+        ticket::begin(jobs.iter().map(|job| &job.caller), &stop);
+        let inputs: Vec<Input> = jobs.iter().map(|job| job.input.clone()).collect();
+        let outcomes = classifier.classify(&inputs, &stop);
+        let took = began.elapsed();
+        drop(place);
+        // Freed before the answer is sent: whoever has it finds the engine's counts true.
         {
             let mut state = shared.lock();
-            state.running -= 1;
-            let seconds = began.elapsed().as_secs_f64();
+            state.running -= jobs.len();
+            let seconds = took.as_secs_f64() / jobs.len() as f64;
             let old = state.seconds_per_image;
             state.seconds_per_image = if old == 0.0 { seconds } else { 0.9 * old + 0.1 * seconds };
+            state.stats.record(&outcomes, jobs.iter().map(|job| began - job.submitted));
         }
-        // The caller may have gone meanwhile.
-        let _ = job.reply.send(reply);
+        for (job, outcome) in jobs.into_iter().zip(outcomes) {
+            let reply = outcome.map(|mut prediction| {
+                prediction.timings.queue = began - job.submitted;
+                prediction
+            });
+            // The caller may have gone meanwhile.
+            let _ = job.reply.send(reply);
+        }
     }
 }

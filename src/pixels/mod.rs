@@ -59,25 +59,44 @@ impl Preprocessor {
         Self { settings, limits, tables }
     }
 
+    /// Height and width of the tensor, in pixels.
+    pub fn side(&self) -> usize {
+        self.settings.crop as usize
+    }
+
+    /// Decodes, and turns upright if asked.
+    ///
+    /// # Errors
+    /// When the bytes are no picture of a known format, are damaged, or exceed the limits.
+    pub fn decode(&self, bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+        decode(bytes, self.settings.exif, &self.limits)
+    }
+
     /// Decodes, turns upright if asked, resizes, crops and normalises.
     ///
     /// # Errors
     /// When the bytes are no picture of a known format, are damaged, or exceed the limits.
     pub fn prepare(&self, bytes: &[u8]) -> Result<PixelTensor, DecodeError> {
-        Ok(self.normalize(&decode(bytes, self.settings.exif, &self.limits)?))
+        Ok(self.normalize(&self.decode(bytes)?))
     }
 
     /// Resizes, crops and normalises a decoded picture of any size.
     pub fn normalize(&self, picture: &RgbImage) -> PixelTensor {
-        let side = self.settings.crop as usize;
-        let cropped = resize::shorter_side_then_centre_crop(picture, self.settings.shorter_side, self.settings.crop);
+        let side = self.side();
         let mut values = vec![0.0; 3 * side * side];
-        for (channel, (plane, table)) in values.chunks_exact_mut(side * side).zip(self.tables.iter()).enumerate() {
+        self.normalize_into(picture, &mut values);
+        PixelTensor { side, values }
+    }
+
+    /// As [`Self::normalize`], into `out`, whose length must be 3 × side × side.
+    pub fn normalize_into(&self, picture: &RgbImage, out: &mut [f32]) {
+        let side = self.side();
+        let cropped = resize::shorter_side_then_centre_crop(picture, self.settings.shorter_side, self.settings.crop);
+        for (channel, (plane, table)) in out.chunks_exact_mut(side * side).zip(self.tables.iter()).enumerate() {
             for (out, pixel) in plane.iter_mut().zip(cropped.chunks_exact(3)) {
                 *out = table[usize::from(pixel[channel])];
             }
         }
-        PixelTensor { side, values }
     }
 
     /// A grey picture's tensor, for warming a network up.

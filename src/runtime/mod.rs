@@ -1,18 +1,22 @@
 //! One ONNX model, one caller at a time. The only room that names `ort`.
 
+mod cache;
 mod library;
 mod model;
+mod stop;
 
+pub use cache::{NetworkCache, NetworkFile};
 pub use library::{Library, LibraryError, disable_telemetry};
 pub use model::{Device, OnnxModel, RuntimeError, SessionOptions};
+pub use stop::Stop;
 
-use crate::pixels::PixelTensor;
+use ndarray::{Array2, ArrayView4};
 
-/// Something that turns one picture's tensor into one row of logits.
+/// Something that turns a batch of pictures into rows of logits.
 pub trait Runner: Send {
-    /// Runs the network on `pixels`. Returns one value per class.
+    /// Runs the network on `pictures` `[N, 3, H, W]`. Returns `[N, K]`.
     ///
     /// # Errors
-    /// When the runtime fails.
-    fn run(&mut self, pixels: &PixelTensor) -> Result<Vec<f32>, RuntimeError>;
+    /// When the runtime fails, or was told to end by `stop`.
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError>;
 }

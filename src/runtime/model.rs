@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-use ndarray::{ArrayD, ArrayView4};
+use std::path::Path;
+
+use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
 use ort::session::Session;
-use ort::session::builder::SessionBuilder;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
 
-use super::{Library, Runner};
-use crate::pixels::PixelTensor;
+use super::{Library, Runner, Stop};
 
 /// Where a network runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -47,7 +48,7 @@ impl Default for SessionOptions {
 }
 
 /// Why the runtime refused.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum RuntimeError {
     /// The network could not be opened.
     #[error("ONNX Runtime cannot open the network: {0}")]
@@ -60,6 +61,9 @@ pub enum RuntimeError {
     /// A run failed.
     #[error("ONNX Runtime failed: {0}")]
     Run(String),
+    /// The run was ended because nobody waited for it.
+    #[error("the run was ended: nobody waited for it")]
+    Stopped,
 }
 
 static SAID_ONCE: std::sync::Once = std::sync::Once::new();
@@ -87,6 +91,19 @@ impl OnnxModel {
         }
         let session = builder(library, options)
             .and_then(|mut b| b.commit_from_memory(model))
+            .map_err(|error| RuntimeError::Open(error.to_string()))?;
+        Ok(Self { session, device: Device::Cpu })
+    }
+
+    /// Opens a graph that the runtime optimised before, on the processor; weights in its side file are mapped.
+    pub(super) fn open_optimised(
+        library: &Library,
+        graph: &Path,
+        options: SessionOptions,
+    ) -> Result<Self, RuntimeError> {
+        let session = builder(library, options)
+            .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
+            .and_then(|mut b| b.commit_from_file(graph))
             .map_err(|error| RuntimeError::Open(error.to_string()))?;
         Ok(Self { session, device: Device::Cpu })
     }
@@ -121,30 +138,50 @@ impl OnnxModel {
     /// # Errors
     /// When the runtime fails or the batch is empty.
     pub fn run_batch(&mut self, images: ArrayView4<'_, f32>) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
+        self.run_until(images, &Stop::default(), usize::MAX)
+    }
+
+    /// The first `outputs` outputs.
+    fn run_until(
+        &mut self,
+        images: ArrayView4<'_, f32>,
+        stop: &Stop,
+        outputs: usize,
+    ) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
         if images.shape()[0] == 0 {
             return Err(RuntimeError::Run("the batch is empty".into()));
         }
         let fail = |error: ort::Error| RuntimeError::Run(error.to_string());
         let input = TensorRef::from_array_view(images).map_err(fail)?;
-        let outputs = self.session.run(ort::inputs!["images" => input]).map_err(fail)?;
-        outputs.values().map(|value| Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned())).collect()
+        let options = stop.begin()?;
+        let found = self.session.run_with_options(ort::inputs!["images" => input], options);
+        let found = found.map_err(|error| if stop.asked() { RuntimeError::Stopped } else { fail(error) })?;
+        let take = |value: ort::value::ValueRef<'_>| Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned());
+        found.values().take(outputs).map(take).collect()
     }
 }
 
 impl Runner for OnnxModel {
-    fn run(&mut self, pixels: &PixelTensor) -> Result<Vec<f32>, RuntimeError> {
-        let shape = (1, 3, pixels.side(), pixels.side());
-        let view =
-            ArrayView4::from_shape(shape, pixels.values()).map_err(|error| RuntimeError::Run(error.to_string()))?;
-        let logits = self.run_batch(view)?.swap_remove(0);
-        Ok(logits.into_iter().collect())
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
+        let logits = self.run_until(pictures, stop, 1)?.pop();
+        let logits = logits.ok_or_else(|| RuntimeError::Run("the network has no output".into()))?;
+        logits.into_dimensionality::<Ix2>().map_err(|_| RuntimeError::Run("the logits are not [N, K]".into()))
     }
 }
 
-fn builder(library: &Library, options: SessionOptions) -> ort::Result<SessionBuilder> {
+pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result<SessionBuilder> {
     Ok(Session::builder(&library.environment)?
         .with_intra_threads(options.threads)?
         .with_inter_threads(1)?
         .with_intra_op_spinning(false)?
         .with_inter_op_spinning(false)?)
+}
+
+/// Has the session write its optimised graph to `graph`, with weights of 1 KiB and more in `weights` beside it.
+pub(super) fn optimised(builder: SessionBuilder, graph: &Path, weights: &str) -> ort::Result<SessionBuilder> {
+    Ok(builder
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_optimized_model_path(graph)?
+        .with_config_entry("session.optimized_model_external_initializers_file_name", weights)?
+        .with_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")?)
 }

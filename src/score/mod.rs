@@ -7,10 +7,8 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use tokio::sync::oneshot;
-
-use crate::classify::ClassifyError;
-use crate::engine::{Engine, Reply};
+use crate::classify::{ClassifyError, Input};
+use crate::engine::{Engine, Ticket};
 use crate::pixels::DecodeError;
 
 pub use sink::{Format, Scoring, Sink};
@@ -27,7 +25,7 @@ pub struct Summary {
 
 /// A file on its way through the engine.
 enum Pending {
-    Waiting(oneshot::Receiver<Reply>),
+    Waiting(Ticket),
     Unread(String),
 }
 
@@ -50,7 +48,7 @@ pub fn run<W: Write>(
     let mut settle = |(path, pending): (PathBuf, Pending), sink: &mut Sink<'_, W>| -> io::Result<()> {
         let outcome = match pending {
             Pending::Unread(reason) => Err(reason),
-            Pending::Waiting(reply) => match reply.blocking_recv() {
+            Pending::Waiting(reply) => match reply.wait() {
                 Ok(Ok(prediction)) => Ok(prediction),
                 Ok(Err(error)) => Err(sentence(&error)),
                 Err(_) => Err("the worker gave no answer".to_owned()),
@@ -71,8 +69,8 @@ pub fn run<W: Write>(
     };
     for path in paths {
         let job = match source::read(&path, max_file_bytes) {
-            Ok(bytes) => match engine.submit_waiting(bytes.into()) {
-                Ok(receiver) => Pending::Waiting(receiver),
+            Ok(bytes) => match engine.submit_waiting(Input::Encoded(bytes.into())) {
+                Ok(ticket) => Pending::Waiting(ticket),
                 Err(refused) => Pending::Unread(refused.to_string()),
             },
             Err(reason) => Pending::Unread(reason),

@@ -1,11 +1,19 @@
-//! HTTP: routes, request bodies, wire types, errors, the OpenAPI document.
+//! HTTP: routes, request bodies, wire types, errors, the OpenAPI document; connections and their limits.
 
+mod body;
+mod connections;
+mod envelope;
 mod handlers;
+mod infer;
 mod input;
+mod keys;
+mod metrics;
 mod openapi;
 mod options;
+mod page;
 mod problem;
-mod registry;
+mod tls;
+mod v2;
 mod wire;
 
 use std::sync::Arc;
@@ -13,15 +21,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, Method};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::Response;
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
+use crate::registry::Registry;
 use crate::scores::Prior;
 
+pub use keys::Keys;
 pub use openapi::{document, document_json};
-pub use registry::{LoadOptions, Registry, RegistryError, ServedModel};
+pub use tls::{Tls, TlsError};
+
+use body::BodyMemory;
+use metrics::Telemetry;
+use problem::Problem;
 
 /// What one request may cost.
 #[derive(Debug, Clone, Copy)]
@@ -32,38 +51,122 @@ pub struct RequestLimits {
     pub max_images: usize,
     /// From the first byte of the body to the last of the answer.
     pub timeout: Duration,
+    /// Bytes of all bodies together.
+    pub max_buffered_bytes: usize,
 }
 
 impl Default for RequestLimits {
     fn default() -> Self {
-        Self { max_body_bytes: 32 << 20, max_images: 32, timeout: Duration::from_secs(30) }
+        Self {
+            max_body_bytes: 32 << 20,
+            max_images: 32,
+            timeout: Duration::from_secs(30),
+            max_buffered_bytes: 512 << 20,
+        }
+    }
+}
+
+/// What connections may cost.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectionLimits {
+    /// Open at once; more are closed at once.
+    pub max_connections: usize,
+    /// For a request's head to arrive, and for an idle connection to begin one.
+    pub header_timeout: Duration,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        Self { max_connections: 16_384, header_timeout: Duration::from_secs(10) }
     }
 }
 
 /// How a server serves.
-#[derive(Debug, Clone)]
 pub struct ServeOptions {
     /// What one request may cost.
     pub limits: RequestLimits,
+    /// What connections may cost.
+    pub connections: ConnectionLimits,
     /// The class prior of requests that name none.
     pub prior: Prior,
     /// What open requests have to finish after a stop.
     pub drain_timeout: Duration,
+    /// Who may ask.
+    pub keys: Arc<Keys>,
+    /// Whether models may be loaded and unloaded on the main listener without keys.
+    pub control: bool,
+    /// Origins whose pages may ask; `*` for all.
+    pub cors_origins: Vec<String>,
+    /// Whether every request is logged.
+    pub access_log: bool,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { limits: RequestLimits::default(), prior: Prior::default(), drain_timeout: Duration::from_secs(30) }
+        Self {
+            limits: RequestLimits::default(),
+            connections: ConnectionLimits::default(),
+            prior: Prior::default(),
+            drain_timeout: Duration::from_secs(30),
+            keys: Arc::default(),
+            control: false,
+            cors_origins: Vec::new(),
+            access_log: false,
+        }
     }
 }
 
+/// Where a server listens.
+pub struct Listeners {
+    /// For everybody: HTTP/1.1, HTTP/2 and gRPC.
+    pub main: TcpListener,
+    /// The same once more, for gRPC clients that expect a port of their own.
+    pub grpc: Option<TcpListener>,
+    /// For metrics and repository control, which then are here only.
+    pub admin: Option<TcpListener>,
+    /// TLS on the first two.
+    pub tls: Option<Arc<Tls>>,
+}
+
 /// What every handler sees.
-#[derive(Clone)]
-pub(crate) struct App {
+pub(crate) struct Shared {
     pub(crate) registry: Arc<Registry>,
     pub(crate) limits: RequestLimits,
-    pub(crate) prior: Arc<Prior>,
-    pub(crate) draining: Arc<AtomicBool>,
+    pub(crate) prior: Prior,
+    pub(crate) draining: AtomicBool,
+    pub(crate) memory: BodyMemory,
+    pub(crate) telemetry: Telemetry,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) access_log: bool,
+}
+
+/// [`Shared`], and what holds for one listener.
+#[derive(Clone)]
+pub(crate) struct App {
+    shared: Arc<Shared>,
+    /// Models may be loaded and unloaded without keys.
+    pub(crate) control: bool,
+}
+
+impl std::ops::Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl App {
+    /// Whether requests should be sent here.
+    pub(crate) fn ready(&self) -> Result<(), Problem> {
+        if self.draining.load(Ordering::Acquire) {
+            Err(problem::draining())
+        } else if self.registry.is_filled() {
+            Ok(())
+        } else {
+            Err(problem::loading())
+        }
+    }
 }
 
 /// How a server ended.
@@ -75,50 +178,119 @@ pub enum Ended {
     DeadlinePassed,
 }
 
-fn router(app: App) -> Router {
+/// What is open to everybody on each listener.
+fn health() -> Router<App> {
     Router::new()
+        .route("/livez", get(handlers::live))
+        .route("/readyz", get(handlers::ready))
+        .route("/v2/health/live", get(v2::live))
+        .route("/v2/health/ready", get(v2::ready))
+}
+
+/// Metrics and repository control.
+fn administration() -> Router<App> {
+    Router::new()
+        .route("/metrics", get(handlers::metrics))
+        .route("/v2/repository/index", post(v2::index))
+        .route("/v2/repository/models/{model}/load", post(v2::load))
+        .route("/v2/repository/models/{model}/unload", post(v2::unload))
+}
+
+fn main_routes(app: &App, with_administration: bool, cors_origins: &[String]) -> Router {
+    let guarded = Router::new()
         .route("/v1/classify", post(handlers::classify_default))
         .route("/v1/models", get(handlers::models))
         .route("/v1/models/{model}", get(handlers::model))
         .route("/v1/models/{model}/classify", post(handlers::classify_model))
         .route("/v1/models/{model}/versions/{version}/classify", post(handlers::classify_version))
-        .route("/livez", get(handlers::live))
-        .route("/readyz", get(handlers::ready))
+        .route("/v2", get(v2::server))
+        .route("/v2/models/stats", get(v2::all_stats))
+        .route("/v2/models/{model}", get(v2::metadata))
+        .route("/v2/models/{model}/ready", get(v2::model_ready))
+        .route("/v2/models/{model}/stats", get(v2::stats))
+        .route("/v2/models/{model}/config", get(v2::config))
+        .route("/v2/models/{model}/infer", post(v2::infer))
+        .route("/v2/models/{model}/versions/{version}", get(v2::metadata_version))
+        .route("/v2/models/{model}/versions/{version}/ready", get(v2::model_ready_version))
+        .route("/v2/models/{model}/versions/{version}/stats", get(v2::stats_version))
+        .route("/v2/models/{model}/versions/{version}/config", get(v2::config_version))
+        .route("/v2/models/{model}/versions/{version}/infer", post(v2::infer_version))
+        .route("/inference.GRPCInferenceService/{method}", post(v2::method));
+    let guarded = if with_administration { guarded.merge(administration()) } else { guarded };
+    let open = health()
+        .route("/grpc.health.v1.Health/{method}", post(v2::health))
         .route("/openapi.yaml", get(handlers::openapi))
+        .merge(page::routes());
+    let router = guarded.route_layer(from_fn_with_state(app.clone(), admit)).merge(open);
+    let router = enveloped(router, app);
+    if cors_origins.is_empty() { router } else { router.layer(cors(cors_origins)) }
+}
+
+fn admin_routes(app: &App) -> Router {
+    let control = administration().route_layer(from_fn_with_state(app.clone(), admit_metrics_freely));
+    enveloped(control.merge(health()), app)
+}
+
+fn enveloped(router: Router<App>, app: &App) -> Router {
+    router
         .fallback(handlers::not_found)
         .method_not_allowed_fallback(handlers::method_not_allowed)
-        .layer(CatchPanicLayer::custom(problem::from_panic))
-        .layer(axum::middleware::from_fn(problem::envelope))
-        .with_state(app)
+        .layer(CatchPanicLayer::custom(envelope::from_panic))
+        .layer(from_fn_with_state(app.clone(), envelope::envelope))
+        .with_state(app.clone())
+}
+
+/// Origins were checked when the options were read.
+fn cors(origins: &[String]) -> CorsLayer {
+    let layer = CorsLayer::new().allow_methods([Method::GET, Method::POST]).allow_headers(Any).expose_headers(Any);
+    if origins.iter().any(|origin| origin == "*") {
+        return layer.allow_origin(Any);
+    }
+    layer.allow_origin(AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())))
+}
+
+/// Lets requests in whose key is known and within its limit.
+async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Result<Response, Problem> {
+    let caller = Arc::new(app.keys.admit(request.headers())?);
+    request.extensions_mut().insert(caller.clone());
+    let response = next.run(request).await;
+    drop(caller);
+    Ok(response)
+}
+
+/// As [`admit`], but for metrics, which on the admin listener need no key.
+async fn admit_metrics_freely(state: State<App>, request: Request, next: Next) -> Result<Response, Problem> {
+    if request.uri().path() == "/metrics" { Ok(next.run(request).await) } else { admit(state, request, next).await }
 }
 
 /// Serves until `stop` becomes true, then drains: readiness fails, no connection is accepted, and open requests
-/// have the options' `drain_timeout` to finish.
-///
-/// # Errors
-/// When the listener fails.
+/// have the options' `drain_timeout` to finish. The registry may be filled meanwhile; until then readiness fails.
 pub async fn run(
-    listener: TcpListener,
-    registry: Registry,
+    listeners: Listeners,
+    registry: Arc<Registry>,
     options: ServeOptions,
-    mut stop: watch::Receiver<bool>,
-) -> std::io::Result<Ended> {
-    let ServeOptions { limits, prior, drain_timeout } = options;
-    let draining = Arc::new(AtomicBool::new(false));
-    let app = App { registry: Arc::new(registry), limits, prior: Arc::new(prior), draining: draining.clone() };
-    let mut stopped = stop.clone();
-    let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
-        // An error means that nobody can stop us any more; that is a stop, too.
-        let _ = stopped.wait_for(|stop| *stop).await;
-        draining.store(true, Ordering::Release);
-        tracing::info!("draining");
+    stop: watch::Receiver<bool>,
+) -> Ended {
+    let ServeOptions { limits, connections, prior, drain_timeout, keys, control, cors_origins, access_log } = options;
+    let shared = Arc::new(Shared {
+        registry,
+        limits,
+        prior,
+        draining: AtomicBool::new(false),
+        memory: BodyMemory::of(limits.max_buffered_bytes),
+        telemetry: Telemetry::new(),
+        keys,
+        access_log,
     });
-    let deadline = async {
-        let _ = stop.wait_for(|stop| *stop).await;
-        tokio::time::sleep(drain_timeout).await;
-    };
-    tokio::select! {
-        result = async { server.await } => result.map(|()| Ended::Drained),
-        () = deadline => Ok(Ended::DeadlinePassed),
-    }
+    let Listeners { main, grpc, admin, tls } = listeners;
+    let with_administration = admin.is_none();
+    let app = App { shared: shared.clone(), control: control && with_administration };
+    let router = main_routes(&app, with_administration, &cors_origins);
+    let mut servers = vec![connections::Server { listener: main, router: router.clone(), tls: tls.clone() }];
+    servers.extend(grpc.map(|listener| connections::Server { listener, router, tls }));
+    servers.extend(admin.map(|listener| {
+        let app = App { shared: shared.clone(), control: true };
+        connections::Server { listener, router: admin_routes(&app), tls: None }
+    }));
+    connections::serve(servers, shared, connections, drain_timeout, stop).await
 }

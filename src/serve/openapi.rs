@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use super::{handlers, problem, wire};
+use super::{handlers, problem, v2, wire};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -19,9 +19,27 @@ use super::{handlers, problem, wire};
         handlers::model,
         handlers::live,
         handlers::ready,
-        handlers::openapi
+        handlers::openapi,
+        handlers::metrics,
+        v2::server,
+        v2::live,
+        v2::ready,
+        v2::metadata,
+        v2::metadata_version,
+        v2::model_ready,
+        v2::model_ready_version,
+        v2::all_stats,
+        v2::stats,
+        v2::stats_version,
+        v2::config,
+        v2::config_version,
+        v2::infer,
+        v2::infer_version,
+        v2::index,
+        v2::load,
+        v2::unload
     ),
-    components(schemas(problem::ProblemBody, wire::ClassifyRequest))
+    components(schemas(problem::ProblemBody, wire::ClassifyRequest, v2::ErrorBody, v2::WireInfer))
 )]
 struct Document;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::problem::Problem;
 use crate::bundle::Manifest;
@@ -45,6 +45,39 @@ pub(crate) struct Options {
     /// Extras.
     #[serde(default)]
     pub(crate) include: Vec<Include>,
+}
+
+/// The same in a query string; here for openapi.yaml, as [`Options::from_query`] reads it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes what from_query reads")]
+pub(crate) struct QueryOptions {
+    /// Classes per image, the best first; 5 when absent.
+    #[param(minimum = 1)]
+    top_k: Option<usize>,
+    /// Leave out classes that score less; abstain when that leaves none.
+    #[param(minimum = 0.0, maximum = 1.0)]
+    min_score: Option<f64>,
+    /// Class prior to answer under; JSON takes one of your own, too.
+    #[param(inline)]
+    prior: Option<NamedPrior>,
+    /// Add a prediction set that misses the true class at most this often.
+    #[param(minimum = 0.0, maximum = 1.0)]
+    alpha: Option<f64>,
+    /// Score of the set; `pas` when absent.
+    #[param(inline)]
+    set_score: Option<WireSetScore>,
+    /// For whom the set's coverage shall hold; `marginal` when absent.
+    #[param(inline)]
+    set_rung: Option<WireSetRung>,
+    /// Abstain when the set is larger; needs `alpha`.
+    #[param(minimum = 1)]
+    max_set_size: Option<usize>,
+    /// Abstain when the best class has no calibration image.
+    abstain_prior_only: Option<bool>,
+    /// Extras, with commas.
+    #[param(inline, style = Form, explode = false)]
+    include: Option<Vec<Include>>,
 }
 
 /// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an

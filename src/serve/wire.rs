@@ -5,9 +5,9 @@ use utoipa::ToSchema;
 
 use super::options::{Include, Options, WireSetRung, WireSetScore};
 use super::problem::Problem;
-use super::registry::ServedModel;
 use crate::bundle::{BoundCalibration, Group, Manifest, Status};
-use crate::classify::{Decision, Prediction, ScoreRule};
+use crate::classify::{Decision, Prediction, ScoreRule, Scored};
+use crate::registry::ServedModel;
 use crate::scores::{PredictionSet, Prior, SetRequest, SetRung};
 
 /// Classes returned when `top_k` is absent.
@@ -184,7 +184,7 @@ pub(crate) struct WireSet {
 }
 
 impl WireSet {
-    fn of(set: PredictionSet, request: &SetRequest, manifest: &Manifest) -> Self {
+    fn of(set: &PredictionSet, request: &SetRequest, manifest: &Manifest) -> Self {
         let rungs = set.members.iter().map(|(_, rung)| (*rung).into()).collect();
         Self {
             alpha: request.alpha,
@@ -235,10 +235,14 @@ impl From<Group> for WireGroup {
 pub(crate) struct StageMillis {
     /// Waiting for a worker.
     pub(crate) queue_ms: f64,
-    /// Decoding, resizing, cropping and normalising.
+    /// Decoding.
     pub(crate) decode_ms: f64,
-    /// The network.
+    /// Resizing, cropping and normalising.
+    pub(crate) preprocess_ms: f64,
+    /// The network, for the whole batch that the image was in.
     pub(crate) infer_ms: f64,
+    /// Images in that batch.
+    pub(crate) batch: usize,
 }
 
 /// Why one image among several has no predictions.
@@ -256,11 +260,11 @@ impl ImageResult {
     pub(crate) fn of(
         id: Option<String>,
         prediction: &Prediction,
+        scored: &Scored,
         model: &ServedModel,
         rule: &ScoreRule,
         options: &Options,
     ) -> Self {
-        let scored = model.scorer.score(&prediction.logits, rule);
         let min_score = options.min_score.unwrap_or(0.0);
         let best = scored.probabilities.top(options.top_k.unwrap_or(DEFAULT_TOP_K));
         let softmax = options.includes(Include::Uncalibrated).then(|| prediction.logits.softmax());
@@ -281,11 +285,11 @@ impl ImageResult {
         };
         let millis = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
         let timings = &prediction.timings;
-        let (decision, reason) = match scored.decision {
+        let (decision, reason) = match &scored.decision {
             Decision::Accept => (WireDecision::Accept, None),
-            Decision::Abstain(reason) => (WireDecision::Abstain, Some(reason)),
+            Decision::Abstain(reason) => (WireDecision::Abstain, Some(reason.clone())),
         };
-        let set = scored.set.zip(rule.set_request());
+        let set = scored.set.as_ref().zip(rule.set_request());
         Self {
             id,
             predictions: Some(best.into_iter().filter(|(_, s)| *s >= min_score).map(score).collect()),
@@ -296,7 +300,9 @@ impl ImageResult {
             timings: options.includes(Include::Timings).then(|| StageMillis {
                 queue_ms: millis(timings.queue),
                 decode_ms: millis(timings.decode),
+                preprocess_ms: millis(timings.preprocess),
                 infer_ms: millis(timings.infer),
+                batch: timings.batch,
             }),
             error: None,
         }

@@ -5,8 +5,9 @@ use nbn::bundle::{Bundle, Class, Manifest, Rung, TrainingOverlap};
 use nbn::calibrate::{CalibrateError, Kappa, Options, Problem, calibrate, temperature_alone, threshold};
 use nbn::data::LabelledLogits;
 use nbn::metrics::Rows;
+use nbn::registry::ServedModel;
 use nbn::scores::{Calibrator, Logits, Prior, softmax_in_place};
-use nbn::serve::{RequestLimits, ServedModel};
+use nbn::serve::RequestLimits;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -426,8 +427,8 @@ async fn sets_extras_and_abstention_come_on_request() {
 async fn a_bundle_without_calibration_serves_the_softmax_and_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::load(&copied(folder.path())).unwrap();
-    let options = nbn::runtime::SessionOptions::default();
-    let model = ServedModel::start(bundle, library(), 1, options, Default::default(), 8).unwrap();
+    let budget = std::sync::Arc::new(nbn::engine::Budget::new(2));
+    let model = ServedModel::start(bundle, library(), &crate::support::model_options(), budget).unwrap();
     let server = Server::of(vec![model], RequestLimits::default()).await;
     let png = picture(32, 32, image::ImageFormat::Png);
     let reply = server.post("/v1/classify?top_k=10&include=logits", "image/png", png).await.json();

@@ -66,7 +66,7 @@ fn every_layout_gives_pytorchs_own_logits() {
         assert_eq!(manifest.fold.normalized_layers.len(), normalized, "{name}: {:?}", manifest.fold.normalized_layers);
         assert!(manifest.fold.alphas.iter().all(|a| (8.0..14.0).contains(&a.value)), "{name}");
         let bundle = Bundle::load(&out).unwrap();
-        let mut model = OnnxModel::open(library(), &bundle.model, SessionOptions::default()).unwrap();
+        let mut model = OnnxModel::open(library(), bundle.network.bytes().unwrap(), SessionOptions::default()).unwrap();
         let images: Vec<f32> = floats(&expected, &format!("{name}.images")).iter().map(|&v| v as f32).collect();
         let view = ArrayView4::from_shape((2, 3, side as usize, side as usize), &images).unwrap();
         let found = model.run_batch(view).unwrap().swap_remove(0);
@@ -107,7 +107,7 @@ fn expert_logits_are_a_second_output_whose_mean_is_the_first() {
         ExportOptions { expert_logits: true, ..options(&data("checkpoints/ride_nbn.pth.tar"), &out, 64) };
     export(&with_experts, library()).unwrap();
     let bundle = Bundle::load(&out).unwrap();
-    let mut model = OnnxModel::open(library(), &bundle.model, SessionOptions::default()).unwrap();
+    let mut model = OnnxModel::open(library(), bundle.network.bytes().unwrap(), SessionOptions::default()).unwrap();
     let images: Vec<f32> = (0..2 * 3 * 64 * 64).map(|n| (n % 17) as f32 / 8.0 - 1.0).collect();
     let outputs = model.run_batch(ArrayView4::from_shape((2, 3, 64, 64), &images).unwrap()).unwrap();
     assert_eq!(outputs[1].shape(), [2, 3, 7]);

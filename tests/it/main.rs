@@ -4,9 +4,11 @@
 mod calibration;
 mod cli;
 mod data;
+mod engine;
 mod export;
 mod fold_properties;
 mod imports;
+mod operations;
 mod pixels;
 mod server;
 mod support;

@@ -131,8 +131,8 @@ async fn bad_requests_are_problems_that_name_the_thing_and_the_way_out() {
         ("/v1/classify", "application/json", b"{\"imagez\":[]}".to_vec(), 400, "bad_json", "imagez"),
         ("/v1/classify", "multipart/form-data", vec![], 400, "bad_multipart", "boundary"),
         ("/v1/models/nobody/classify", JPEG, tall.clone(), 404, "no_such_model", "nobody"),
-        ("/v1/models/test/versions/9/classify", JPEG, tall.clone(), 404, "no_such_version", "version 1 only"),
-        ("/v2/nothing", JPEG, tall.clone(), 404, "not_found", "openapi.yaml"),
+        ("/v1/models/test/versions/9/classify", JPEG, tall.clone(), 404, "no_such_version", "served in 1"),
+        ("/v3/nothing", JPEG, tall.clone(), 404, "not_found", "openapi.yaml"),
         ("/v1/models", JPEG, tall.clone(), 405, "method_not_allowed", "Allow"),
     ];
     for (path, content_type, body, status, code, words) in cases {
@@ -320,6 +320,7 @@ fn the_program_serves_answers_health_and_drains_on_sigterm() {
     let line = lines.find(|l| l.contains("listening")).unwrap();
     let log: serde_json::Value = serde_json::from_str(&line).unwrap();
     let addr = log["addr"].as_str().unwrap();
+    lines.find(|l| l.contains("\"message\":\"ready\"")).unwrap();
     let health = nbn(&["health", "--addr", addr]);
     assert!(health.status.success(), "{}", text(&health.stderr));
     // SAFETY: kill only sends a signal to the child that is still owned here.

@@ -5,12 +5,15 @@ use std::process::{Command, Output};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use nbn::bundle::VersionPolicy;
 use nbn::bundle::{Bundle, Manifest};
 use nbn::classify::{Classifier, Scorer};
-use nbn::engine::Engine;
-use nbn::pixels::{DecodeLimits, PixelTensor};
-use nbn::runtime::{Device, Library, Runner, RuntimeError, SessionOptions};
-use nbn::serve::{self, Ended, Registry, RequestLimits, ServeOptions, ServedModel};
+use nbn::engine::{Budget, Engine};
+use nbn::pixels::DecodeLimits;
+use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions, RequestStats, ServedModel};
+use nbn::runtime::{Device, Library, NetworkCache, Runner, RuntimeError, SessionOptions, Stop};
+use nbn::serve::{self, Ended, Listeners, RequestLimits, ServeOptions};
+use ndarray::{Array2, ArrayView4};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -54,25 +57,45 @@ pub(crate) fn shipped() -> Bundle {
 pub(crate) struct Server {
     pub(crate) address: String,
     stop: watch::Sender<bool>,
-    task: tokio::task::JoinHandle<std::io::Result<Ended>>,
-    client: reqwest::Client,
+    task: tokio::task::JoinHandle<Ended>,
+    pub(crate) client: reqwest::Client,
+    pub(crate) registry: Arc<Registry>,
 }
 
 impl Server {
     pub(crate) async fn of(models: Vec<ServedModel>, limits: RequestLimits) -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let (stop, stopped) = watch::channel(false);
-        let registry = Registry::new(models, None).unwrap();
         let options = ServeOptions { limits, drain_timeout: Duration::from_secs(20), ..ServeOptions::default() };
-        let task = tokio::spawn(serve::run(listener, registry, options, stopped));
-        Self { address, stop, task, client: reqwest::Client::new() }
+        Self::with(Registry::new(models, None).unwrap(), options).await
+    }
+
+    pub(crate) async fn with(registry: Registry, options: ServeOptions) -> Self {
+        let main = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = main.local_addr().unwrap().to_string();
+        let (stop, stopped) = watch::channel(false);
+        let registry = Arc::new(registry);
+        let listeners = Listeners { main, grpc: None, admin: None, tls: None };
+        let task = tokio::spawn(serve::run(listeners, registry.clone(), options, stopped));
+        Self { address, stop, task, client: reqwest::Client::new(), registry }
+    }
+
+    /// Everything in `repository`, with its optimised networks kept beside it.
+    pub(crate) async fn over(repository: &Path, options: ServeOptions) -> Self {
+        let cache = NetworkCache::at(repository.with_extension("cache"));
+        let options_of_registry = RegistryOptions {
+            repository: repository.to_owned(),
+            versions: VersionPolicy::Latest,
+            default_model: None,
+            require_calibration: false,
+            model: ModelOptions { cache, ..model_options() },
+        };
+        let registry = Registry::over(options_of_registry, library());
+        let registry = tokio::task::spawn_blocking(|| registry.fill().map(|()| registry)).await.unwrap().unwrap();
+        Self::with(registry, options).await
     }
 
     /// The shipped bundle behind two workers.
     pub(crate) async fn shipped() -> Self {
-        let options = SessionOptions { device: Device::Cpu, threads: 1 };
-        let model = ServedModel::start(shipped(), library(), 2, options, DecodeLimits::default(), 64).unwrap();
+        let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(2))).unwrap();
         Self::of(vec![model], RequestLimits::default()).await
     }
 
@@ -87,7 +110,7 @@ impl Server {
     }
 
     pub(crate) async fn ended(self) -> Ended {
-        self.task.await.unwrap().unwrap()
+        self.task.await.unwrap()
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
@@ -120,12 +143,40 @@ impl Server {
     }
 }
 
+pub(crate) fn model_options() -> ModelOptions {
+    ModelOptions {
+        workers: 2,
+        session: SessionOptions { device: Device::Cpu, threads: 1 },
+        limits: DecodeLimits::default(),
+        queue: 64,
+        batch: BatchChoice::Fixed(4),
+        cache: NetworkCache::none(),
+    }
+}
+
 pub(crate) fn model(manifest: Arc<Manifest>, runner: impl Runner + 'static, queue: usize) -> ServedModel {
-    let classifier = Classifier::new(manifest.clone(), DecodeLimits::default(), Box::new(runner));
-    let engine = Engine::start(vec![classifier], queue).unwrap();
+    model_of(Classifier::new(manifest.clone(), DecodeLimits::default(), Box::new(runner)), manifest, queue)
+}
+
+pub(crate) fn model_of(classifier: Classifier, manifest: Arc<Manifest>, queue: usize) -> ServedModel {
+    let max_batch = classifier.max_batch();
+    let engine = Engine::start(vec![classifier], queue, Arc::new(Budget::new(1))).unwrap();
     let scorer = Scorer::new(manifest.clone(), None);
-    let (name, version) = ("test".into(), "1".into());
-    ServedModel { name, version, manifest, scorer, evaluation: None, device: Device::Cpu, engine }
+    let (name, version, requests) = ("test".into(), "1".into(), RequestStats::default());
+    let device = Device::Cpu;
+    ServedModel { name, version, manifest, scorer, evaluation: None, device, max_batch, engine, requests }
+}
+
+/// A copy of the shipped repository that a test may change.
+pub(crate) fn repository(folder: &Path) -> PathBuf {
+    let repository = folder.join("models");
+    let version = repository.join("cifar10-lt/1");
+    std::fs::create_dir_all(&version).unwrap();
+    for entry in std::fs::read_dir(root().join("models/cifar10-lt/1")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, version.join(path.file_name().unwrap())).unwrap();
+    }
+    repository
 }
 
 pub(crate) struct Answer {
@@ -153,16 +204,21 @@ impl Answer {
                 let responses = &operation["responses"];
                 let described = responses.get(self.status.to_string()).unwrap_or(&responses["default"]);
                 let essence = self.header("content-type").split(';').next().unwrap();
+                if described["content"].is_null() && self.body.is_empty() {
+                    return;
+                }
                 let content = described["content"].get(essence);
                 content.unwrap_or_else(|| panic!("{method} {path}: {} {essence} is not in openapi.yaml", self.status))["schema"].clone()
             }
             None => {
                 assert!(self.status >= 400, "{method} {path} answers {} and is not in openapi.yaml", self.status);
-                json!({"$ref": "#/components/schemas/Problem"})
+                let form = if path.starts_with("/v2") { "ErrorBody" } else { "Problem" };
+                json!({"$ref": format!("#/components/schemas/{form}")})
             }
         };
         if self.status >= 400 {
-            assert_eq!(self.header("content-type"), "application/problem+json", "{method} {path}");
+            let form = if path.starts_with("/v2") { "application/json" } else { "application/problem+json" };
+            assert_eq!(self.header("content-type"), form, "{method} {path}");
         }
         if !self.header("content-type").contains("json") {
             return;
@@ -199,9 +255,9 @@ pub(crate) struct Gated {
 }
 
 impl Runner for Gated {
-    fn run(&mut self, _: &PixelTensor) -> Result<Vec<f32>, RuntimeError> {
+    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Array2<f32>, RuntimeError> {
         self.entered.send(()).unwrap();
-        self.gate.recv().map_err(|_| RuntimeError::Run("the gate was closed".into()))
+        self.gate.recv().map(row).map_err(|_| RuntimeError::Run("the gate was closed".into()))
     }
 }
 
@@ -209,7 +265,26 @@ impl Runner for Gated {
 pub(crate) struct Faulty(pub(crate) fn() -> Result<Vec<f32>, RuntimeError>);
 
 impl Runner for Faulty {
-    fn run(&mut self, _: &PixelTensor) -> Result<Vec<f32>, RuntimeError> {
-        self.0()
+    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Array2<f32>, RuntimeError> {
+        self.0().map(row)
+    }
+}
+
+fn row(logits: Vec<f32>) -> Array2<f32> {
+    Array2::from_shape_vec((1, logits.len()), logits).unwrap()
+}
+
+/// Runs until it is told to stop.
+pub(crate) struct Endless {
+    pub(crate) entered: std::sync::mpsc::Sender<()>,
+}
+
+impl Runner for Endless {
+    fn run(&mut self, _: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
+        self.entered.send(()).unwrap();
+        while !stop.asked() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err(RuntimeError::Stopped)
     }
 }

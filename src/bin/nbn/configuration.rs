@@ -1,0 +1,153 @@
+//! Options of `nbn serve` from a TOML file, for what neither the command line nor the environment says.
+//!
+//! A key is a flag's long name, so that the file needs no description of its own, and its values are read by the flags' own
+//! parsers.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context, bail, ensure};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
+use toml::{Table, Value};
+
+use crate::Cli;
+use crate::serve::Serve;
+
+/// Flags that make no sense in a file.
+const NOT_IN_FILES: [&str; 4] = ["config", "print-config", "help", "version"];
+/// Values that are not shown.
+const SECRET: [&str; 1] = ["api-keys"];
+
+fn command() -> clap::Command {
+    let mut cli = Cli::command();
+    cli.build();
+    cli.find_subcommand("serve").cloned().unwrap_or_default()
+}
+
+fn flags(command: &clap::Command) -> impl Iterator<Item = (&str, &Arg)> {
+    command.get_arguments().filter_map(|arg| Some((arg.get_long()?, arg)))
+}
+
+/// `args`, completed by the file that they name; with `--print-config`, prints all of them and exits.
+pub(crate) fn complete(args: Serve, matches: Option<&ArgMatches>) -> anyhow::Result<Serve> {
+    let Some(matches) = matches else { return Ok(args) };
+    let command = command();
+    let mut line: Vec<String> = Vec::new();
+    if let Some(path) = &args.config {
+        let text = std::fs::read_to_string(path).with_context(|| format!("--config {}", path.display()))?;
+        let table: Table = text.parse().with_context(|| format!("--config {}: not TOML", path.display()))?;
+        line = from_table(&table, &command, matches).with_context(|| format!("--config {}", path.display()))?;
+    }
+    // The file's values stand where the command line's would; those that are given there or in the environment were left out.
+    let given = std::env::args_os().skip_while(|word| word != "serve").skip(1);
+    let all = std::iter::once("serve".into()).chain(given).chain(line.into_iter().map(Into::into));
+    let matches = command.clone().try_get_matches_from(all).map_err(|error| {
+        let text = error.render().to_string();
+        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        anyhow::anyhow!("the configuration file does not fit: {first}")
+    })?;
+    let args = Serve::from_arg_matches(&matches)?;
+    if args.print_config {
+        print!("{}", printed(&command, &matches));
+        std::process::exit(0);
+    }
+    Ok(args)
+}
+
+fn from_table(table: &Table, command: &clap::Command, matches: &ArgMatches) -> anyhow::Result<Vec<String>> {
+    let mut line = Vec::new();
+    for (key, value) in table {
+        let Some((long, arg)) = flags(command).find(|(long, _)| *long == key && !NOT_IN_FILES.contains(long)) else {
+            let near = flags(command)
+                .map(|(long, _)| long)
+                .filter(|long| !NOT_IN_FILES.contains(long))
+                .max_by(|a, b| alike(a, key).total_cmp(&alike(b, key)))
+                .unwrap_or_default();
+            bail!("unknown key {key:?}; did you mean {near:?}? Keys are the long flags of `nbn serve --help`");
+        };
+        let source = matches.value_source(arg.get_id().as_str());
+        if matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
+            continue;
+        }
+        match (arg.get_action(), value) {
+            (ArgAction::SetTrue, Value::Boolean(false)) => {}
+            (ArgAction::SetTrue, Value::Boolean(true)) => line.push(format!("--{long}")),
+            (ArgAction::SetTrue, _) => bail!("{key} is {value}; expected true or false"),
+            (ArgAction::Append, Value::Array(values)) => {
+                for value in values {
+                    line.push(format!("--{long}={}", scalar(key, value)?));
+                }
+            }
+            (_, value) => line.push(format!("--{long}={}", scalar(key, value)?)),
+        }
+    }
+    Ok(line)
+}
+
+fn scalar(key: &str, value: &Value) -> anyhow::Result<String> {
+    Ok(match value {
+        Value::String(text) => text.clone(),
+        Value::Integer(number) => number.to_string(),
+        Value::Float(number) => number.to_string(),
+        _ => bail!("{key} is {value}; expected a string or a number"),
+    })
+}
+
+/// The share of letter pairs that two words have in common.
+fn alike(a: &str, b: &str) -> f64 {
+    let pairs = |word: &str| word.as_bytes().windows(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let (a, b) = (pairs(a), pairs(b));
+    let common = a.iter().filter(|pair| b.contains(pair)).count();
+    2.0 * common as f64 / (a.len() + b.len()).max(1) as f64
+}
+
+/// Every option as a TOML line, with where it comes from.
+fn printed(command: &clap::Command, matches: &ArgMatches) -> String {
+    let mut out = String::new();
+    for (long, arg) in flags(command).filter(|(long, _)| !NOT_IN_FILES.contains(long)) {
+        let id = arg.get_id().as_str();
+        let values: Vec<String> = matches
+            .get_raw(id)
+            .map(|values| values.map(|value| value.to_string_lossy().into_owned()).collect())
+            .unwrap_or_default();
+        let source = match matches.value_source(id) {
+            Some(ValueSource::CommandLine) => "flag or file",
+            Some(ValueSource::EnvVariable) => "environment",
+            Some(_) => "default",
+            None => "not set",
+        };
+        let hidden = SECRET.contains(&long) && !values.is_empty();
+        let text = match (arg.get_action(), values.as_slice()) {
+            (ArgAction::SetTrue, _) => matches.get_flag(id).to_string(),
+            _ if hidden => "\"(hidden)\"".into(),
+            (ArgAction::Append, values) => Value::from(values.to_vec()).to_string(),
+            (_, [value]) => match value.parse::<i64>() {
+                Ok(number) => number.to_string(),
+                Err(_) => Value::from(value.clone()).to_string(),
+            },
+            _ => String::new(),
+        };
+        // Writing into a string cannot fail.
+        let _ = match text.as_str() {
+            "" => writeln!(out, "# {long} is not set"),
+            text => writeln!(out, "{long} = {text}  # {source}"),
+        };
+    }
+    out
+}
+
+/// Checks that need more than one flag.
+pub(crate) fn check(args: &Serve) -> anyhow::Result<()> {
+    ensure!(
+        args.tls_cert.is_some() == args.tls_key.is_some(),
+        "--tls-cert and --tls-key belong together: give both or neither"
+    );
+    for origin in &args.cors_origin {
+        let fits = origin == "*" || origin.starts_with("http://") || origin.starts_with("https://");
+        ensure!(
+            fits && !origin.ends_with('/') && origin.is_ascii(),
+            "--cors-origin {origin:?}: expected an origin such as https://example.org, without a path, or *"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,326 @@
+//! `nbn serve`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use clap::Args;
+use nbn::bundle::VersionPolicy;
+use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions};
+use nbn::runtime::Library;
+use nbn::scores::Prior;
+use nbn::serve::{self, ConnectionLimits, Ended, Keys, Listeners, RequestLimits, ServeOptions, Tls};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
+
+#[derive(Args)]
+pub(crate) struct Serve {
+    /// Folder with NAME/VERSION/manifest.json
+    #[arg(long, env = "NBN_MODELS", default_value = "models")]
+    models: PathBuf,
+    /// Address to listen on: HTTP/1.1, HTTP/2 and gRPC
+    #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR)]
+    addr: SocketAddr,
+    /// The same on a second address, for gRPC clients that expect a port of their own
+    #[arg(long, env = "NBN_GRPC_ADDR")]
+    grpc_addr: Option<SocketAddr>,
+    /// Address for /metrics and for loading and unloading models, which then are there and only there
+    #[arg(long, env = "NBN_ADMIN_ADDR")]
+    admin_addr: Option<SocketAddr>,
+    /// Allow loading and unloading models on the main address when there is no admin address and no key
+    #[arg(long, env = "NBN_CONTROL")]
+    control: bool,
+    /// The model that /v1/classify uses, when there are several
+    #[arg(long, env = "NBN_DEFAULT_MODEL")]
+    default_model: Option<String>,
+    /// Versions that are served of each model: latest, all, or numbers with commas
+    #[arg(long, env = "NBN_VERSIONS", default_value_t)]
+    versions: VersionPolicy,
+    /// Refuse models that are not calibrated
+    #[arg(long, env = "NBN_REQUIRE_CALIBRATION")]
+    require_calibration: bool,
+    /// Class prior of answers to requests that name none
+    #[arg(long, env = "NBN_PRIOR", default_value = "uniform")]
+    prior: NamedPrior,
+    /// Images that may wait for a worker, per model; more are answered with 503
+    #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    queue: u32,
+    /// Images in one run of the network: auto measures at the first start what pays
+    #[arg(long, env = "NBN_MAX_BATCH", default_value = "auto")]
+    max_batch: BatchChoice,
+    /// Images in one request
+    #[arg(long, env = "NBN_MAX_IMAGES", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    max_images: u32,
+    /// Largest body, in MiB
+    #[arg(long, env = "NBN_MAX_BODY_MB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    max_body_mb: u32,
+    /// All bodies in memory together, in MiB
+    #[arg(long, env = "NBN_MAX_BUFFERED_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_buffered_mb: u32,
+    /// Seconds that a request may take
+    #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    timeout: u32,
+    /// Seconds that a request's head may take, and that a connection may stay idle
+    #[arg(long, env = "NBN_HEADER_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    header_timeout: u32,
+    /// Seconds that open requests have to finish after SIGTERM
+    #[arg(long, env = "NBN_DRAIN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    drain_timeout: u32,
+    /// Connections at once
+    #[arg(long, env = "NBN_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_connections: u32,
+    /// File with a line `name sha256hex [concurrency=N] [admin]` per API key; `nbn key` makes lines
+    #[arg(long, env = "NBN_API_KEYS_FILE")]
+    api_keys_file: Option<PathBuf>,
+    /// The same lines themselves; meant for the environment
+    #[arg(long, env = "NBN_API_KEYS", hide = true, hide_env_values = true, conflicts_with = "api_keys_file")]
+    api_keys: Option<String>,
+    /// Requests at once per API key whose line names no limit; 0 is none
+    #[arg(long, env = "NBN_KEY_CONCURRENCY", default_value_t = 0)]
+    key_concurrency: u32,
+    /// Certificate chain in PEM, read again on SIGHUP
+    #[arg(long, env = "NBN_TLS_CERT")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key in PEM
+    #[arg(long, env = "NBN_TLS_KEY")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Origin whose pages may ask, such as https://example.org, or *; may stand several times
+    #[arg(long, env = "NBN_CORS_ORIGIN", value_delimiter = ',')]
+    pub(crate) cors_origin: Vec<String>,
+    /// Log every request
+    #[arg(long, env = "NBN_ACCESS_LOG")]
+    access_log: bool,
+    /// Send traces to an OpenTelemetry collector over gRPC, such as http://127.0.0.1:4317
+    #[arg(long, env = "NBN_OTLP")]
+    otlp: Option<String>,
+    /// TOML file with long flags for keys; flags and environment overrule it
+    #[arg(long, env = "NBN_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print every option and where it comes from, and exit
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum NamedPrior {
+    /// Every class equally often
+    Uniform,
+    /// As often as in training
+    Train,
+}
+
+impl From<NamedPrior> for Prior {
+    fn from(prior: NamedPrior) -> Self {
+        match prior {
+            NamedPrior::Uniform => Self::Uniform,
+            NamedPrior::Train => Self::Train,
+        }
+    }
+}
+
+#[tokio::main]
+pub(crate) async fn run(args: Serve) -> anyhow::Result<ExitCode> {
+    configuration::check(&args).context(Unusable)?;
+    let traces = nbn::telemetry::init_traced("info", args.otlp.as_deref()).map_err(|e| anyhow!("--otlp: {e}"))?;
+    let result = serve(args).await;
+    if let Some(traces) = traces {
+        // What has not been sent yet is worth a moment, not more.
+        let _ = tokio::task::spawn_blocking(move || traces.finish()).await;
+    }
+    result
+}
+
+async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
+    let (stop, stopped) = nbn::shutdown::on_signal()?;
+    raise_file_limit(args.max_connections);
+    let keys = Arc::new(keys(&args).context(Unusable)?);
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => Some(Arc::new(Tls::load(certificate, key).context(Unusable)?)),
+        _ => None,
+    };
+    let library = Library::load(args.engine.onnxruntime.as_deref())?;
+    tracing::info!(onnxruntime = %library.path().display(), "ONNX Runtime loaded");
+    // Ports are taken before the models are loaded: a clash is found at once.
+    let listeners = Listeners {
+        main: listen("--addr", args.addr).await?,
+        grpc: match args.grpc_addr {
+            Some(addr) => Some(listen("--grpc-addr", addr).await?),
+            None => None,
+        },
+        admin: match args.admin_addr {
+            Some(addr) => Some(listen("--admin-addr", addr).await?),
+            None => None,
+        },
+        tls: tls.clone(),
+    };
+    let engine = &args.engine;
+    let options = RegistryOptions {
+        repository: args.models.clone(),
+        versions: args.versions.clone(),
+        default_model: args.default_model.clone(),
+        require_calibration: args.require_calibration,
+        model: ModelOptions {
+            workers: engine.workers(),
+            session: engine.session(),
+            limits: engine.limits(),
+            queue: args.queue as usize,
+            batch: args.max_batch,
+            cache: engine.cache(),
+        },
+    };
+    let registry = Arc::new(Registry::over(options, library));
+    announce(&listeners, &args, keys.len())?;
+    let filled = tokio::task::spawn_blocking({
+        let registry = registry.clone();
+        move || registry.fill()
+    });
+    let failed = tokio::spawn(watch_filling(filled, stop));
+    on_hangup(registry.clone(), keys.clone(), tls, args.api_keys_file.clone())?;
+    let drain_timeout = Duration::from_secs(args.drain_timeout.into());
+    let options = ServeOptions {
+        limits: RequestLimits {
+            max_body_bytes: (args.max_body_mb as usize) << 20,
+            max_images: args.max_images as usize,
+            timeout: Duration::from_secs(args.timeout.into()),
+            max_buffered_bytes: (args.max_buffered_mb as usize) << 20,
+        },
+        connections: ConnectionLimits {
+            max_connections: args.max_connections as usize,
+            header_timeout: Duration::from_secs(args.header_timeout.into()),
+        },
+        prior: args.prior.into(),
+        drain_timeout,
+        keys,
+        control: args.control,
+        cors_origins: args.cors_origin.clone(),
+        access_log: args.access_log,
+    };
+    let ended = serve::run(listeners, registry, options, stopped).await;
+    if failed.is_finished() {
+        failed.await??;
+    }
+    match ended {
+        Ended::Drained => {
+            tracing::info!("drained");
+            Ok(ExitCode::SUCCESS)
+        }
+        Ended::DeadlinePassed => {
+            tracing::error!(seconds = args.drain_timeout, "requests were still open at the end of --drain-timeout");
+            // Not waiting for the workers: the deadline has passed.
+            std::process::exit(1);
+        }
+    }
+}
+
+/// Stops the server when its models cannot be opened.
+async fn watch_filling(
+    filled: tokio::task::JoinHandle<Result<(), nbn::registry::RegistryError>>,
+    stop: watch::Sender<bool>,
+) -> anyhow::Result<()> {
+    match filled.await? {
+        Ok(()) => {
+            tracing::info!("ready");
+            Ok(())
+        }
+        Err(error) => {
+            let _ = stop.send(true);
+            Err(error.into())
+        }
+    }
+}
+
+async fn listen(flag: &str, addr: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(addr).await.with_context(|| format!("cannot listen on {addr}: choose another {flag}"))
+}
+
+fn announce(listeners: &Listeners, args: &Serve, keys: usize) -> anyhow::Result<()> {
+    let addr = listeners.main.local_addr()?;
+    let grpc = listeners.grpc.as_ref().map(TcpListener::local_addr).transpose()?;
+    let admin = listeners.admin.as_ref().map(TcpListener::local_addr).transpose()?;
+    let scheme = if listeners.tls.is_some() { "https" } else { "http" };
+    let (workers, threads) = (args.engine.workers(), args.engine.threads);
+    let show = |addr: Option<SocketAddr>| addr.map_or_else(|| "none".to_owned(), |addr| addr.to_string());
+    tracing::info!(
+        %addr, scheme, grpc = show(grpc), admin = show(admin), keys, workers, threads,
+        "listening: POST an image to /v1/classify, or open {scheme}://{addr}/ in a browser"
+    );
+    if keys == 0 && !addr.ip().is_loopback() {
+        tracing::warn!("anybody who reaches {addr} may ask: --api-keys-file asks for keys");
+    }
+    Ok(())
+}
+
+/// As many files as the connections need, and the system allows.
+fn raise_file_limit(connections: u32) {
+    let wanted = u64::from(connections) + 256;
+    #[cfg(unix)]
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(limit) if limit >= wanted => {}
+        Ok(limit) => tracing::warn!(
+            limit,
+            "the system allows fewer open files than --max-connections needs; connections beyond are refused"
+        ),
+        Err(error) => tracing::warn!(%error, "the limit on open files cannot be raised"),
+    }
+    #[cfg(not(unix))]
+    let _ = wanted;
+}
+
+fn keys(args: &Serve) -> anyhow::Result<Keys> {
+    let concurrency = args.key_concurrency as usize;
+    let (text, name) = match (&args.api_keys_file, &args.api_keys) {
+        (Some(path), _) => (read_keys(path)?, format!("--api-keys-file {}", path.display())),
+        (None, Some(text)) => (text.clone(), "NBN_API_KEYS".to_owned()),
+        (None, None) => return Ok(Keys::default()),
+    };
+    Keys::parse(&text, concurrency).map_err(|reason| anyhow!("{name}: {reason}"))
+}
+
+fn read_keys(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("--api-keys-file {}", path.display()))
+}
+
+/// On SIGHUP: reads the repository, the keys and the certificate again. What cannot be read leaves what was.
+#[cfg(unix)]
+fn on_hangup(
+    registry: Arc<Registry>,
+    keys: Arc<Keys>,
+    tls: Option<Arc<Tls>>,
+    keys_file: Option<PathBuf>,
+) -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!("SIGHUP: reading models, keys and certificate again");
+            if let Some(path) = &keys_file {
+                match read_keys(path).and_then(|text| keys.replace(&text).map_err(|reason| anyhow!(reason))) {
+                    Ok(()) => tracing::info!(keys = keys.len(), "keys read"),
+                    Err(error) => tracing::error!(error = format!("{error:#}"), "the keys stay as they were"),
+                }
+            }
+            if let Some(tls) = &tls {
+                match tls.reload() {
+                    Ok(()) => tracing::info!("certificate read"),
+                    Err(error) => tracing::error!(%error, "the certificate stays as it was"),
+                }
+            }
+            let registry = registry.clone();
+            // A panic there is logged by the runtime, and must not end this loop.
+            let _ = tokio::task::spawn_blocking(move || registry.refresh()).await;
+        }
+    });
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_hangup(_: Arc<Registry>, _: Arc<Keys>, _: Option<Arc<Tls>>, _: Option<PathBuf>) -> std::io::Result<()> {
+    Ok(())
+}

@@ -1,0 +1,462 @@
+//! The models that are being served, each version with its own engine; loading, swapping and unloading them.
+
+mod model;
+mod requests;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::bundle::{Bundle, BundleError, Repository, VersionFolder, VersionPolicy, sha256_hex};
+use crate::classify::ClassifyError;
+use crate::engine::Budget;
+use crate::pixels::DecodeLimits;
+use crate::runtime::{Library, NetworkCache, SessionOptions};
+
+pub use model::{BatchChoice, ServedModel};
+pub use requests::{RequestCounts, RequestStats};
+
+/// How a model is opened.
+#[derive(Debug, Clone)]
+pub struct ModelOptions {
+    /// Sessions, each with a worker.
+    pub workers: usize,
+    /// How each is opened.
+    pub session: SessionOptions,
+    /// How large a picture may be.
+    pub limits: DecodeLimits,
+    /// Pictures that may wait.
+    pub queue: usize,
+    /// Pictures in a run of the network.
+    pub batch: BatchChoice,
+    /// Where optimised networks are kept.
+    pub cache: NetworkCache,
+}
+
+/// How a repository is opened.
+#[derive(Debug, Clone)]
+pub struct RegistryOptions {
+    /// The folder that holds NAME/VERSION/.
+    pub repository: PathBuf,
+    /// Which versions are served.
+    pub versions: VersionPolicy,
+    /// The model that `/v1/classify` uses.
+    pub default_model: Option<String>,
+    /// Refuse bundles without calibration.
+    pub require_calibration: bool,
+    /// How each model is opened.
+    pub model: ModelOptions,
+}
+
+/// Why a model cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// A bundle cannot be opened.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// A bundle's network cannot be run.
+    #[error("model {name}/{version}: {cause}")]
+    Model {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: String,
+        /// What failed.
+        cause: Box<ClassifyError>,
+    },
+    /// A worker thread could not be started.
+    #[error("a worker thread could not be started: {0}")]
+    Thread(#[from] std::io::Error),
+    /// `--require-calibration` and a bundle without.
+    #[error("model {name}/{version} is not calibrated and --require-calibration is set: run `fold calibrate` on it")]
+    NotCalibrated {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: String,
+    },
+    /// `--default-model` names no model.
+    #[error("--default-model {name:?} is not among the models: {known}")]
+    Default {
+        /// The name given.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// No folder of that name, or no model of that name is loaded.
+    #[error("the repository has no model {0:?}")]
+    NoModel(String),
+    /// The registry has no repository to load from.
+    #[error("this server has no model repository to load from")]
+    NoRepository,
+}
+
+/// What the index says of a version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelState {
+    /// It answers.
+    Ready,
+    /// It is being opened for the first time.
+    Loading,
+    /// It does not answer.
+    Unavailable,
+}
+
+/// One line of the index.
+#[derive(Debug, Clone)]
+pub struct IndexEntry {
+    /// The model.
+    pub name: String,
+    /// Its version; empty where none is known.
+    pub version: String,
+    /// Whether it answers.
+    pub state: ModelState,
+    /// Why it does not, or why a newer state of its folder does not.
+    pub reason: String,
+}
+
+struct Slot {
+    model: Option<Arc<ServedModel>>,
+    /// Digest of the files that describe the version, as served.
+    fingerprint: String,
+    loading: bool,
+    reason: String,
+}
+
+type Versions = BTreeMap<u64, Slot>;
+
+/// All models by name.
+pub struct Registry {
+    source: Option<(RegistryOptions, &'static Library)>,
+    default: Option<String>,
+    models: RwLock<BTreeMap<String, Versions>>,
+    /// Held while a model is opened: one at a time.
+    loading: Mutex<()>,
+    budget: Arc<Budget>,
+    filled: AtomicBool,
+    loaded: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Registry {
+    /// A registry of `models`, without a repository. The default is `default`, or the only model.
+    ///
+    /// # Errors
+    /// When `default` is not among them.
+    pub fn new(models: Vec<ServedModel>, default: Option<String>) -> Result<Self, RegistryError> {
+        let registry = Self::empty(None, default, 1);
+        for model in models {
+            let slot =
+                |model| Slot { model: Some(model), fingerprint: String::new(), loading: false, reason: String::new() };
+            let (name, number) = (model.name.clone(), model.version.parse().unwrap_or(0));
+            registry.write(|all| all.entry(name).or_default().insert(number, slot(Arc::new(model))));
+        }
+        registry.check_default()?;
+        registry.filled.store(true, Ordering::Release);
+        Ok(registry)
+    }
+
+    /// A registry over a repository from which nothing is loaded yet.
+    pub fn over(options: RegistryOptions, library: &'static Library) -> Self {
+        let (default, workers) = (options.default_model.clone(), options.model.workers);
+        Self::empty(Some((options, library)), default, workers)
+    }
+
+    fn empty(source: Option<(RegistryOptions, &'static Library)>, default: Option<String>, places: usize) -> Self {
+        Self {
+            source,
+            default,
+            models: RwLock::default(),
+            loading: Mutex::default(),
+            budget: Arc::new(Budget::new(places)),
+            filled: AtomicBool::new(false),
+            loaded: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        }
+    }
+
+    /// Opens the wanted versions of every model. Afterwards the registry is filled.
+    ///
+    /// # Errors
+    /// When any of them fails: a server that starts serves all of its models.
+    pub fn fill(&self) -> Result<(), RegistryError> {
+        for name in self.repository()?.models()? {
+            self.load(&name)?;
+        }
+        self.check_default()?;
+        self.filled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Opens what has changed in the repository, and drops the models whose folders have gone. What cannot be opened
+    /// leaves what was served before, and stands in the log and in the index.
+    pub fn refresh(&self) {
+        let names = match self.repository().and_then(|r| Ok(r.models()?)) {
+            Ok(names) => names,
+            Err(error) => {
+                tracing::error!(%error, "the repository cannot be read; everything is served as before");
+                return;
+            }
+        };
+        for name in &names {
+            // Logged and noted where it happens.
+            let _ = self.load_versions(name, false);
+        }
+        let gone: Vec<String> = self.read(|all| all.keys().filter(|name| !names.contains(name)).cloned().collect());
+        for name in gone {
+            tracing::warn!(model = name, "the model's folder has gone: it is no longer served");
+            let _ = self.write(|all| all.remove(&name));
+        }
+    }
+
+    /// Opens the wanted versions of a model beside those that are served, and swaps each once it is warm. Versions that are
+    /// no longer wanted are dropped when all has gone well.
+    ///
+    /// # Errors
+    /// When the model does not exist, or any version fails; that leaves what was served before.
+    pub fn load(&self, name: &str) -> Result<(), RegistryError> {
+        self.load_versions(name, true)
+    }
+
+    /// Drops a model. Requests that it is at are still answered.
+    ///
+    /// # Errors
+    /// When no such model is loaded.
+    pub fn unload(&self, name: &str) -> Result<(), RegistryError> {
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let dropped = self.write(|all| {
+            let versions = all.get_mut(name)?;
+            let models: Vec<_> = versions
+                .values_mut()
+                .filter_map(|slot| {
+                    slot.reason = "unloaded".into();
+                    slot.model.take()
+                })
+                .collect();
+            (!models.is_empty()).then_some(models)
+        });
+        match dropped {
+            Some(_) => {
+                tracing::info!(model = name, "model unloaded");
+                Ok(())
+            }
+            None => Err(RegistryError::NoModel(name.to_owned())),
+        }
+    }
+
+    fn load_versions(&self, name: &str, unchanged_too: bool) -> Result<(), RegistryError> {
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let policy = self.source.as_ref().map(|(options, _)| &options.versions).ok_or(RegistryError::NoRepository)?;
+        let wanted = match self.repository()?.wanted(name, policy) {
+            Ok(wanted) => wanted.ok_or_else(|| RegistryError::NoModel(name.to_owned()))?,
+            Err(error) => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(model = name, %error, "the model cannot be loaded");
+                return Err(error.into());
+            }
+        };
+        let mut outcome = Ok(());
+        for version in &wanted {
+            let fingerprint = fingerprint(version);
+            let served = |slot: &Slot| slot.model.is_some() && slot.fingerprint == fingerprint;
+            if !unchanged_too && self.read(|all| all.get(name)?.get(&version.number).map(served)).unwrap_or(false) {
+                continue;
+            }
+            if let Err(error) = self.load_version(name, version, fingerprint) {
+                tracing::error!(model = name, version = version.number, %error, "the model cannot be loaded");
+                outcome = Err(error);
+            }
+        }
+        if outcome.is_ok() {
+            // Dropped outside the lock: the last of a model's requests may still be running.
+            let retired = self.write(|all| {
+                let versions = all.get_mut(name)?;
+                let unwanted = |number: &u64| !wanted.iter().any(|v| v.number == *number);
+                let numbers: Vec<u64> = versions.keys().copied().filter(unwanted).collect();
+                Some(numbers.iter().filter_map(|number| versions.remove(number)).collect::<Vec<_>>())
+            });
+            for slot in retired.into_iter().flatten() {
+                if let Some(model) = slot.model {
+                    tracing::info!(model = name, version = %model.version, "version retired");
+                }
+            }
+        }
+        outcome
+    }
+
+    fn load_version(&self, name: &str, version: &VersionFolder, fingerprint: String) -> Result<(), RegistryError> {
+        let Some((options, library)) = &self.source else { return Err(RegistryError::NoRepository) };
+        let number = version.number;
+        self.write(|all| {
+            let empty = || Slot { model: None, fingerprint: String::new(), loading: true, reason: String::new() };
+            all.entry(name.to_owned()).or_default().entry(number).or_insert_with(empty).loading = true;
+        });
+        let started = Bundle::open(&version.folder).map_err(RegistryError::from).and_then(|bundle| {
+            if options.require_calibration && bundle.calibration.is_none() {
+                return Err(RegistryError::NotCalibrated { name: name.into(), version: number.to_string() });
+            }
+            ServedModel::start(bundle, library, &options.model, self.budget.clone())
+        });
+        let outcome = match started {
+            Ok(model) => {
+                announce(&model, &options.model);
+                self.loaded.fetch_add(1, Ordering::Relaxed);
+                Ok(Arc::new(model))
+            }
+            Err(error) => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                Err(error)
+            }
+        };
+        let mut replaced = None;
+        let outcome = self.write(|all| {
+            let Some(slot) = all.get_mut(name).and_then(|versions| versions.get_mut(&number)) else { return Ok(()) };
+            slot.loading = false;
+            match outcome {
+                Ok(model) => {
+                    slot.reason.clear();
+                    slot.fingerprint = fingerprint;
+                    replaced = slot.model.replace(model);
+                    Ok(())
+                }
+                Err(error) => {
+                    let reason = self.public(&error);
+                    let serving = slot.model.is_some();
+                    slot.reason = if serving { format!("serving as before; the new state: {reason}") } else { reason };
+                    Err(error)
+                }
+            }
+        });
+        drop(replaced);
+        outcome
+    }
+
+    /// The error without the folder in which the repository lies.
+    fn public(&self, error: &RegistryError) -> String {
+        let mut text = error.to_string();
+        if let Some((options, _)) = &self.source {
+            for folder in [std::fs::canonicalize(&options.repository).ok(), Some(options.repository.clone())] {
+                let Some(folder) = folder.map(|f| f.display().to_string()).filter(|f| f.len() > 1) else { continue };
+                text = text.replace(&format!("{}/", folder.trim_end_matches('/')), "");
+            }
+        }
+        text
+    }
+
+    fn repository(&self) -> Result<Repository, RegistryError> {
+        let (options, _) = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
+        Ok(Repository::at(&options.repository))
+    }
+
+    fn check_default(&self) -> Result<(), RegistryError> {
+        match &self.default {
+            Some(name) if !self.read(|all| all.contains_key(name)) => {
+                let known = self.read(|all| all.keys().cloned().collect::<Vec<_>>().join(", "));
+                Err(RegistryError::Default { name: name.clone(), known })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn read<T>(&self, look: impl FnOnce(&BTreeMap<String, Versions>) -> T) -> T {
+        look(&self.models.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<T>(&self, change: impl FnOnce(&mut BTreeMap<String, Versions>) -> T) -> T {
+        change(&mut self.models.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether every model was opened once.
+    pub fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
+    /// How often a version was opened, and how often that failed.
+    pub fn loads(&self) -> (u64, u64) {
+        (self.loaded.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
+    }
+
+    /// The model of that name, in that version or in the highest that is ready.
+    pub fn get(&self, name: &str, version: Option<&str>) -> Option<Arc<ServedModel>> {
+        self.read(|all| {
+            let versions = all.get(name)?;
+            let ready = |slot: &Slot| slot.model.clone();
+            match version {
+                None => versions.values().rev().find_map(ready),
+                Some(version) => versions.values().filter_map(ready).find(|model| model.version == version),
+            }
+        })
+    }
+
+    /// The model that `/v1/classify` uses: the option's, or the only one.
+    pub fn default_model(&self) -> Option<Arc<ServedModel>> {
+        let name = match &self.default {
+            Some(name) => name.clone(),
+            None => {
+                let names = self.names();
+                let [only] = names.as_slice() else { return None };
+                only.clone()
+            }
+        };
+        self.get(&name, None)
+    }
+
+    /// Names of the models of which a version is ready.
+    pub fn names(&self) -> Vec<String> {
+        let ready = |versions: &Versions| versions.values().any(|slot| slot.model.is_some());
+        self.read(|all| all.iter().filter(|(_, versions)| ready(versions)).map(|(name, _)| name.clone()).collect())
+    }
+
+    /// All versions that are ready, by name and version.
+    pub fn models(&self) -> Vec<Arc<ServedModel>> {
+        self.read(|all| all.values().flat_map(|versions| versions.values().filter_map(|s| s.model.clone())).collect())
+    }
+
+    /// What is served and what is not, with reasons. Names the repository's other folders, too.
+    pub fn index(&self) -> Vec<IndexEntry> {
+        let mut entries: Vec<IndexEntry> = self.read(|all| {
+            let entry = |(name, number, slot): (&String, &u64, &Slot)| IndexEntry {
+                name: name.clone(),
+                version: slot.model.as_ref().map_or_else(|| number.to_string(), |m| m.version.clone()),
+                state: match slot {
+                    Slot { model: Some(_), .. } => ModelState::Ready,
+                    Slot { loading: true, .. } => ModelState::Loading,
+                    _ => ModelState::Unavailable,
+                },
+                reason: slot.reason.clone(),
+            };
+            all.iter().flat_map(|(name, versions)| versions.iter().map(move |(n, s)| entry((name, n, s)))).collect()
+        });
+        let others = self.repository().and_then(|r| Ok(r.models()?)).unwrap_or_default();
+        for name in others {
+            if !entries.iter().any(|entry| entry.name == name) {
+                let state = ModelState::Unavailable;
+                entries.push(IndexEntry { name, version: String::new(), state, reason: "not loaded".into() });
+            }
+        }
+        entries
+    }
+}
+
+/// Digest of the files that describe a version; the manifest names the network's.
+fn fingerprint(version: &VersionFolder) -> String {
+    let mut all = Vec::new();
+    for name in [crate::bundle::MANIFEST_FILE, crate::bundle::CALIBRATION_FILE, crate::bundle::EVALUATION_FILE] {
+        let content = std::fs::read(version.folder.join(name)).unwrap_or_default();
+        all.extend(sha256_hex(&content).into_bytes());
+    }
+    sha256_hex(&all)
+}
+
+fn announce(model: &ServedModel, options: &ModelOptions) {
+    let (calibration, scale) = match model.scorer.calibration() {
+        Some(bound) => (bound.id.as_str(), "scores are calibrated probabilities"),
+        None => ("none", "not calibrated: scores are the softmax of the logits"),
+    };
+    tracing::info!(
+        model = %model.name, version = %model.version, arch = %model.manifest.arch,
+        classes = model.manifest.classes.len(), device = %model.device, workers = options.workers,
+        threads = options.session.threads, max_batch = model.max_batch, calibration, "model ready ({scale})"
+    );
+}

@@ -1,0 +1,229 @@
+//! Networks as ONNX Runtime has optimised them, kept on disk.
+//!
+//! Opening a network costs an optimisation pass and, per session, a copy of its weights. The runtime can write the
+//! optimised graph with its weights in a side file; opened from there, the weights are mapped and shared by all
+//! sessions and processes. An entry is named by everything that it depends on: the network's SHA-256, the runtime's
+//! build and the processor's features. It is made in a folder of its own and renamed into place, and never changed
+//! afterwards. Whoever can write the cache can change what runs.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::UNIX_EPOCH;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+use super::model::{builder, optimised};
+use super::{Library, OnnxModel, RuntimeError, SessionOptions};
+
+const GRAPH: &str = "network.onnx";
+const WEIGHTS: &str = "network.data";
+
+/// A network's file and what it must be.
+#[derive(Debug, Clone)]
+pub struct NetworkFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// SHA-256 in lower-case hexadecimal that its bytes must have.
+    pub sha256: String,
+}
+
+/// A folder of optimised networks, or none.
+#[derive(Debug, Clone, Default)]
+pub struct NetworkCache {
+    folder: Option<PathBuf>,
+}
+
+impl NetworkCache {
+    /// Networks are kept in `folder`, which is made when the first is written.
+    pub fn at(folder: PathBuf) -> Self {
+        Self { folder: Some(folder) }
+    }
+
+    /// Nothing is kept.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// `nbn/networks` in the user's cache folder, if the environment names one.
+    pub fn default_folder() -> Option<PathBuf> {
+        let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+        Some(base.join("nbn/networks"))
+    }
+
+    /// Opens `sessions` sessions over `network` on the processor. `read` gives the network's bytes after checking them;
+    /// it is called only when the cache cannot vouch for the file: no entry, or the file's size or time of change differ
+    /// from when it was last read.
+    ///
+    /// A cache that cannot be read or written costs its advantages, never the answer.
+    ///
+    /// # Errors
+    /// `read`'s, or the runtime's.
+    pub fn open<E: From<RuntimeError>>(
+        &self,
+        library: &Library,
+        network: &NetworkFile,
+        read: impl Fn() -> Result<Vec<u8>, E>,
+        options: SessionOptions,
+        sessions: usize,
+    ) -> Result<Vec<OnnxModel>, E> {
+        let Some(entry) = self.entry(network) else {
+            let bytes = read()?;
+            return (0..sessions).map(|_| Ok(OnnxModel::open(library, &bytes, options)?)).collect();
+        };
+        let mut bytes = None;
+        if !self.vouches(&entry, network) {
+            let read = read()?;
+            if !entry.join(GRAPH).is_file()
+                && let Err(reason) = self.make(&entry, library, &read, options)
+            {
+                tracing::warn!(cache = %entry.display(), reason, "the optimised network was not kept: starts stay slow; give a writable --cache, or none");
+            }
+            self.stamp(&entry, network);
+            bytes = Some(read);
+        }
+        if entry.join(GRAPH).is_file() {
+            let graph = entry.join(GRAPH);
+            let opened: Result<Vec<_>, RuntimeError> = thread::scope(|scope| {
+                let open = || OnnxModel::open_optimised(library, &graph, options);
+                let threads: Vec<_> = (0..sessions).map(|_| scope.spawn(open)).collect();
+                let died = |_| Err(RuntimeError::Open("the thread that opened it died".into()));
+                threads.into_iter().map(|t| t.join().unwrap_or_else(died)).collect()
+            });
+            match opened {
+                Ok(models) => return Ok(models),
+                Err(error) => {
+                    tracing::warn!(cache = %entry.display(), %error, "the kept network cannot be opened; remove it");
+                }
+            }
+        }
+        let bytes = bytes.map_or_else(read, Ok)?;
+        (0..sessions).map(|_| Ok(OnnxModel::open(library, &bytes, options)?)).collect()
+    }
+
+    /// A note that was kept with `network`'s entry.
+    pub fn note<T: DeserializeOwned>(&self, network: &NetworkFile, name: &str) -> Option<T> {
+        serde_json::from_slice(&fs::read(self.entry(network)?.join(name)).ok()?).ok()
+    }
+
+    /// Keeps a note with `network`'s entry, if there is one and it can be written.
+    pub fn keep_note<T: Serialize>(&self, network: &NetworkFile, name: &str, note: &T) {
+        let Some(entry) = self.entry(network).filter(|entry| entry.is_dir()) else { return };
+        let written = serde_json::to_vec(note).map_err(io::Error::other).and_then(|n| replace(&entry.join(name), &n));
+        if let Err(error) = written {
+            tracing::debug!(%error, name, "a note was not kept in the cache");
+        }
+    }
+
+    fn entry(&self, network: &NetworkFile) -> Option<PathBuf> {
+        let mut key = Sha256::new();
+        for part in [network.sha256.as_str(), ort::info(), &processor()] {
+            key.update(part.as_bytes());
+            key.update([0]);
+        }
+        let key: String = key.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Some(self.folder.as_ref()?.join(key))
+    }
+
+    /// Whether `network`'s file is, by size and time of change, the one that was checked when the entry was made.
+    fn vouches(&self, entry: &Path, network: &NetworkFile) -> bool {
+        let stamp = fs::metadata(&network.path).ok().and_then(|metadata| stamp(&metadata));
+        entry.join(GRAPH).is_file()
+            && stamp
+                .is_some_and(|stamp| fs::read(entry.join(stamp_name(&network.path))).is_ok_and(|kept| kept == stamp))
+    }
+
+    fn stamp(&self, entry: &Path, network: &NetworkFile) {
+        let stamp = fs::metadata(&network.path).ok().and_then(|metadata| stamp(&metadata));
+        if let Some(stamp) = stamp.filter(|_| entry.is_dir()) {
+            // Without it, the file is read and checked again next time.
+            let _ = replace(&entry.join(stamp_name(&network.path)), &stamp);
+        }
+    }
+
+    fn make(&self, entry: &Path, library: &Library, bytes: &[u8], options: SessionOptions) -> Result<(), String> {
+        let text = |error: io::Error| error.to_string();
+        let parent = entry.parent().ok_or("the cache folder has no name")?;
+        fs::create_dir_all(parent).map_err(text)?;
+        let draft = draft_of(entry);
+        fs::create_dir(&draft).map_err(text)?;
+        let made = builder(library, options)
+            .and_then(|b| optimised(b, &draft.join(GRAPH), WEIGHTS))
+            .and_then(|mut b| b.commit_from_memory(bytes))
+            .map_err(|error| error.to_string())
+            .and_then(|_session| {
+                for name in [GRAPH, WEIGHTS] {
+                    match File::open(draft.join(name)) {
+                        // A small network has all of its weights in the graph.
+                        Err(error) if name == WEIGHTS && error.kind() == io::ErrorKind::NotFound => {}
+                        file => file.and_then(|f| f.sync_all()).map_err(text)?,
+                    }
+                }
+                match fs::rename(&draft, entry) {
+                    // Another process was first; its entry is as good.
+                    Err(_) if entry.join(GRAPH).is_file() => Ok(()),
+                    result => result.map_err(text),
+                }
+            });
+        if draft.exists() {
+            // What is left is of no use, and its name will not be used again.
+            let _ = fs::remove_dir_all(&draft);
+        }
+        made
+    }
+}
+
+/// Size and time of change, as text.
+fn stamp(metadata: &Metadata) -> Option<Vec<u8>> {
+    let changed = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some(format!("{} {}", metadata.len(), changed.as_nanos()).into_bytes())
+}
+
+/// The name of a file's stamp: the same network may lie in several places.
+fn stamp_name(path: &Path) -> String {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let digest = Sha256::digest(path.as_os_str().as_encoded_bytes());
+    digest.iter().take(8).fold("checked-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
+}
+
+/// A name beside `path` that no other thread or process uses.
+fn draft_of(path: &Path) -> PathBuf {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let time = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}-{}-{n}-{time}", std::process::id()))
+}
+
+/// Writes a file so that readers see the old or the new content.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let draft = draft_of(path);
+    fs::write(&draft, content)?;
+    fs::rename(&draft, path).inspect_err(|_| {
+        let _ = fs::remove_file(&draft);
+    })
+}
+
+/// What the runtime's choice of kernels and layouts depends on.
+fn processor() -> String {
+    let mut features = vec![std::env::consts::ARCH];
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! detected {
+            ($($name:tt)*) => { $(if std::arch::is_x86_feature_detected!($name) { features.push($name); })* };
+        }
+        detected!("sse4.1" "avx" "avx2" "fma" "avxvnni" "avx512f" "avx512bw" "avx512vl" "avx512vnni" "avx512bf16");
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! detected {
+            ($($name:tt)*) => { $(if std::arch::is_aarch64_feature_detected!($name) { features.push($name); })* };
+        }
+        detected!("neon" "dotprod" "fp16" "i8mm" "bf16" "sve");
+    }
+    features.join(" ")
+}

@@ -1,0 +1,99 @@
+//! Request bodies, within bounds on size, time, and the memory of all bodies together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, StatusCode, header};
+use bytes::BytesMut;
+use http_body_util::BodyExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+
+use super::RequestLimits;
+use super::problem::Problem;
+
+/// Bytes that are accounted for at a time.
+const BLOCK: usize = 64 << 10;
+
+/// The memory that bodies may take together.
+#[derive(Clone)]
+pub(crate) struct BodyMemory(Arc<Semaphore>);
+
+/// A body in memory. Its share of the bound is given back when this is dropped.
+pub(crate) struct Held {
+    pub(crate) bytes: Bytes,
+    _share: Option<OwnedSemaphorePermit>,
+}
+
+impl BodyMemory {
+    pub(crate) fn of(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new((bytes / BLOCK).clamp(1, Semaphore::MAX_PERMITS))))
+    }
+}
+
+/// Reads a body that must be complete at `deadline`.
+pub(crate) async fn read(
+    mut body: Body,
+    headers: &HeaderMap,
+    limits: &RequestLimits,
+    memory: &BodyMemory,
+    deadline: Instant,
+) -> Result<Held, Problem> {
+    let limit = limits.max_body_bytes;
+    let too_large = |size: &str| {
+        let detail =
+            format!("the body is {size}; this server accepts up to {limit} bytes: send less, or raise --max-body-mb");
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", detail).with_limit(limit as u64)
+    };
+    if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
+        let detail = format!("content-encoding {coding:?} is not accepted: send the body as it is");
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
+    }
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if let Some(size) = announced.filter(|&size| size > limit as u64) {
+        return Err(too_large(&format!("{size} bytes")));
+    }
+    let mut share: Option<OwnedSemaphorePermit> = None;
+    let mut whole = BytesMut::new();
+    loop {
+        let frame = timeout_at(deadline, body.frame()).await.map_err(|_| slow(limits.timeout))?;
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|_| {
+            Problem::bad_request("body_broken", "the body ended before its announced length, or its coding is broken")
+        })?;
+        let Ok(data) = frame.into_data() else { continue };
+        if whole.len() + data.len() > limit {
+            return Err(too_large(&format!("longer than {limit} bytes")));
+        }
+        let blocks = (whole.len() + data.len()).div_ceil(BLOCK);
+        let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        if blocks > held {
+            let more = u32::try_from(blocks - held).unwrap_or(u32::MAX);
+            let more = memory.0.clone().try_acquire_many_owned(more).map_err(|_| full())?;
+            match &mut share {
+                Some(share) => share.merge(more),
+                None => share = Some(more),
+            }
+        }
+        if whole.is_empty() {
+            // What has come with the first frame need not be moved.
+            if axum::body::HttpBody::is_end_stream(&body) {
+                return Ok(Held { bytes: data, _share: share });
+            }
+            whole.reserve(announced.map_or(data.len(), |n| n as usize).min(1 << 20).max(data.len()));
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(Held { bytes: whole.freeze(), _share: share })
+}
+
+fn slow(limit: Duration) -> Problem {
+    let detail = format!("the body did not arrive within {} s (--timeout)", limit.as_secs_f64());
+    Problem::new(StatusCode::REQUEST_TIMEOUT, "slow_body", detail).with_limit(limit.as_secs())
+}
+
+fn full() -> Problem {
+    let detail = "the bodies of the requests at work fill the memory set aside for them (--max-buffered-mb): try again";
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "memory", detail).retry_in(Duration::from_secs(1))
+}

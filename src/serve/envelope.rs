@@ -1,0 +1,266 @@
+//! What every request gets, whatever its protocol: an id, a place in the caller's trace, an entry in the metrics, and an error
+//! in the form that its protocol wants, the router's own rejections included.
+
+use std::any::Any;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
+use tracing::Instrument;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use super::App;
+use super::problem::{Problem, ProblemBody};
+use crate::classify::Timings;
+
+/// Header that names a request in answers and logs.
+const REQUEST_ID: &str = "x-request-id";
+const TRACEPARENT: &str = "traceparent";
+const SERVER_TIMING: &str = "server-timing";
+
+/// What handlers tell of a request for its metrics and headers.
+#[derive(Clone, Default)]
+pub(crate) struct Notes(Arc<Mutex<Noted>>);
+
+#[derive(Default)]
+struct Noted {
+    model: String,
+    slowest: Timings,
+    calibrate: Duration,
+    inferred: bool,
+}
+
+impl Notes {
+    fn with<T>(&self, look: impl FnOnce(&mut Noted) -> T) -> T {
+        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The loaded model that answers.
+    pub(crate) fn model(&self, name: &str) {
+        self.with(|noted| name.clone_into(&mut noted.model));
+    }
+
+    /// An image's way. Of several images, the slowest of each stage is told.
+    pub(crate) fn image(&self, timings: &Timings, calibrate: Duration) {
+        self.with(|noted| {
+            noted.inferred = true;
+            let slowest = &mut noted.slowest;
+            slowest.queue = slowest.queue.max(timings.queue);
+            slowest.decode = slowest.decode.max(timings.decode);
+            slowest.preprocess = slowest.preprocess.max(timings.preprocess);
+            slowest.infer = slowest.infer.max(timings.infer);
+            noted.calibrate = noted.calibrate.max(calibrate);
+        });
+    }
+
+    fn server_timing(&self) -> Option<HeaderValue> {
+        self.with(|noted| {
+            let Timings { queue, decode, preprocess, infer, .. } = noted.slowest;
+            let calibrate = noted.calibrate;
+            let ms = |time: Duration| time.as_secs_f64() * 1e3;
+            let text = format!(
+                "queue;dur={:.3}, decode;dur={:.3}, preprocess;dur={:.3}, infer;dur={:.3}, calibrate;dur={:.3}",
+                ms(queue),
+                ms(decode),
+                ms(preprocess),
+                ms(infer),
+                ms(calibrate)
+            );
+            noted.inferred.then(|| HeaderValue::from_str(&text).ok()).flatten()
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Native,
+    V2,
+    Grpc,
+}
+
+impl Protocol {
+    fn of(request: &Request) -> Self {
+        let content_type = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+        let path = request.uri().path();
+        if content_type.starts_with(b"application/grpc") {
+            Self::Grpc
+        } else if path == "/v2" || path.starts_with("/v2/") {
+            Self::V2
+        } else {
+            Self::Native
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::V2 => "v2",
+            Self::Grpc => "grpc",
+        }
+    }
+}
+
+/// Ends a request's share of the gauge, also when its future is dropped.
+struct InFlight(App);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.telemetry.in_flight.dec();
+    }
+}
+
+/// The outermost layer.
+pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    app.telemetry.in_flight.inc();
+    let _in_flight = InFlight(app.clone());
+    let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok());
+    let id = given.filter(|v| is_id(v)).map_or_else(random_hex, str::to_owned);
+    let protocol = Protocol::of(&request);
+    let instance = request.uri().path().to_owned();
+    let parent = parent(request.headers());
+    let mut trace =
+        parent.as_ref().map_or_else(|| format!("{}{}", random_hex(), random_hex()), |p| p.trace_id().to_string());
+    let flags = parent.as_ref().map_or(TraceFlags::default(), SpanContext::trace_flags);
+    let span = tracing::info_span!(
+        "request", id, method = %request.method(), path = instance, trace_id = trace, key = tracing::field::Empty,
+        otel.kind = "server", http.response.status_code = tracing::field::Empty
+    );
+    if let Some(parent) = parent {
+        // Without --otlp there is nobody to tell.
+        let _ = span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent));
+    }
+    // With --otlp the exported span's own ids, else a fresh one.
+    let own = span.context();
+    let own = own.span().span_context().clone();
+    let span_id = if own.is_valid() {
+        trace = own.trace_id().to_string();
+        own.span_id().to_string()
+    } else {
+        random_hex()
+    };
+    let method = request.method().clone();
+    let notes = Notes::default();
+    request.extensions_mut().insert(notes.clone());
+    let response = next.run(request).instrument(span.clone()).await;
+    let status = response.status();
+    let mut response = if let Some(problem) = problem_of(&response) {
+        app.telemetry.rejected_by(&problem);
+        span.in_scope(|| tracing::debug!(%status, code = problem.code, detail = problem.detail, "refused"));
+        render(response, problem, protocol, instance, id.clone())
+    } else {
+        response
+    };
+    span.record("http.response.status_code", response.status().as_u16());
+    let took = began.elapsed();
+    let code = code(&response, protocol);
+    app.telemetry.request(protocol.name(), &notes.with(|n| n.model.clone()), code, took);
+    if app.access_log {
+        let ms = took.as_secs_f64() * 1e3;
+        span.in_scope(|| tracing::info!(code, ms, model = notes.with(|n| n.model.clone()), "{method}"));
+    }
+    let headers = response.headers_mut();
+    let traceparent = format!("00-{trace}-{span_id}-{:02x}", flags.to_u8());
+    for (name, value) in [(REQUEST_ID, id), (TRACEPARENT, traceparent)] {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    }
+    if let Some(value) = notes.server_timing() {
+        headers.insert(SERVER_TIMING, value);
+    }
+    response
+}
+
+/// The HTTP status, or for gRPC its own.
+fn code(response: &Response, protocol: Protocol) -> u16 {
+    let grpc = || response.headers().get("grpc-status").and_then(|v| v.to_str().ok()?.parse().ok());
+    match protocol {
+        // A trailer says it when all went well.
+        Protocol::Grpc => grpc().unwrap_or(0),
+        _ => response.status().as_u16(),
+    }
+}
+
+fn problem_of(response: &Response) -> Option<Problem> {
+    let status = response.status();
+    if let Some(problem) = response.extensions().get::<Problem>() {
+        return Some(problem.clone());
+    }
+    (status.is_client_error() || status.is_server_error()).then(|| {
+        let detail = status.canonical_reason().unwrap_or("the request was refused");
+        Problem::new(status, "rejected", detail)
+    })
+}
+
+fn render(response: Response, problem: Problem, protocol: Protocol, instance: String, request_id: String) -> Response {
+    let (mut parts, _) = response.into_parts();
+    let wait = problem.retry_after.map(|wait| HeaderValue::from(wait.as_secs_f64().ceil() as u64));
+    if protocol == Protocol::Grpc {
+        let mut response = super::v2::status_of(&problem).into_http::<Body>();
+        if let Some(wait) = wait {
+            response.headers_mut().insert(header::RETRY_AFTER, wait);
+        }
+        return response;
+    }
+    if let Some(wait) = wait {
+        parts.headers.insert(header::RETRY_AFTER, wait);
+    }
+    if problem.status == StatusCode::UNAUTHORIZED {
+        parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    let Problem { status, code, detail, limit, .. } = problem;
+    parts.headers.remove(header::CONTENT_LENGTH);
+    let (content_type, body) = if protocol == Protocol::V2 {
+        ("application/json", serde_json::to_vec(&super::v2::ErrorBody { error: detail }))
+    } else {
+        let title = status.canonical_reason().unwrap_or("Error");
+        let status = status.as_u16();
+        let body = ProblemBody { kind: "about:blank", title, status, detail, instance, code, request_id, limit };
+        ("application/problem+json", serde_json::to_vec(&body))
+    };
+    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    Response::from_parts(parts, Body::from(body.unwrap_or_default()))
+}
+
+/// For a layer outside of the router's handlers.
+pub(crate) fn from_panic(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(panic = text.unwrap_or("no message"), "a handler panicked");
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed; its log has the reason")
+        .into_response()
+}
+
+/// The caller's span, by the W3C's Trace Context: `00-<32 hex>-<16 hex>-<2 hex>`; nothing when it is not of that form.
+fn parent(headers: &HeaderMap) -> Option<SpanContext> {
+    let text = headers.get(TRACEPARENT)?.to_str().ok()?;
+    let mut parts = text.split('-');
+    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let hex = |text: &str, n| text.len() == n && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let later = version != "00";
+    if !hex(version, 2) || version == "ff" || !hex(trace, 32) || !hex(span, 16) || !hex(flags, 2) {
+        return None;
+    }
+    if parts.next().is_some() && !later {
+        return None;
+    }
+    let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()? & 1);
+    let trace = TraceId::from_hex(trace).ok()?;
+    let context = SpanContext::new(trace, SpanId::from_hex(span).ok()?, flags, true, TraceState::default());
+    context.is_valid().then_some(context)
+}
+
+fn is_id(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+/// 64 random bits: the standard library's hasher keys are random per process and differ per call.
+fn random_hex() -> String {
+    format!("{:016x}", RandomState::new().hash_one(Instant::now()))
+}

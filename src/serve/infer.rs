@@ -1,0 +1,125 @@
+//! From inputs to predictions, for every protocol alike.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, StatusCode};
+use tokio::time::{Instant, timeout_at};
+
+use super::App;
+use super::envelope::Notes;
+use super::problem::{self, Problem};
+use crate::classify::{Input, Prediction, ScoreRule, Scored};
+use crate::registry::ServedModel;
+
+/// A model, for as long as one request needs it: a swap meanwhile does not take it away.
+pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<ServedModel>, Problem> {
+    if let Some(model) = app.registry.get(name, version) {
+        return Ok(model);
+    }
+    if !app.registry.is_filled() {
+        return Err(problem::loading());
+    }
+    let not_found = |code, detail| Err(Problem::new(StatusCode::NOT_FOUND, code, detail));
+    if let Some(version) = version.filter(|_| app.registry.get(name, None).is_some()) {
+        let served: Vec<String> =
+            app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect();
+        let served = served.join(", ");
+        return not_found(
+            "no_such_version",
+            format!("model {name:?} has no version {version:?}; it is served in {served}"),
+        );
+    }
+    let known = match app.registry.names() {
+        names if names.is_empty() => "none".to_owned(),
+        names => names.join(", "),
+    };
+    not_found("no_such_model", format!("no model is named {name:?}; this server has {known}"))
+}
+
+/// The model for requests that name none.
+pub(crate) fn default_model(app: &App) -> Result<Arc<ServedModel>, Problem> {
+    if let Some(model) = app.registry.default_model() {
+        return Ok(model);
+    }
+    if !app.registry.is_filled() {
+        return Err(problem::loading());
+    }
+    let detail = match app.registry.names() {
+        names if names.is_empty() => "no model is loaded".to_owned(),
+        names => {
+            let names = names.join(", ");
+            format!("this server has several models and no default: use /v1/models/NAME/classify with one of {names}")
+        }
+    };
+    Err(Problem::new(StatusCode::NOT_FOUND, "no_default_model", detail))
+}
+
+/// When a request that begins now must be answered: after the server's `--timeout`, or the client's own when shorter.
+pub(crate) fn deadline(app: &App, headers: &HeaderMap) -> Instant {
+    let server = app.limits.timeout;
+    let client = headers.get("grpc-timeout").and_then(|v| grpc_timeout(v.to_str().ok()?));
+    Instant::now() + client.map_or(server, |client| client.min(server))
+}
+
+/// gRPC over HTTP/2: at most eight digits and a unit.
+fn grpc_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let n: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    Some(match unit {
+        "H" => Duration::from_secs(n * 3600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    })
+}
+
+/// Has `model` look at `inputs`. The answers are in their order.
+pub(crate) async fn predict(
+    app: &App,
+    model: &ServedModel,
+    inputs: Vec<Input>,
+    deadline: Instant,
+) -> Result<Vec<Result<Prediction, Problem>>, Problem> {
+    let tickets = model.engine.submit(inputs, Some(deadline.into_std()))?;
+    let mut answers = Vec::with_capacity(tickets.len());
+    for ticket in tickets {
+        let reply = timeout_at(deadline, ticket).await.map_err(|_| late(app))?;
+        answers.push(reply.map_err(|_| lost())?.map_err(|error| Problem::from(&error)));
+    }
+    Ok(answers)
+}
+
+/// Scores a prediction and notes what it cost.
+pub(crate) fn score(
+    app: &App,
+    model: &ServedModel,
+    rule: &ScoreRule,
+    prediction: &Prediction,
+    notes: &Notes,
+) -> Scored {
+    let began = Instant::now();
+    let scored = model.scorer.score(&prediction.logits, rule);
+    let took = began.elapsed();
+    notes.image(&prediction.timings, took);
+    app.telemetry.prediction(model, prediction, &scored, took);
+    scored
+}
+
+fn late(app: &App) -> Problem {
+    let seconds = app.limits.timeout.as_secs();
+    let detail = format!(
+        "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again when \
+         the load is less"
+    );
+    Problem::new(StatusCode::GATEWAY_TIMEOUT, "deadline", detail).with_limit(seconds)
+}
+
+/// A worker went away without an answer; it cannot, short of a bug.
+pub(crate) fn lost() -> Problem {
+    tracing::error!("a worker gave no answer");
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server lost this image; try again")
+}

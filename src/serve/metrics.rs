@@ -1,0 +1,225 @@
+//! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
+
+use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry as Metrics;
+
+use super::problem::Problem;
+use crate::bundle::Group;
+use crate::classify::{Prediction, Scored};
+use crate::registry::{Registry, ServedModel};
+
+/// The media type of [`Telemetry::text`].
+pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    protocol: &'static str,
+    model: String,
+    code: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StageLabels {
+    model: String,
+    stage: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ModelLabels {
+    model: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct VersionLabels {
+    model: String,
+    version: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct GroupLabels {
+    model: String,
+    group: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OutcomeLabels {
+    outcome: &'static str,
+}
+
+type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// Every metric of the server.
+pub(crate) struct Telemetry {
+    all: Metrics,
+    requests: Histograms<RequestLabels>,
+    stages: Histograms<StageLabels>,
+    batches: Histograms<ModelLabels>,
+    scores: Histograms<GroupLabels>,
+    set_sizes: Histograms<GroupLabels>,
+    rejected: Family<ReasonLabels, Counter>,
+    predictions: Family<GroupLabels, Counter>,
+    loads: Family<OutcomeLabels, Counter<u64, AtomicU64>>,
+    queue: Family<ModelLabels, Gauge>,
+    capacity: Family<ModelLabels, Gauge>,
+    running: Family<ModelLabels, Gauge>,
+    ready: Family<VersionLabels, Gauge>,
+    /// Open connections.
+    pub(crate) connections: Gauge<i64, AtomicI64>,
+    /// Requests at work.
+    pub(crate) in_flight: Gauge<i64, AtomicI64>,
+}
+
+/// 0.1 ms to 52 s.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(1e-4, 2.0, 20))
+}
+
+fn sizes() -> Histogram {
+    Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
+}
+
+fn shares() -> Histogram {
+    Histogram::new([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0])
+}
+
+fn classes() -> Histogram {
+    Histogram::new([1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0])
+}
+
+impl Telemetry {
+    pub(crate) fn new() -> Self {
+        let mut telemetry = Self {
+            all: Metrics::with_prefix("nbn"),
+            requests: Family::new_with_constructor(seconds),
+            stages: Family::new_with_constructor(seconds),
+            batches: Family::new_with_constructor(sizes),
+            scores: Family::new_with_constructor(shares),
+            set_sizes: Family::new_with_constructor(classes),
+            rejected: Family::default(),
+            predictions: Family::default(),
+            loads: Family::default(),
+            queue: Family::default(),
+            capacity: Family::default(),
+            running: Family::default(),
+            ready: Family::default(),
+            connections: Gauge::default(),
+            in_flight: Gauge::default(),
+        };
+        let Self { all, .. } = &mut telemetry;
+        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        all.register("build", "The server's version", version);
+        macro_rules! register {
+            ($($field:ident $name:literal $help:literal)*) => {
+                $(telemetry.all.register($name, $help, telemetry.$field.clone());)*
+            };
+        }
+        register! {
+            requests "request_duration_seconds" "From the request's head to its answer"
+            stages "stage_duration_seconds" "Where the time of an image goes"
+            batches "batch_size" "Images in the run of the network that an image was in"
+            scores "score" "Score of the best class"
+            set_sizes "set_size" "Classes in a prediction set"
+            rejected "rejected" "Requests and connections that were refused"
+            predictions "predictions" "Images by the group of their best class"
+            loads "model_loads" "Versions of models that were opened"
+            queue "queue_images" "Images that wait for a worker"
+            capacity "queue_capacity_images" "Images that can wait at most"
+            running "running_images" "Images that workers are at"
+            ready "model_ready" "1 for each version that answers"
+            connections "connections" "Open connections"
+            in_flight "requests_in_flight" "Requests at work"
+        }
+        telemetry
+    }
+
+    pub(crate) fn request(&self, protocol: &'static str, model: &str, code: u16, took: Duration) {
+        let labels = RequestLabels { protocol, model: model.to_owned(), code };
+        self.requests.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn rejected(&self, reason: &'static str) {
+        self.rejected.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    /// Counts a refusal that says something of load, limits or keys; a client's mistakes stand in the requests' codes.
+    pub(crate) fn rejected_by(&self, problem: &Problem) {
+        let reason = match problem.code {
+            "key_missing" | "key_unknown" | "not_admin" => "key",
+            code @ ("queue_full" | "deadline" | "slow_body" | "body_too_large" | "too_many_images"
+            | "key_concurrency" | "memory" | "draining" | "loading") => code,
+            _ => return,
+        };
+        self.rejected(reason);
+    }
+
+    pub(crate) fn stage(&self, model: &str, stage: &'static str, took: Duration) {
+        self.stages.get_or_create(&StageLabels { model: model.to_owned(), stage }).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn prediction(&self, model: &ServedModel, prediction: &Prediction, scored: &Scored, took: Duration) {
+        let timings = &prediction.timings;
+        let stages = [
+            ("queue", timings.queue),
+            ("decode", timings.decode),
+            ("preprocess", timings.preprocess),
+            ("infer", timings.infer),
+            ("calibrate", took),
+        ];
+        for (stage, time) in stages {
+            self.stage(&model.name, stage, time);
+        }
+        self.batches.get_or_create(&ModelLabels { model: model.name.clone() }).observe(timings.batch as f64);
+        let Some(&(best, score)) = scored.probabilities.top(1).first() else { return };
+        let group = match model.manifest.classes[best].group() {
+            Some(Group::Many) => "many",
+            Some(Group::Medium) => "medium",
+            Some(Group::Few) => "few",
+            None => "unknown",
+        };
+        let labels = GroupLabels { model: model.name.clone(), group };
+        self.predictions.get_or_create(&labels).inc();
+        self.scores.get_or_create(&labels).observe(score);
+        if let Some(set) = &scored.set {
+            self.set_sizes.get_or_create(&labels).observe(set.members.len() as f64);
+        }
+    }
+
+    /// Everything, in OpenMetrics text.
+    pub(crate) fn text(&self, registry: &Registry) -> String {
+        for gauge in [&self.queue, &self.capacity, &self.running] {
+            gauge.clear();
+        }
+        self.ready.clear();
+        for model in registry.models() {
+            let labels = ModelLabels { model: model.name.clone() };
+            // Versions of a model have an engine each; its gauges are their sums.
+            self.queue.get_or_create(&labels).inc_by(model.engine.queued() as i64);
+            self.capacity.get_or_create(&labels).inc_by(model.engine.capacity() as i64);
+            self.running.get_or_create(&labels).inc_by(model.engine.running() as i64);
+            let labels = VersionLabels { model: model.name.clone(), version: model.version.clone() };
+            self.ready.get_or_create(&labels).set(1);
+        }
+        let (ok, failed) = registry.loads();
+        for (outcome, count) in [("ok", ok), ("failed", failed)] {
+            let counter = self.loads.get_or_create(&OutcomeLabels { outcome });
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
+        let mut out = String::new();
+        // Writing into a string cannot fail.
+        let _ = text::encode(&mut out, &self.all);
+        out
+    }
+}

@@ -1,0 +1,37 @@
+//! The page at `/`, and the interface's documentation at `/docs`. Both are part of the program and load nothing from elsewhere.
+
+use axum::Router;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tower_http::set_header::SetResponseHeaderLayer;
+use utoipa_swagger_ui::{Config, SwaggerUi};
+
+use super::App;
+
+/// Own files only, and pictures that the page itself made.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; \
+                      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// Swagger UI sets styles of its own, and shows the document from data.
+const DOCS_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
+                           connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
+
+pub(super) fn routes() -> Router<App> {
+    let page = Router::new()
+        .route("/", get(|| file("text/html; charset=utf-8", include_str!("page/index.html"))))
+        .route("/page.css", get(|| file("text/css; charset=utf-8", include_str!("page/page.css"))))
+        .route("/page.js", get(|| file("text/javascript; charset=utf-8", include_str!("page/page.js"))))
+        .layer(policy(POLICY));
+    let docs = Router::from(SwaggerUi::new("/docs").config(Config::from("/openapi.yaml"))).layer(policy(DOCS_POLICY));
+    page.merge(docs)
+        .layer(SetResponseHeaderLayer::overriding(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")))
+        .layer(SetResponseHeaderLayer::overriding(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")))
+}
+
+fn policy(policy: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::overriding(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy))
+}
+
+async fn file(content_type: &'static str, content: &'static str) -> Response {
+    ([(header::CONTENT_TYPE, content_type), (header::CACHE_CONTROL, "no-cache")], content).into_response()
+}

@@ -1,0 +1,200 @@
+//! What the protocol tells of a server and its models.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::Output;
+use crate::registry::{IndexEntry, ModelState, ServedModel};
+
+/// What the server speaks beside the protocol's core.
+pub(super) const EXTENSIONS: [&str; 5] =
+    ["binary_tensor_data", "classification", "statistics", "model_repository", "model_configuration"];
+
+/// A server.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ServerInfo {
+    pub(super) name: &'static str,
+    pub(super) version: &'static str,
+    pub(super) extensions: Vec<&'static str>,
+}
+
+/// A model.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ModelInfo {
+    pub(super) name: String,
+    /// The versions that answer.
+    pub(super) versions: Vec<String>,
+    pub(super) platform: &'static str,
+    /// A request gives one of them.
+    pub(super) inputs: Vec<TensorInfo>,
+    pub(super) outputs: Vec<TensorInfo>,
+}
+
+/// A tensor; −1 stands for the number of images.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TensorInfo {
+    pub(super) name: &'static str,
+    pub(super) datatype: &'static str,
+    pub(super) shape: Vec<i64>,
+}
+
+pub(super) fn server() -> ServerInfo {
+    ServerInfo { name: "nbn", version: env!("CARGO_PKG_VERSION"), extensions: EXTENSIONS.to_vec() }
+}
+
+pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
+    let side = i64::from(model.manifest.preprocessing.crop);
+    let classes = model.manifest.classes.len() as i64;
+    let calibrated = model.scorer.calibration().is_some();
+    let outputs = Output::ALL.into_iter().filter(|output| calibrated || *output != Output::Set);
+    ModelInfo {
+        name: model.name.clone(),
+        versions,
+        platform: "onnxruntime_onnx",
+        inputs: vec![
+            TensorInfo { name: "images", datatype: "FP32", shape: vec![-1, 3, side, side] },
+            TensorInfo { name: "image", datatype: "BYTES", shape: vec![-1] },
+        ],
+        outputs: outputs
+            .map(|o| TensorInfo { name: o.name(), datatype: o.datatype(), shape: vec![-1, classes] })
+            .collect(),
+    }
+}
+
+/// The part of Triton's model configuration that its clients read.
+pub(super) fn config(model: &ServedModel) -> serde_json::Value {
+    let info = self::model(model, Vec::new());
+    let kind = |datatype| match datatype {
+        "FP32" => "TYPE_FP32",
+        "BOOL" => "TYPE_BOOL",
+        _ => "TYPE_STRING",
+    };
+    let dims = |tensor: &TensorInfo| tensor.shape[1..].to_vec();
+    let tensors = |tensors: &[TensorInfo]| -> Vec<serde_json::Value> {
+        let one = |t: &TensorInfo| serde_json::json!({"name": t.name, "data_type": kind(t.datatype), "dims": dims(t)});
+        tensors.iter().map(one).collect()
+    };
+    serde_json::json!({
+        "name": model.name,
+        "platform": info.platform,
+        "backend": "onnxruntime",
+        "max_batch_size": model.max_batch,
+        "input": tensors(&info.inputs),
+        "output": tensors(&info.outputs),
+    })
+}
+
+/// How often, and how long in all.
+#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
+pub(crate) struct CountAndTime {
+    pub(super) count: u64,
+    /// Nanoseconds.
+    pub(super) ns: u64,
+}
+
+/// Times of requests.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct InferStats {
+    pub(super) success: CountAndTime,
+    pub(super) fail: CountAndTime,
+    pub(super) queue: CountAndTime,
+    /// Decoding and preprocessing.
+    pub(super) compute_input: CountAndTime,
+    pub(super) compute_infer: CountAndTime,
+    /// Scoring and encoding.
+    pub(super) compute_output: CountAndTime,
+    /// There is no cache of answers.
+    pub(super) cache_hit: CountAndTime,
+    pub(super) cache_miss: CountAndTime,
+}
+
+/// Times of the network's runs with one batch size.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct BatchSizeStats {
+    pub(super) batch_size: u64,
+    pub(super) compute_input: CountAndTime,
+    pub(super) compute_infer: CountAndTime,
+    /// Output is shaped by request, not by batch: the time is 0.
+    pub(super) compute_output: CountAndTime,
+}
+
+/// One version's statistics since it was loaded.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct VersionStats {
+    pub(super) name: String,
+    pub(super) version: String,
+    /// Milliseconds since 1970; 0 when there was none.
+    pub(super) last_inference: u64,
+    /// Images.
+    pub(super) inference_count: u64,
+    /// Runs of the network.
+    pub(super) execution_count: u64,
+    pub(super) inference_stats: InferStats,
+    pub(super) batch_stats: Vec<BatchSizeStats>,
+}
+
+/// Statistics.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Stats {
+    pub(super) model_stats: Vec<VersionStats>,
+}
+
+pub(super) fn stats(model: &ServedModel) -> VersionStats {
+    let engine = model.engine.stats();
+    let requests = model.requests.snapshot();
+    let ns = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let images = engine.succeeded;
+    let runs = engine.batches.values().map(|b| b.runs).sum();
+    let of = |count, time| CountAndTime { count, ns: ns(time) };
+    VersionStats {
+        name: model.name.clone(),
+        version: model.version.clone(),
+        last_inference: requests.last,
+        inference_count: images,
+        execution_count: runs,
+        inference_stats: InferStats {
+            success: of(requests.succeeded, requests.success_time),
+            fail: of(requests.failed, requests.fail_time),
+            // The protocol counts requests here; the times are sums over their images.
+            queue: of(requests.succeeded, engine.queue),
+            compute_input: of(requests.succeeded, engine.batches.values().map(|b| b.prepare).sum()),
+            compute_infer: of(requests.succeeded, engine.batches.values().map(|b| b.infer).sum()),
+            compute_output: of(requests.succeeded, requests.output_time),
+            cache_hit: CountAndTime::default(),
+            cache_miss: CountAndTime::default(),
+        },
+        batch_stats: engine
+            .batches
+            .iter()
+            .map(|(&size, batch)| BatchSizeStats {
+                batch_size: size as u64,
+                compute_input: of(batch.runs, batch.prepare),
+                compute_infer: of(batch.runs, batch.infer),
+                compute_output: CountAndTime { count: batch.runs, ns: 0 },
+            })
+            .collect(),
+    }
+}
+
+/// One line of the repository's index.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct IndexLine {
+    pub(super) name: String,
+    pub(super) version: String,
+    /// `READY`, `LOADING` or `UNAVAILABLE`.
+    pub(super) state: &'static str,
+    /// Why it is not ready, or why a newer state of its folder is not served.
+    pub(super) reason: String,
+}
+
+impl From<IndexEntry> for IndexLine {
+    fn from(entry: IndexEntry) -> Self {
+        let IndexEntry { name, version, state, reason } = entry;
+        let state = match state {
+            ModelState::Ready => "READY",
+            ModelState::Loading => "LOADING",
+            ModelState::Unavailable => "UNAVAILABLE",
+        };
+        Self { name, version, state, reason }
+    }
+}

@@ -1,0 +1,266 @@
+//! The Open Inference Protocol, version 2, as KServe and Triton speak it: over REST with binary tensors (`rest`) and over
+//! gRPC (`grpc`). Both turn a request into a [`Call`] and an [`Answer`] into their own form.
+
+mod describe;
+mod grpc;
+mod messages;
+mod rest;
+mod tensors;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::time::Instant;
+use utoipa::ToSchema;
+
+use super::App;
+use super::envelope::Notes;
+use super::infer::{self, find};
+use super::options::{Options, WirePrior};
+use super::problem::Problem;
+use crate::classify::{Prediction, ScoreRequest, Scored};
+use crate::registry::ServedModel;
+
+use describe::{IndexLine, ModelInfo, ServerInfo, Stats};
+pub(crate) use grpc::{health, method, status_of};
+pub(crate) use rest::*;
+use tensors::{Data, RawTensor, Tensor};
+
+/// An error over REST.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ErrorBody {
+    /// One sentence: the thing, the value, the limit, the way out.
+    pub(crate) error: String,
+}
+
+/// The miss rate of sets for requests that want `set` and name none.
+const DEFAULT_ALPHA: f64 = 0.1;
+
+/// A tensor that the model gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Output {
+    Logits,
+    Probabilities,
+    Set,
+}
+
+impl Output {
+    const ALL: [Self; 3] = [Self::Logits, Self::Probabilities, Self::Set];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Logits => "logits",
+            Self::Probabilities => "probabilities",
+            Self::Set => "set",
+        }
+    }
+
+    fn datatype(self) -> &'static str {
+        if self == Self::Set { "BOOL" } else { "FP32" }
+    }
+
+    fn of(name: &str) -> Result<Self, Problem> {
+        Self::ALL
+            .into_iter()
+            .find(|output| output.name() == name)
+            .ok_or_else(|| bad(format!("no output is named {name:?}; there are logits, probabilities and set")))
+    }
+}
+
+/// An output that a request names.
+struct Wanted {
+    output: Output,
+    /// The best so many classes as `value:index:label`.
+    classification: Option<usize>,
+}
+
+/// A request, whatever carried it.
+struct Call {
+    id: String,
+    parameters: BTreeMap<String, Value>,
+    inputs: Vec<RawTensor>,
+    /// All there are when empty.
+    outputs: Vec<Wanted>,
+}
+
+/// Its answer.
+struct Answer {
+    model: String,
+    version: String,
+    id: String,
+    tensors: Vec<Tensor>,
+}
+
+fn bad(detail: impl Into<String>) -> Problem {
+    Problem::bad_request("bad_request", detail)
+}
+
+impl Call {
+    /// What the parameters ask of the scorer. Unknown ones are ignored, as the protocol wants it.
+    fn options(&self) -> Result<Options, Problem> {
+        let mut options = Options::default();
+        if let Some(alpha) = self.parameters.get("nbn_alpha") {
+            let number = alpha.as_f64().or_else(|| alpha.as_str()?.parse().ok());
+            options.alpha = Some(number.ok_or_else(|| bad(format!("nbn_alpha is {alpha}; expected a number")))?);
+        }
+        if let Some(prior) = self.parameters.get("nbn_prior") {
+            let expected = "expected uniform, train, a list of numbers or an object from label to number";
+            let fail = |_| bad(format!("nbn_prior is {prior}; {expected}"));
+            // gRPC's parameters are flat: a list or an object comes as its JSON.
+            let prior: WirePrior = match prior.as_str().filter(|text| text.starts_with(['[', '{'])) {
+                Some(text) => serde_json::from_str(text).map_err(fail)?,
+                None => serde_json::from_value(prior.clone()).map_err(fail)?,
+            };
+            options.prior = Some(prior);
+        }
+        options.or(Options::default())
+    }
+
+    /// When it must be answered: `timeout`, in microseconds, may shorten the server's own.
+    fn deadline(&self, server: Instant) -> Result<Instant, Problem> {
+        let Some(timeout) = self.parameters.get("timeout") else { return Ok(server) };
+        let micros = timeout.as_u64().or_else(|| timeout.as_str()?.parse().ok());
+        let micros = micros.ok_or_else(|| bad(format!("timeout is {timeout}; expected whole microseconds")))?;
+        let own = Instant::now().checked_add(Duration::from_micros(micros)).filter(|_| micros > 0);
+        Ok(own.map_or(server, |own| own.min(server)))
+    }
+}
+
+/// Answers `call`, and counts it in the model's statistics.
+async fn answer(
+    app: &App,
+    notes: &Notes,
+    name: &str,
+    version: Option<&str>,
+    call: Call,
+    server_deadline: Instant,
+) -> Result<Answer, Problem> {
+    let model = find(app, name, version)?;
+    notes.model(&model.name);
+    let began = Instant::now();
+    let result = answer_with(app, notes, &model, call, server_deadline).await;
+    match &result {
+        Ok((_, output)) => model.requests.succeeded(began.elapsed(), *output),
+        Err(_) => model.requests.failed(began.elapsed()),
+    }
+    Ok(result?.0)
+}
+
+async fn answer_with(
+    app: &App,
+    notes: &Notes,
+    model: &ServedModel,
+    call: Call,
+    server_deadline: Instant,
+) -> Result<(Answer, Duration), Problem> {
+    let deadline = call.deadline(server_deadline)?;
+    let options = call.options()?;
+    let calibrated = model.scorer.calibration().is_some();
+    let asked = |output| call.outputs.iter().any(|wanted| wanted.output == output);
+    let every = call.outputs.is_empty();
+    let request = ScoreRequest {
+        alpha: options.alpha.or_else(|| asked(Output::Set).then_some(DEFAULT_ALPHA)),
+        ..options.score_request(&model.manifest)?
+    };
+    let rule = match model.scorer.rule(request.clone(), &app.prior) {
+        // Nobody asked for the set by name: it comes when it can be had.
+        Ok(rule) if every && calibrated && request.alpha.is_none() => {
+            let with_set = ScoreRequest { alpha: Some(DEFAULT_ALPHA), ..request };
+            model.scorer.rule(with_set, &app.prior).unwrap_or(rule)
+        }
+        rule => rule?,
+    };
+    let has_set = rule.set_request().is_some();
+    let outputs = match call.outputs {
+        outputs if outputs.is_empty() => Output::ALL
+            .into_iter()
+            .filter(|output| *output != Output::Set || has_set)
+            .map(|output| Wanted { output, classification: None })
+            .collect(),
+        outputs => outputs,
+    };
+    let inputs = tensors::inputs(call.inputs, model, app.limits.max_images)?;
+    let count = inputs.len();
+    let mut seen: Vec<(Prediction, Option<Scored>)> = Vec::with_capacity(count);
+    let scores_wanted = outputs.iter().any(|wanted| wanted.output != Output::Logits);
+    let answers = infer::predict(app, model, inputs, deadline).await?;
+    let began = Instant::now();
+    for (at, prediction) in answers.into_iter().enumerate() {
+        let prediction = prediction.map_err(|problem| {
+            let detail = if count > 1 { format!("image {at}: {}", problem.detail) } else { problem.detail.clone() };
+            Problem { detail, ..problem }
+        })?;
+        // Scores that nobody asked for cost nothing.
+        let scored = if scores_wanted {
+            Some(infer::score(app, model, &rule, &prediction, notes))
+        } else {
+            notes.image(&prediction.timings, Duration::ZERO);
+            None
+        };
+        seen.push((prediction, scored));
+    }
+    let tensors = outputs.iter().map(|wanted| tensor(wanted, &seen, model)).collect::<Result<_, _>>()?;
+    let answer = Answer { model: model.name.clone(), version: model.version.clone(), id: call.id, tensors };
+    let output = began.elapsed();
+    app.telemetry.stage(&model.name, "encode", output);
+    Ok((answer, output))
+}
+
+fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &ServedModel) -> Result<Tensor, Problem> {
+    let Wanted { output, classification } = *wanted;
+    let classes = model.manifest.classes.len();
+    let row = |(prediction, scored): &(Prediction, Option<Scored>)| -> Vec<f32> {
+        match (output, scored) {
+            (Output::Probabilities, Some(scored)) => scored.probabilities.values().iter().map(|&p| p as f32).collect(),
+            _ => prediction.logits.values().to_vec(),
+        }
+    };
+    let name = output.name();
+    if let (Some(k), true) = (classification, output != Output::Set) {
+        let k = k.min(classes);
+        let mut strings = Vec::with_capacity(seen.len() * k);
+        for one in seen {
+            let values = row(one);
+            let mut order: Vec<usize> = (0..classes).collect();
+            order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
+            strings.extend(
+                order[..k]
+                    .iter()
+                    .map(|&c| format!("{}:{c}:{}", values[c], model.manifest.classes[c].label).into_bytes()),
+            );
+        }
+        return Ok(Tensor { name, datatype: "BYTES", shape: vec![seen.len(), k], data: Data::Bytes(strings) });
+    }
+    let shape = vec![seen.len(), classes];
+    let data = match output {
+        _ if classification.is_some() => return Err(bad("the output set has no values to classify by")),
+        Output::Set => {
+            let mut members = vec![false; seen.len() * classes];
+            for ((_, scored), row) in seen.iter().zip(members.chunks_exact_mut(classes)) {
+                let set = scored.as_ref().and_then(|scored| scored.set.as_ref());
+                let set =
+                    set.ok_or_else(|| bad("the output set needs a calibrated model: run `fold calibrate` on it"))?;
+                set.members.iter().for_each(|(class, _)| row[*class] = true);
+            }
+            Data::Bool(members)
+        }
+        Output::Logits | Output::Probabilities => Data::F32(seen.iter().flat_map(row).collect()),
+    };
+    Ok(Tensor { name, datatype: output.datatype(), shape, data })
+}
+
+/// Whether this request may load and unload models.
+fn may_control(app: &App, admin: bool) -> Result<(), Problem> {
+    if admin || (app.control && app.keys.is_empty()) {
+        return Ok(());
+    }
+    let detail = if app.keys.is_empty() {
+        "models are loaded and unloaded on the admin listener (--admin-addr), or here with --control"
+    } else {
+        "loading and unloading models takes a key with the word admin in its line"
+    };
+    Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
+}

@@ -1,0 +1,498 @@
+//! The protocol over REST.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Extension, Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::super::body::{self, Held};
+use super::super::keys::Caller;
+use super::tensors::{Data, JsonData, RawData, RawTensor};
+use super::{
+    Answer, App, Call, ErrorBody, IndexLine, ModelInfo, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad,
+    describe, find, infer as shared,
+};
+
+/// The binary extension: bytes of the JSON before the tensors; 0 when the body is one encoded picture.
+const JSON_LENGTH: &str = "inference-header-content-length";
+
+/// A request for inference. With the header `Inference-Header-Content-Length`, tensors follow the JSON as bytes.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct WireInfer {
+    /// Echoed.
+    #[serde(default)]
+    id: String,
+    /// `timeout` (µs), `nbn_alpha`, `nbn_prior`, `binary_data_output`; unknown ones are ignored.
+    #[serde(default)]
+    parameters: BTreeMap<String, Value>,
+    /// One input: `images` or `image`.
+    inputs: Vec<WireInput>,
+    /// All there are when absent.
+    #[serde(default)]
+    outputs: Vec<WireOutput>,
+}
+
+/// An input.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct WireInput {
+    /// `images` or `image`.
+    name: String,
+    /// `FP32` for `images`, `BYTES` for `image`.
+    datatype: String,
+    /// `[N, 3, H, W]`, or `[N]`.
+    shape: Vec<i64>,
+    /// `binary_data_size`: the tensor's bytes after the JSON.
+    #[serde(default)]
+    parameters: BTreeMap<String, Value>,
+    /// Numbers, nested or flat; for BYTES pictures in base64.
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Value>>)]
+    data: Option<JsonData>,
+}
+
+impl std::fmt::Debug for WireInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WireInput").field("name", &self.name).field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// An output that is asked for.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct WireOutput {
+    /// `logits`, `probabilities` or `set`.
+    name: String,
+    /// `classification` (the best so many as `value:index:label`), `binary_data`.
+    #[serde(default)]
+    parameters: BTreeMap<String, Value>,
+}
+
+/// The answer.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct InferReply {
+    model_name: String,
+    model_version: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    id: String,
+    outputs: Vec<WireTensor>,
+}
+
+/// An output.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct WireTensor {
+    name: &'static str,
+    datatype: &'static str,
+    shape: Vec<usize>,
+    /// `binary_data_size`, when the values follow the JSON.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    parameters: Option<Value>,
+    /// Row-major.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Value>>)]
+    data: Option<WireData>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum WireData {
+    F32(Vec<f32>),
+    Bool(Vec<bool>),
+    Strings(Vec<String>),
+}
+
+/// Describes the server
+#[utoipa::path(get, path = "/v2", tag = "v2", responses((status = 200, description = "Name, version, extensions", body = ServerInfo)))]
+pub(crate) async fn server() -> Json<ServerInfo> {
+    Json(describe::server())
+}
+
+/// Says that the process answers
+#[utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive")))]
+pub(crate) async fn live() -> StatusCode {
+    StatusCode::OK
+}
+
+/// Says whether requests should be sent here
+#[utoipa::path(get, path = "/v2/health/ready", tag = "v2", responses(
+    (status = 200, description = "Every model is loaded and warm"),
+    (status = "default", description = "503 while models are opened, and while draining", body = ErrorBody),
+))]
+pub(crate) async fn ready(State(app): State<App>) -> Result<StatusCode, Problem> {
+    app.ready().map(|()| StatusCode::OK)
+}
+
+macro_rules! with_and_without_version {
+    ($(#[$doc:meta])* $plain:ident $versioned:ident $path:literal $versioned_path:literal $reply:ty, $description:literal, $look:expr) => {
+        $(#[$doc])*
+        #[utoipa::path(get, path = $path, tag = "v2",
+            params(("model" = String, Path, description = "Name of the model")),
+            responses(
+                (status = 200, description = $description, body = $reply),
+                (status = "default", description = "404", body = ErrorBody),
+            )
+        )]
+        pub(crate) async fn $plain(State(app): State<App>, Path(model): Path<String>) -> Result<Response, Problem> {
+            ($look)(&app, &model, None)
+        }
+
+        $(#[$doc])*
+        #[utoipa::path(get, path = $versioned_path, tag = "v2",
+            params(
+                ("model" = String, Path, description = "Name of the model"),
+                ("version" = String, Path, description = "A decimal number"),
+            ),
+            responses(
+                (status = 200, description = $description, body = $reply),
+                (status = "default", description = "404", body = ErrorBody),
+            )
+        )]
+        pub(crate) async fn $versioned(
+            State(app): State<App>,
+            Path((model, version)): Path<(String, String)>,
+        ) -> Result<Response, Problem> {
+            ($look)(&app, &model, Some(&version))
+        }
+    };
+}
+
+with_and_without_version! {
+    /// Describes a model's tensors
+    metadata metadata_version "/v2/models/{model}" "/v2/models/{model}/versions/{version}" ModelInfo,
+    "Inputs and outputs",
+    |app: &App, name: &str, version: Option<&str>| {
+        let model = find(app, name, version)?;
+        Ok(Json(describe::model(&model, versions(app, name))).into_response())
+    }
+}
+
+with_and_without_version! {
+    /// Says whether a model answers
+    model_ready model_ready_version "/v2/models/{model}/ready" "/v2/models/{model}/versions/{version}/ready" ModelReady,
+    "It answers",
+    |app: &App, name: &str, version: Option<&str>| {
+        let model = find(app, name, version)?;
+        Ok(Json(ModelReady { name: model.name.clone(), ready: true }).into_response())
+    }
+}
+
+with_and_without_version! {
+    /// Counts and times since the model was loaded
+    stats stats_version "/v2/models/{model}/stats" "/v2/models/{model}/versions/{version}/stats" Stats,
+    "As perf_analyzer reads them",
+    |app: &App, name: &str, version: Option<&str>| {
+        let model = find(app, name, version)?;
+        Ok(Json(Stats { model_stats: vec![describe::stats(&model)] }).into_response())
+    }
+}
+
+with_and_without_version! {
+    /// The part of Triton's model configuration that its clients read
+    config config_version "/v2/models/{model}/config" "/v2/models/{model}/versions/{version}/config" Object,
+    "Tensors and batch size",
+    |app: &App, name: &str, version: Option<&str>| {
+        Ok(Json(describe::config(&*find(app, name, version)?)).into_response())
+    }
+}
+
+/// Counts and times of every model
+#[utoipa::path(get, path = "/v2/models/stats", tag = "v2", responses(
+    (status = 200, description = "As perf_analyzer reads them", body = Stats),
+))]
+pub(crate) async fn all_stats(State(app): State<App>) -> Json<Stats> {
+    Json(Stats { model_stats: app.registry.models().iter().map(|model| describe::stats(model)).collect() })
+}
+
+/// Stands for a JSON object in openapi.yaml.
+#[derive(ToSchema)]
+#[schema(value_type = Object)]
+#[expect(dead_code, reason = "describes an answer")]
+pub(crate) struct Object(Value);
+
+/// A model that answers.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ModelReady {
+    name: String,
+    ready: bool,
+}
+
+/// The versions of `name` that answer.
+pub(super) fn versions(app: &App, name: &str) -> Vec<String> {
+    app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect()
+}
+
+/// Infers with the named model
+#[utoipa::path(post, path = "/v2/models/{model}/infer", tag = "v2",
+    params(("model" = String, Path, description = "Name of the model")),
+    request_body(content((WireInfer = "application/json"), (Vec<u8> = "application/octet-stream"))),
+    responses(
+        (status = 200, description = "The outputs", content(
+            (InferReply = "application/json"), (Vec<u8> = "application/octet-stream"))),
+        (status = "default", description = "As in /v1/classify", body = ErrorBody),
+    )
+)]
+pub(crate) async fn infer(
+    State(app): State<App>,
+    Extension(notes): Extension<Notes>,
+    Path(model): Path<String>,
+    request: Request,
+) -> Result<Response, Problem> {
+    answer(&app, &notes, &model, None, request).await
+}
+
+/// Infers with the named model in that version
+#[utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "v2",
+    params(
+        ("model" = String, Path, description = "Name of the model"),
+        ("version" = String, Path, description = "A decimal number"),
+    ),
+    request_body(content((WireInfer = "application/json"), (Vec<u8> = "application/octet-stream"))),
+    responses(
+        (status = 200, description = "The outputs", content(
+            (InferReply = "application/json"), (Vec<u8> = "application/octet-stream"))),
+        (status = "default", description = "As in /v1/classify", body = ErrorBody),
+    )
+)]
+pub(crate) async fn infer_version(
+    State(app): State<App>,
+    Extension(notes): Extension<Notes>,
+    Path((model, version)): Path<(String, String)>,
+    request: Request,
+) -> Result<Response, Problem> {
+    answer(&app, &notes, &model, Some(&version), request).await
+}
+
+async fn answer(
+    app: &App,
+    notes: &Notes,
+    model: &str,
+    version: Option<&str>,
+    request: Request,
+) -> Result<Response, Problem> {
+    // A wrong name is told before the body is read.
+    find(app, model, version)?;
+    let deadline = shared::deadline(app, request.headers());
+    let (parts, body) = request.into_parts();
+    let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
+    let (call, binary) = parse(&parts.headers, &held)?;
+    let answer = super::answer(app, notes, model, version, call, deadline).await?;
+    drop(held);
+    reply(answer, &binary)
+}
+
+/// Which outputs follow the JSON as bytes.
+struct BinaryOutputs {
+    default: bool,
+    by_name: BTreeMap<&'static str, bool>,
+}
+
+fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Problem> {
+    let bytes = &held.bytes;
+    let length = match headers.get(JSON_LENGTH) {
+        None => None,
+        Some(value) => {
+            let length = value.to_str().ok().and_then(|text| text.parse::<usize>().ok());
+            Some(length.ok_or_else(|| bad(format!("{JSON_LENGTH} is {value:?}; expected a whole number")))?)
+        }
+    };
+    if length == Some(0) {
+        // One picture and nothing else; the answer is JSON.
+        let input = RawTensor {
+            name: "image".into(),
+            datatype: "BYTES".into(),
+            shape: vec![1],
+            data: RawData::One(bytes.clone()),
+        };
+        let call = Call { id: String::new(), parameters: BTreeMap::new(), inputs: vec![input], outputs: Vec::new() };
+        return Ok((call, BinaryOutputs { default: false, by_name: BTreeMap::new() }));
+    }
+    let json = length.unwrap_or(bytes.len());
+    if json > bytes.len() {
+        return Err(bad(format!("{JSON_LENGTH} is {json}; the body has {} bytes", bytes.len())));
+    }
+    let request: WireInfer =
+        serde_json::from_slice(&bytes[..json]).map_err(|error| bad(format!("the JSON does not fit: {error}")))?;
+    let mut rest = bytes.slice(json..);
+    let mut inputs = Vec::with_capacity(request.inputs.len());
+    for input in request.inputs {
+        inputs.push(raw(input, &mut rest)?);
+    }
+    if !rest.is_empty() {
+        return Err(bad(format!("{} bytes are left after the inputs' binary_data_size", rest.len())));
+    }
+    let flag = |value: Option<&Value>| value.and_then(Value::as_bool);
+    let default = flag(request.parameters.get("binary_data_output")).unwrap_or(false);
+    let mut binary = BinaryOutputs { default, by_name: BTreeMap::new() };
+    let mut outputs = Vec::with_capacity(request.outputs.len());
+    for WireOutput { name, parameters } in request.outputs {
+        let output = Output::of(&name)?;
+        if let Some(flag) = flag(parameters.get("binary_data")) {
+            binary.by_name.insert(output.name(), flag);
+        }
+        outputs.push(Wanted { output, classification: classification(parameters.get("classification"))? });
+    }
+    Ok((Call { id: request.id, parameters: request.parameters, inputs, outputs }, binary))
+}
+
+/// The parameter of that name: so many classes; 0 is none.
+pub(super) fn classification(value: Option<&Value>) -> Result<Option<usize>, Problem> {
+    let Some(value) = value else { return Ok(None) };
+    match value.as_u64() {
+        Some(0) => Ok(None),
+        Some(k) => Ok(Some(usize::try_from(k).unwrap_or(usize::MAX))),
+        None => Err(bad(format!("classification is {value}; expected a whole number from 1"))),
+    }
+}
+
+fn raw(input: WireInput, rest: &mut Bytes) -> Result<RawTensor, Problem> {
+    let WireInput { name, datatype, shape, parameters, data } = input;
+    let data = match (parameters.get("binary_data_size"), data) {
+        (Some(_), Some(_)) => return Err(bad(format!("input {name} has both data and binary_data_size"))),
+        (None, None) => return Err(bad(format!("input {name} has neither data nor binary_data_size"))),
+        (None, Some(data)) => data.raw()?,
+        (Some(size), None) => {
+            let bytes = size.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n <= rest.len());
+            let bytes = bytes.ok_or_else(|| {
+                bad(format!("binary_data_size of input {name} is {size}; {} bytes are left after the JSON", rest.len()))
+            })?;
+            RawData::Binary(rest.split_to(bytes))
+        }
+    };
+    Ok(RawTensor { name, datatype, shape, data })
+}
+
+fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
+    let mut after = Vec::new();
+    let mut outputs = Vec::with_capacity(answer.tensors.len());
+    for tensor in answer.tensors {
+        let as_bytes = binary.by_name.get(tensor.name).copied().unwrap_or(binary.default);
+        let (parameters, data) = if as_bytes {
+            let bytes = tensor.data.binary();
+            after.extend_from_slice(&bytes);
+            (Some(serde_json::json!({"binary_data_size": bytes.len()})), None)
+        } else {
+            let text = |element: Vec<u8>| String::from_utf8_lossy(&element).into_owned();
+            let data = match tensor.data {
+                Data::F32(values) => WireData::F32(values),
+                Data::Bool(values) => WireData::Bool(values),
+                Data::Bytes(elements) => WireData::Strings(elements.into_iter().map(text).collect()),
+            };
+            (None, Some(data))
+        };
+        outputs.push(WireTensor {
+            name: tensor.name,
+            datatype: tensor.datatype,
+            shape: tensor.shape,
+            parameters,
+            data,
+        });
+    }
+    let has_bytes = outputs.iter().any(|output| output.data.is_none());
+    let reply = InferReply { model_name: answer.model, model_version: answer.version, id: answer.id, outputs };
+    if !has_bytes {
+        return Ok(Json(reply).into_response());
+    }
+    let mut body = serde_json::to_vec(&reply).map_err(|error| {
+        tracing::error!(%error, "an answer cannot be written as JSON");
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed to write the answer")
+    })?;
+    let length = HeaderValue::from(body.len());
+    body.extend_from_slice(&after);
+    let mut response = Response::new(Body::from(body));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(JSON_LENGTH, length);
+    Ok(response)
+}
+
+/// Lists the repository's models
+#[utoipa::path(post, path = "/v2/repository/index", tag = "v2",
+    request_body(content = Option<IndexQuery>, description = "May be empty"),
+    responses(
+        (status = 200, description = "Each version with its state", body = Vec<IndexLine>),
+        (status = "default", description = "An error", body = ErrorBody),
+    )
+)]
+pub(crate) async fn index(State(app): State<App>, body: Bytes) -> Result<Json<Vec<IndexLine>>, Problem> {
+    let query = if body.is_empty() {
+        IndexQuery::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|error| bad(format!("the JSON does not fit: {error}")))?
+    };
+    let lines = app.registry.index().into_iter().map(IndexLine::from);
+    Ok(Json(lines.filter(|line| !query.ready || line.state == "READY").collect()))
+}
+
+/// Which lines of the index are wanted.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct IndexQuery {
+    /// Only versions that answer.
+    #[serde(default)]
+    ready: bool,
+}
+
+/// Loads a model, or loads it anew
+///
+/// The new state is warmed beside the old and swapped without a failed request. The model comes from the repository;
+/// parameters that would send one are refused.
+#[utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "v2",
+    params(("model" = String, Path, description = "Name of the model")),
+    responses(
+        (status = 200, description = "Loaded"),
+        (status = "default", description = "400 when it cannot be loaded, 403, 404", body = ErrorBody),
+    )
+)]
+pub(crate) async fn load(
+    State(app): State<App>,
+    Extension(caller): Extension<std::sync::Arc<Caller>>,
+    Path(model): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, Problem> {
+    super::may_control(&app, caller.admin)?;
+    let value: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let parameters = value.get("parameters").and_then(Value::as_object);
+    no_upload(parameters.is_some_and(|p| !p.is_empty()))?;
+    control(&app, move |registry| registry.load(&model)).await?;
+    Ok(StatusCode::OK)
+}
+
+/// Unloads a model
+///
+/// Requests that it is at are still answered.
+#[utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "v2",
+    params(("model" = String, Path, description = "Name of the model")),
+    responses(
+        (status = 200, description = "Unloaded"),
+        (status = "default", description = "403, 404", body = ErrorBody),
+    )
+)]
+pub(crate) async fn unload(
+    State(app): State<App>,
+    Extension(caller): Extension<std::sync::Arc<Caller>>,
+    Path(model): Path<String>,
+) -> Result<StatusCode, Problem> {
+    super::may_control(&app, caller.admin)?;
+    control(&app, move |registry| registry.unload(&model)).await?;
+    Ok(StatusCode::OK)
+}
+
+pub(super) fn no_upload(parameters: bool) -> Result<(), Problem> {
+    let detail = "load takes no parameters: models come from the repository and are not uploaded";
+    if parameters { Err(bad(detail)) } else { Ok(()) }
+}
+
+/// Works on the registry on a thread that may block.
+pub(super) async fn control<F>(app: &App, work: F) -> Result<(), Problem>
+where
+    F: FnOnce(&crate::registry::Registry) -> Result<(), crate::registry::RegistryError> + Send + 'static,
+{
+    let registry = app.registry.clone();
+    let done = tokio::task::spawn_blocking(move || work(&registry)).await;
+    let failed = |_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed to load the model");
+    done.map_err(failed)?.map_err(|error| Problem::from(&error))
+}

@@ -1,0 +1,218 @@
+//! The engine under batches, cancellations and faults.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use nbn::classify::{Classifier, ClassifyError, Input, Prepare, StageTimes};
+use nbn::engine::{Budget, Engine, Refused};
+use nbn::pixels::{DecodeError, DecodeLimits, RgbImage};
+use nbn::runtime::{NetworkCache, Runner, RuntimeError, SessionOptions, Stop};
+use ndarray::{Array2, ArrayView4};
+use serde_json::json;
+
+use crate::support::{Endless, Server, library, model_of, picture, shipped};
+
+/// Gives each picture's first value back as its first logit.
+struct Marking {
+    random: fastrand::Rng,
+}
+
+impl Runner for Marking {
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
+        std::thread::sleep(Duration::from_micros(self.random.u64(0..400)));
+        if stop.asked() {
+            return Err(RuntimeError::Stopped);
+        }
+        if pictures.shape()[0] > 1 && self.random.u8(0..20) == 0 {
+            // Its pictures must then be tried one by one.
+            return Err(RuntimeError::Run("on purpose".into()));
+        }
+        Ok(Array2::from_shape_fn((pictures.shape()[0], 10), |(n, k)| if k == 0 { pictures[[n, 0, 0, 0]] } else { 0.0 }))
+    }
+}
+
+fn marked(mark: f32) -> Input {
+    let mut values = vec![0.0f32; 3 * 32 * 32];
+    values[0] = mark;
+    Input::Pixels(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>().into())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancellations() {
+    for seed in 0..24 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (workers, max_batch) = (random.usize(1..4), random.usize(1..12));
+        let manifest = Arc::new(shipped().manifest);
+        let classifiers = (0..workers)
+            .map(|n| {
+                let runner = Marking { random: fastrand::Rng::with_seed(seed * 10 + n as u64) };
+                Classifier::new(manifest.clone(), DecodeLimits::default(), Box::new(runner)).with_max_batch(max_batch)
+            })
+            .collect();
+        let engine = Engine::start(classifiers, 64, Arc::new(Budget::new(random.usize(1..4)))).unwrap();
+        let (mut answered, mut left, mut refused) = (0, 0, 0);
+        let mut open = Vec::new();
+        for request in 0..120u32 {
+            let marks: Vec<f32> = (0..random.u32(1..9)).map(|n| (request * 16 + n) as f32).collect();
+            let deadline = (random.u8(0..8) == 0).then(|| Instant::now() + Duration::from_micros(random.u64(0..3000)));
+            match engine.submit(marks.iter().map(|&m| marked(m)).collect(), deadline) {
+                Ok(tickets) => open.extend(tickets.into_iter().zip(marks)),
+                Err(Refused::Full { retry_after }) => {
+                    assert!(retry_after >= Duration::from_secs(1));
+                    refused += 1;
+                }
+                Err(Refused::Late) => refused += 1,
+                Err(error) => panic!("{error}"),
+            }
+            while open.len() > random.usize(0..80) {
+                let (ticket, mark) = open.swap_remove(random.usize(0..open.len()));
+                if random.u8(0..3) == 0 {
+                    left += 1;
+                    drop(ticket);
+                    continue;
+                }
+                match ticket.await.expect("an answer") {
+                    Ok(prediction) => assert_eq!(prediction.logits.values()[0], mark, "seed {seed}"),
+                    Err(ClassifyError::Deadline) => {}
+                    Err(error) => panic!("seed {seed}, mark {mark}: {error}"),
+                }
+                answered += 1;
+            }
+        }
+        for (ticket, mark) in open {
+            if let Ok(prediction) = ticket.await.expect("an answer") {
+                assert_eq!(prediction.logits.values()[0], mark, "seed {seed}");
+            }
+        }
+        assert!(answered > 20 && left > 20, "seed {seed}: {answered} answered, {left} left, {refused} refused");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while engine.queued() + engine.running() > 0 {
+            assert!(Instant::now() < deadline, "seed {seed}: {} queued", engine.queued());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_killed_client_ends_its_batch_and_frees_its_place() {
+    let (entered, inside) = mpsc::channel();
+    let server = Server::with_runner(Endless { entered }, 4, nbn::serve::RequestLimits::default()).await;
+    let url = format!("http://{}/v1/classify", server.address);
+    let body = picture(8, 8, image::ImageFormat::Png);
+    let client = tokio::spawn(async move {
+        let _ = reqwest::Client::new().post(url).header("content-type", "image/png").body(body).send().await;
+    });
+    tokio::task::spawn_blocking(move || {
+        inside.recv().unwrap();
+        inside
+    })
+    .await
+    .unwrap();
+    let text = async |name: &str| {
+        let text = String::from_utf8(server.get("/metrics").await.body).unwrap();
+        let line = text.lines().find(|line| line.starts_with(name)).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).rsplit(' ').next().unwrap().to_owned()
+    };
+    assert_eq!(text("nbn_running_images").await, "1");
+    client.abort();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while text("nbn_running_images").await != "0" || text("nbn_requests_in_flight").await != "1" {
+        assert!(Instant::now() < deadline, "the place was not freed");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(text("nbn_queue_images").await, "0");
+}
+
+/// A decoder that panics on pictures that begin with a `!`.
+struct Trap;
+
+impl Prepare for Trap {
+    fn side(&self) -> usize {
+        32
+    }
+
+    fn normalize_into(&self, _: &RgbImage, _: &mut [f32]) {}
+
+    fn prepare_into(&self, bytes: &[u8], out: &mut [f32]) -> Result<StageTimes, DecodeError> {
+        assert!(bytes[0] != b'!', "on purpose");
+        out.fill(0.5);
+        Ok(StageTimes::default())
+    }
+}
+
+#[tokio::test]
+async fn a_panic_in_a_decoder_costs_one_500_and_not_its_neighbours() {
+    let manifest = Arc::new(shipped().manifest);
+    let runner = Marking { random: fastrand::Rng::with_seed(7) };
+    let classifier = Classifier::with_parts(manifest.clone(), Box::new(Trap), Box::new(runner)).with_max_batch(8);
+    let server = Server::of(vec![model_of(classifier, manifest, 64)], nbn::serve::RequestLimits::default()).await;
+    let answer = server.post("/v1/classify", "image/png", "!").await;
+    assert_eq!((answer.status, &answer.json()["code"]), (500, &json!("internal")));
+    assert_eq!(server.post("/v1/classify", "image/png", "a").await.status, 200);
+    let parts = ["a", "!", "b", "c"].map(|content| ("image", "x", content.as_bytes().to_vec()));
+    let reply = server.multipart("/v1/classify", parts.into()).await.json();
+    let failed = |n: usize| reply["results"][n]["error"]["code"] == "internal";
+    assert_eq!([0, 1, 2, 3].map(failed), [false, true, false, false], "{reply}");
+}
+
+#[test]
+fn the_kept_network_gives_the_same_logits_and_survives_what_happens_to_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = NetworkCache::at(folder.path().join("deep/networks"));
+    let bundle = shipped();
+    let png = picture(50, 40, image::ImageFormat::Png);
+    let logits = |cache: &NetworkCache| {
+        let options = SessionOptions::default();
+        let (mut classifiers, _) =
+            Classifier::open_many(&bundle, library(), options, DecodeLimits::default(), cache, 2).unwrap();
+        let one = |c: &mut Classifier| {
+            let outcome = c.classify(&[Input::Encoded(png.clone().into())], &Stop::default()).remove(0);
+            outcome.unwrap().logits.values().to_vec()
+        };
+        let (a, b) = (one(&mut classifiers[0]), one(&mut classifiers[1]));
+        assert_eq!(a, b);
+        a
+    };
+    let plain = logits(&NetworkCache::none());
+    // Made by several at once, then read.
+    std::thread::scope(|scope| {
+        let made: Vec<_> = (0..4).map(|_| scope.spawn(|| logits(&cache))).collect();
+        made.into_iter().for_each(|made| assert_eq!(made.join().unwrap(), plain));
+    });
+    assert_eq!(logits(&cache), plain);
+    let entries: Vec<_> =
+        std::fs::read_dir(folder.path().join("deep/networks")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(entries.len(), 1, "drafts are left: {entries:?}");
+    // A damaged entry, and a folder that cannot be written, cost speed only.
+    std::fs::write(entries[0].join("network.onnx"), b"no network").unwrap();
+    assert_eq!(logits(&cache), plain);
+    std::fs::remove_dir_all(&entries[0]).unwrap();
+    assert_eq!(logits(&cache), plain);
+    assert_eq!(logits(&NetworkCache::at(data_file_as_folder(folder.path()))), plain);
+}
+
+/// A file where the cache's folder should be.
+fn data_file_as_folder(folder: &std::path::Path) -> std::path::PathBuf {
+    let path = folder.join("file");
+    std::fs::write(&path, b"").unwrap();
+    path.join("networks")
+}
+
+#[test]
+fn a_network_that_was_changed_is_refused_with_and_without_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let repository = crate::support::repository(folder.path());
+    let cache = NetworkCache::at(folder.path().join("networks"));
+    let open = || {
+        let bundle = nbn::bundle::Bundle::open(&repository.join("cifar10-lt")).unwrap();
+        let options = SessionOptions::default();
+        Classifier::open_many(&bundle, library(), options, DecodeLimits::default(), &cache, 1).map(|_| ())
+    };
+    open().unwrap();
+    let path = repository.join("cifar10-lt/1/model.onnx");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 100;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(open().unwrap_err().to_string().contains("SHA-256"));
+}
