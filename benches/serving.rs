@@ -299,8 +299,6 @@ async fn added(address: &str, request: &[u8]) -> anyhow::Result<()> {
         for (all, one) in times.iter_mut().zip(known) {
             all.push(one);
         }
-        // Low load.
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let [queue, preprocess, infer, calibrate, rest] = times.map(median);
     println!(

@@ -1,5 +1,6 @@
 //! The models that are being served, each version with its own engine; loading, swapping and unloading them.
 
+mod error;
 mod model;
 mod requests;
 
@@ -8,12 +9,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use crate::bundle::{Bundle, BundleError, Repository, VersionFolder, VersionPolicy, sha256_hex};
-use crate::classify::ClassifyError;
+use crate::bundle::{Bundle, Repository, VersionFolder, VersionPolicy, sha256_hex};
 use crate::engine::Budget;
 use crate::pixels::DecodeLimits;
 use crate::runtime::{Library, NetworkCache, SessionOptions};
 
+pub use error::RegistryError;
 pub use model::{BatchChoice, ServedModel};
 pub use requests::{RequestCounts, RequestStats};
 
@@ -47,49 +48,6 @@ pub struct RegistryOptions {
     pub require_calibration: bool,
     /// How each model is opened.
     pub model: ModelOptions,
-}
-
-/// Why a model cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// A bundle cannot be opened.
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
-    /// A bundle's network cannot be run.
-    #[error("model {name}/{version}: {cause}")]
-    Model {
-        /// The model.
-        name: String,
-        /// Its version.
-        version: String,
-        /// What failed.
-        cause: Box<ClassifyError>,
-    },
-    /// A worker thread could not be started.
-    #[error("a worker thread could not be started: {0}")]
-    Thread(#[from] std::io::Error),
-    /// `--require-calibration` and a bundle without.
-    #[error("model {name}/{version} is not calibrated and --require-calibration is set: run `fold calibrate` on it")]
-    NotCalibrated {
-        /// The model.
-        name: String,
-        /// Its version.
-        version: String,
-    },
-    /// `--default-model` names no model.
-    #[error("--default-model {name:?} is not among the models: {known}")]
-    Default {
-        /// The name given.
-        name: String,
-        /// The names there are.
-        known: String,
-    },
-    /// No folder of that name, or no model of that name is loaded.
-    #[error("the repository has no model {0:?}")]
-    NoModel(String),
-    /// The registry has no repository to load from.
-    #[error("this server has no model repository to load from")]
-    NoRepository,
 }
 
 /// What the index says of a version.

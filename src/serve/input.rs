@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::body::{self, Held};
+use super::objects;
 use super::options::Options;
 use super::problem::Problem;
 use super::wire::ClassifyRequest;
@@ -72,7 +73,7 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
 }
 
 fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
-    let request: ClassifyRequest = serde_json::from_slice(bytes)
+    let request: ClassifyRequest = objects::from_slice(bytes)
         .map_err(|error| Problem::bad_request("bad_json", format!("the JSON body does not fit: {error}")))?;
     if request.images.is_empty() {
         return Err(Problem::bad_request("no_images", "the list `images` is empty: send at least one"));

@@ -8,6 +8,7 @@ mod infer;
 mod input;
 mod keys;
 mod metrics;
+mod objects;
 mod openapi;
 mod options;
 mod page;

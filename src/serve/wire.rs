@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::objects;
 use super::options::{Include, Options, WireSetRung, WireSetScore};
 use super::problem::Problem;
 use crate::bundle::{BoundCalibration, Group, Manifest, Status};
@@ -18,9 +19,10 @@ const DEFAULT_TOP_K: usize = 5;
 #[serde(deny_unknown_fields)]
 pub(crate) struct ClassifyRequest {
     /// The images, answered in this order.
+    #[serde(deserialize_with = "objects::objects")]
     pub(crate) images: Vec<JsonImage>,
     /// Overrule the query parameters.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects::object")]
     pub(crate) options: Options,
 }
 

@@ -6,6 +6,7 @@ mod grpc;
 mod messages;
 mod rest;
 mod tensors;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,6 +29,7 @@ use describe::{IndexLine, ModelInfo, ServerInfo, Stats};
 pub(crate) use grpc::{health, method, status_of};
 pub(crate) use rest::*;
 use tensors::{Data, RawTensor, Tensor};
+pub(crate) use wire::WireInfer;
 
 /// An error over REST.
 #[derive(Debug, Serialize, ToSchema)]

@@ -7,13 +7,13 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use utoipa::ToSchema;
 
 use super::super::body::{self, Held};
 use super::super::keys::Caller;
-use super::tensors::{Data, JsonData, RawData, RawTensor};
+use super::super::objects;
+use super::tensors::{Data, RawData, RawTensor};
+use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
 use super::{
     Answer, App, Call, ErrorBody, IndexLine, ModelInfo, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad,
     describe, find, infer as shared,
@@ -21,90 +21,6 @@ use super::{
 
 /// The binary extension: bytes of the JSON before the tensors; 0 when the body is one encoded picture.
 const JSON_LENGTH: &str = "inference-header-content-length";
-
-/// A request for inference. With the header `Inference-Header-Content-Length`, tensors follow the JSON as bytes.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(crate) struct WireInfer {
-    /// Echoed.
-    #[serde(default)]
-    id: String,
-    /// `timeout` (µs), `nbn_alpha`, `nbn_prior`, `binary_data_output`; unknown ones are ignored.
-    #[serde(default)]
-    parameters: BTreeMap<String, Value>,
-    /// One input: `images` or `image`.
-    inputs: Vec<WireInput>,
-    /// All there are when absent.
-    #[serde(default)]
-    outputs: Vec<WireOutput>,
-}
-
-/// An input.
-#[derive(Deserialize, ToSchema)]
-pub(crate) struct WireInput {
-    /// `images` or `image`.
-    name: String,
-    /// `FP32` for `images`, `BYTES` for `image`.
-    datatype: String,
-    /// `[N, 3, H, W]`, or `[N]`.
-    shape: Vec<i64>,
-    /// `binary_data_size`: the tensor's bytes after the JSON.
-    #[serde(default)]
-    parameters: BTreeMap<String, Value>,
-    /// Numbers, nested or flat; for BYTES pictures in base64.
-    #[serde(default)]
-    #[schema(value_type = Option<Vec<Value>>)]
-    data: Option<JsonData>,
-}
-
-impl std::fmt::Debug for WireInput {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WireInput").field("name", &self.name).field("shape", &self.shape).finish_non_exhaustive()
-    }
-}
-
-/// An output that is asked for.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(crate) struct WireOutput {
-    /// `logits`, `probabilities` or `set`.
-    name: String,
-    /// `classification` (the best so many as `value:index:label`), `binary_data`.
-    #[serde(default)]
-    parameters: BTreeMap<String, Value>,
-}
-
-/// The answer.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct InferReply {
-    model_name: String,
-    model_version: String,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    id: String,
-    outputs: Vec<WireTensor>,
-}
-
-/// An output.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct WireTensor {
-    name: &'static str,
-    datatype: &'static str,
-    shape: Vec<usize>,
-    /// `binary_data_size`, when the values follow the JSON.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    parameters: Option<Value>,
-    /// Row-major.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Vec<Value>>)]
-    data: Option<WireData>,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(untagged)]
-enum WireData {
-    F32(Vec<f32>),
-    Bool(Vec<bool>),
-    Strings(Vec<String>),
-}
 
 /// Describes the server
 #[utoipa::path(get, path = "/v2", tag = "v2", responses((status = 200, description = "Name, version, extensions", body = ServerInfo)))]
@@ -208,19 +124,6 @@ pub(crate) async fn all_stats(State(app): State<App>) -> Json<Stats> {
     Json(Stats { model_stats: app.registry.models().iter().map(|model| describe::stats(model)).collect() })
 }
 
-/// Stands for a JSON object in openapi.yaml.
-#[derive(ToSchema)]
-#[schema(value_type = Object)]
-#[expect(dead_code, reason = "describes an answer")]
-pub(crate) struct Object(Value);
-
-/// A model that answers.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct ModelReady {
-    name: String,
-    ready: bool,
-}
-
 /// The versions of `name` that answer.
 pub(super) fn versions(app: &App, name: &str) -> Vec<String> {
     app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect()
@@ -316,7 +219,7 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
         return Err(bad(format!("{JSON_LENGTH} is {json}; the body has {} bytes", bytes.len())));
     }
     let request: WireInfer =
-        serde_json::from_slice(&bytes[..json]).map_err(|error| bad(format!("the JSON does not fit: {error}")))?;
+        objects::from_slice(&bytes[..json]).map_err(|error| bad(format!("the JSON does not fit: {error}")))?;
     let mut rest = bytes.slice(json..);
     let mut inputs = Vec::with_capacity(request.inputs.len());
     for input in request.inputs {
@@ -419,21 +322,13 @@ fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
     )
 )]
 pub(crate) async fn index(State(app): State<App>, body: Bytes) -> Result<Json<Vec<IndexLine>>, Problem> {
-    let query = if body.is_empty() {
+    let query = if body.is_empty() || body.trim_ascii() == b"null" {
         IndexQuery::default()
     } else {
-        serde_json::from_slice(&body).map_err(|error| bad(format!("the JSON does not fit: {error}")))?
+        objects::from_slice(&body).map_err(|error| bad(format!("the JSON does not fit: {error}")))?
     };
     let lines = app.registry.index().into_iter().map(IndexLine::from);
     Ok(Json(lines.filter(|line| !query.ready || line.state == "READY").collect()))
-}
-
-/// Which lines of the index are wanted.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-pub(crate) struct IndexQuery {
-    /// Only versions that answer.
-    #[serde(default)]
-    ready: bool,
 }
 
 /// Loads a model, or loads it anew
