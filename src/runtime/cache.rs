@@ -9,7 +9,6 @@
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::UNIX_EPOCH;
 
 use serde::Serialize;
@@ -88,12 +87,9 @@ impl NetworkCache {
         }
         if entry.join(GRAPH).is_file() {
             let graph = entry.join(GRAPH);
-            let opened: Result<Vec<_>, RuntimeError> = thread::scope(|scope| {
-                let open = || OnnxModel::open_optimised(library, &graph, options);
-                let threads: Vec<_> = (0..sessions).map(|_| scope.spawn(open)).collect();
-                let died = |_| Err(RuntimeError::Open("the thread that opened it died".into()));
-                threads.into_iter().map(|t| t.join().unwrap_or_else(died)).collect()
-            });
+            // One after the other: opened on threads of their own, they took 38 MiB each instead of 24.
+            let opened: Result<Vec<_>, RuntimeError> =
+                (0..sessions).map(|_| OnnxModel::open_optimised(library, &graph, options)).collect();
             match opened {
                 Ok(models) => return Ok(models),
                 Err(error) => {
