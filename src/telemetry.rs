@@ -2,23 +2,29 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
+use tracing::Subscriber;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// Starts logging at `level` for this crate; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
 pub fn init(level: &str) {
-    let registry = tracing_subscriber::registry().with(filter(level));
-    if std::io::stderr().is_terminal() {
-        registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
-    } else {
-        let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr);
-        registry.with(json).init();
-    }
+    tracing_subscriber::registry().with(filter(level)).with(lines()).init();
 }
 
 fn filter(level: &str) -> EnvFilter {
     EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},ort=warn")))
+}
+
+/// What writes the log's lines.
+fn lines<S: Subscriber + for<'a> LookupSpan<'a>>() -> Box<dyn Layer<S> + Send + Sync> {
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        layer.with_target(false).boxed()
+    } else {
+        layer.json().flatten_event(true).boxed()
+    }
 }
 
 /// The way to the collector.
@@ -61,12 +67,6 @@ pub fn init_traced(level: &str, otlp: Option<&str>) -> Result<Option<Traces>, St
         .with_resource(resource)
         .build();
     let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn"));
-    let registry = tracing_subscriber::registry().with(filter(level)).with(spans);
-    if std::io::stderr().is_terminal() {
-        registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
-    } else {
-        let json = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr);
-        registry.with(json).init();
-    }
+    tracing_subscriber::registry().with(filter(level)).with(spans).with(lines()).init();
     Ok(Some(Traces(provider)))
 }

@@ -130,9 +130,8 @@ impl Classifier {
         options: SessionOptions,
         limits: DecodeLimits,
     ) -> Result<(Self, Device), ClassifyError> {
-        let model = OnnxModel::open(library, bundle.network.bytes()?, options)?;
-        let device = model.device();
-        let mut classifier = Self::new(Arc::new(bundle.manifest.clone()), limits, Box::new(model));
+        let (mut opened, device) = Self::open_many(bundle, library, options, limits, &NetworkCache::none(), 1)?;
+        let mut classifier = opened.remove(0);
         classifier.warm()?;
         Ok((classifier, device))
     }
@@ -150,7 +149,7 @@ impl Classifier {
         workers: usize,
     ) -> Result<(Vec<Self>, Device), ClassifyError> {
         let models = if options.device == Device::Cpu {
-            let read = || Ok::<_, ClassifyError>(bundle.network.bytes()?.to_vec());
+            let read = || Ok::<_, ClassifyError>(bundle.network.bytes()?);
             cache.open(library, &network_file(bundle), read, options, workers)?
         } else {
             let bytes = bundle.network.bytes()?;
@@ -186,7 +185,7 @@ impl Classifier {
     }
 
     /// Measures how long batches of 1, 2, 4 … up to `limit` pictures take, each as the shortest of a few runs. Ends early
-    /// where a batch takes longer than half a second.
+    /// where a batch takes longer than a quarter of a second.
     ///
     /// # Errors
     /// As [`Self::warm`].

@@ -230,9 +230,9 @@ impl Shared {
             && let Some(job) = state.queue.pop_front()
         {
             if job.caller.gone() {
-                state.stats.dropped += 1;
-            } else if job.deadline.is_some_and(|deadline| deadline <= now) {
-                state.stats.dropped += 1;
+                continue;
+            }
+            if job.deadline.is_some_and(|deadline| deadline <= now) {
                 // The caller may go at the same moment.
                 let _ = job.reply.send(Err(ClassifyError::Deadline));
             } else {

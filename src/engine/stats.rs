@@ -10,10 +10,6 @@ use super::Reply;
 pub struct EngineStats {
     /// Pictures that were answered with a prediction.
     pub succeeded: u64,
-    /// Pictures that were answered with an error.
-    pub failed: u64,
-    /// Pictures that were dropped while they waited: nobody waited for them, or their deadline had passed.
-    pub dropped: u64,
     /// Time that answered pictures waited.
     pub queue: Duration,
     /// By pictures in a run of the network.
@@ -34,10 +30,7 @@ pub struct BatchStats {
 impl EngineStats {
     pub(super) fn record(&mut self, outcomes: &[Reply], queued: impl Iterator<Item = Duration>) {
         for (outcome, queued) in outcomes.iter().zip(queued) {
-            let Ok(prediction) = outcome else {
-                self.failed += 1;
-                continue;
-            };
+            let Ok(prediction) = outcome else { continue };
             let timings = &prediction.timings;
             self.succeeded += 1;
             self.queue += queued;

@@ -205,15 +205,18 @@ impl Registry {
 
     fn load_versions(&self, name: &str, unchanged_too: bool) -> Result<(), RegistryError> {
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        let policy = self.source.as_ref().map(|(options, _)| &options.versions).ok_or(RegistryError::NoRepository)?;
-        let wanted = match self.repository()?.wanted(name, policy) {
-            Ok(wanted) => wanted.ok_or_else(|| RegistryError::NoModel(name.to_owned()))?,
-            Err(error) => {
+        let wanted = self.wanted(name).inspect_err(|error| {
+            if !matches!(error, RegistryError::NoModel(_)) {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(model = name, %error, "the model cannot be loaded");
-                return Err(error.into());
+                let reason = format!("serving as before; the new state: {}", self.public(error));
+                let served = |slot: &&mut Slot| slot.model.is_some();
+                self.write(|all| {
+                    let slots = all.get_mut(name).into_iter().flat_map(BTreeMap::values_mut);
+                    slots.filter(served).for_each(|slot| slot.reason.clone_from(&reason));
+                });
             }
-        };
+        })?;
         let mut outcome = Ok(());
         for version in &wanted {
             let fingerprint = fingerprint(version);
@@ -300,6 +303,13 @@ impl Registry {
             }
         }
         text
+    }
+
+    /// The versions of a model that the policy wants.
+    fn wanted(&self, name: &str) -> Result<Vec<VersionFolder>, RegistryError> {
+        let (options, _) = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
+        let wanted = self.repository()?.wanted(name, &options.versions)?;
+        wanted.ok_or_else(|| RegistryError::NoModel(name.to_owned()))
     }
 
     fn repository(&self) -> Result<Repository, RegistryError> {
@@ -389,8 +399,11 @@ impl Registry {
         let others = self.repository().and_then(|r| Ok(r.models()?)).unwrap_or_default();
         for name in others {
             if !entries.iter().any(|entry| entry.name == name) {
-                let state = ModelState::Unavailable;
-                entries.push(IndexEntry { name, version: String::new(), state, reason: "not loaded".into() });
+                let reason = match self.wanted(&name) {
+                    Ok(_) => "not loaded".into(),
+                    Err(error) => self.public(&error),
+                };
+                entries.push(IndexEntry { name, version: String::new(), state: ModelState::Unavailable, reason });
             }
         }
         entries

@@ -54,36 +54,32 @@ impl NetworkCache {
         Some(base.join("nbn/networks"))
     }
 
-    /// Opens `sessions` sessions over `network` on the processor. `read` gives the network's bytes after checking them;
-    /// it is called only when the cache cannot vouch for the file: no entry, or the file's size or time of change differ
+    /// Opens `sessions` sessions over `network` on the processor. `read` gives the network's bytes, which it checks the first
+    /// time; it is called only when the cache cannot vouch for the file: no entry, or the file's size or time of change differ
     /// from when it was last read.
     ///
     /// A cache that cannot be read or written costs its advantages, never the answer.
     ///
     /// # Errors
     /// `read`'s, or the runtime's.
-    pub fn open<E: From<RuntimeError>>(
+    pub fn open<'a, E: From<RuntimeError>>(
         &self,
         library: &Library,
         network: &NetworkFile,
-        read: impl Fn() -> Result<Vec<u8>, E>,
+        read: impl Fn() -> Result<&'a [u8], E>,
         options: SessionOptions,
         sessions: usize,
     ) -> Result<Vec<OnnxModel>, E> {
-        let Some(entry) = self.entry(network) else {
-            let bytes = read()?;
-            return (0..sessions).map(|_| Ok(OnnxModel::open(library, &bytes, options)?)).collect();
-        };
-        let mut bytes = None;
+        let plain = || (0..sessions).map(|_| Ok(OnnxModel::open(library, read()?, options)?)).collect();
+        let Some(entry) = self.entry(network) else { return plain() };
         if !self.vouches(&entry, network) {
-            let read = read()?;
+            let bytes = read()?;
             if !entry.join(GRAPH).is_file()
-                && let Err(reason) = self.make(&entry, library, &read, options)
+                && let Err(reason) = self.make(&entry, library, bytes, options)
             {
                 tracing::warn!(cache = %entry.display(), reason, "the optimised network was not kept: starts stay slow; give a writable --cache, or none");
             }
             self.stamp(&entry, network);
-            bytes = Some(read);
         }
         if entry.join(GRAPH).is_file() {
             let graph = entry.join(GRAPH);
@@ -97,8 +93,7 @@ impl NetworkCache {
                 }
             }
         }
-        let bytes = bytes.map_or_else(read, Ok)?;
-        (0..sessions).map(|_| Ok(OnnxModel::open(library, &bytes, options)?)).collect()
+        plain()
     }
 
     /// A note that was kept with `network`'s entry.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -21,7 +21,7 @@ use super::tls::Tls;
 use super::{ConnectionLimits, Ended, Shared};
 
 /// Bytes of a request's head.
-const MAX_HEAD: usize = 32 << 10;
+const MAX_HEAD: usize = 64 << 10;
 /// Requests at once on an HTTP/2 connection.
 const MAX_STREAMS: u32 = 128;
 
@@ -136,7 +136,10 @@ async fn connection<S>(stream: S, router: Router, limits: ConnectionLimits, watc
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let begun = Arc::new(AtomicBool::new(false));
+    let noted = begun.clone();
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        noted.store(true, Ordering::Relaxed);
         router.clone().oneshot(request.map(Body::new))
     });
     let mut builder = Builder::new(TokioExecutor::new());
@@ -145,7 +148,7 @@ where
         .timer(TokioTimer::new())
         // Also ends connections that stay idle.
         .header_read_timeout(limits.header_timeout)
-        .max_buf_size(MAX_HEAD.max(64 << 10));
+        .max_buf_size(MAX_HEAD);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -153,8 +156,15 @@ where
         .max_header_list_size(MAX_HEAD as u32)
         .keep_alive_interval(limits.header_timeout)
         .keep_alive_timeout(limits.header_timeout);
-    let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-    if let Err(error) = watcher.watch(connection).await {
+    let connection = watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+    tokio::pin!(connection);
+    let ended = match tokio::time::timeout(limits.header_timeout, &mut connection).await {
+        Ok(ended) => ended,
+        // hyper's own limit begins once it knows the protocol, which it never does of a connection that stays silent.
+        Err(_) if !begun.load(Ordering::Relaxed) => return,
+        Err(_) => connection.await,
+    };
+    if let Err(error) = ended {
         tracing::debug!(error, "a connection ended");
     }
 }

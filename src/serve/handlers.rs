@@ -1,6 +1,7 @@
 //! The native interface's handlers: thin; bodies are read in `input`, answers are shaped in `wire`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
@@ -98,13 +99,23 @@ pub(crate) async fn classify_version(
 
 async fn classify(app: &App, model: Arc<ServedModel>, notes: &Notes, request: Request) -> Result<Response, Problem> {
     notes.model(&model.name);
+    infer::counted(&model, answer(app, &model, notes, request)).await
+}
+
+async fn answer(
+    app: &App,
+    model: &ServedModel,
+    notes: &Notes,
+    request: Request,
+) -> Result<(Response, Duration), Problem> {
     let deadline = infer::deadline(app, request.headers());
     let input::Images { items, options, held } = input::read(app, request, deadline).await?;
     let rule = model.scorer.rule(options.score_request(&model.manifest)?, &app.prior)?;
     let alone = items.len() == 1;
     let images = items.iter().filter_map(|(_, image)| Some(Input::Encoded(image.as_ref().ok()?.clone()))).collect();
-    let mut answers = infer::predict(app, &model, images, deadline).await?.into_iter();
+    let mut answers = infer::predict(app, model, images, deadline).await?.into_iter();
     drop(held);
+    let began = Instant::now();
     let mut results = Vec::with_capacity(items.len());
     for (id, image) in items {
         // An image that could not be read was not sent to the model.
@@ -114,17 +125,17 @@ async fn classify(app: &App, model: Arc<ServedModel>, notes: &Notes, request: Re
         };
         match outcome {
             Ok(prediction) => {
-                let scored = infer::score(app, &model, &rule, &prediction, notes);
-                results.push(ImageResult::of(id, &prediction, &scored, &model, &rule, &options));
+                let scored = infer::score(app, model, &rule, &prediction, notes);
+                results.push(ImageResult::of(id, &prediction, &scored, model, &rule, &options));
             }
             Err(problem) if alone => return Err(problem),
             Err(problem) => results.push(ImageResult::failed(id, problem)),
         }
     }
-    let began = Instant::now();
-    let response = Json(ClassifyReply::of(&model, &rule, results)).into_response();
-    app.telemetry.stage(&model.name, "encode", began.elapsed());
-    Ok(response)
+    let encoding = Instant::now();
+    let response = Json(ClassifyReply::of(model, &rule, results)).into_response();
+    app.telemetry.stage(&model.name, "encode", encoding.elapsed());
+    Ok((response, began.elapsed()))
 }
 
 /// Lists the models

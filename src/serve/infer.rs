@@ -77,6 +77,20 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
     })
 }
 
+/// Counts `work` in the model's statistics. It gives its answer, and how long shaping that took.
+pub(crate) async fn counted<T>(
+    model: &ServedModel,
+    work: impl Future<Output = Result<(T, Duration), Problem>>,
+) -> Result<T, Problem> {
+    let began = Instant::now();
+    let result = work.await;
+    match &result {
+        Ok((_, output)) => model.requests.succeeded(began.elapsed(), *output),
+        Err(_) => model.requests.failed(began.elapsed()),
+    }
+    Ok(result?.0)
+}
+
 /// Has `model` look at `inputs`. The answers are in their order.
 pub(crate) async fn predict(
     app: &App,

@@ -8,15 +8,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::http::{HeaderMap, StatusCode, header};
-use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::problem::Problem;
+use crate::bundle::sha256_hex;
 
 /// One key.
 struct Key {
     name: String,
-    digest: [u8; 32],
+    /// SHA-256 in lower-case hexadecimal.
+    digest: String,
     admin: bool,
     /// Requests at once; 0 is no limit.
     concurrency: usize,
@@ -69,11 +70,16 @@ impl Keys {
             let mut words = line.split_whitespace();
             let Some(name) = words.next() else { continue };
             let fail = |what: &str| format!("line {}, key {name:?}: {what}", number + 1);
-            let digest = words.next().and_then(unhex).ok_or_else(|| {
+            let digest = words.next().filter(|d| d.len() == 64 && d.bytes().all(|b| b.is_ascii_hexdigit())).ok_or_else(|| {
                 fail("expected `name sha256hex [concurrency=N] [admin]` with 64 hexadecimal digits; `nbn key` makes a line")
             })?;
-            let mut key =
-                Key { name: name.into(), digest, admin: false, concurrency: self.concurrency, open: Arc::default() };
+            let mut key = Key {
+                name: name.into(),
+                digest: digest.to_ascii_lowercase(),
+                admin: false,
+                concurrency: self.concurrency,
+                open: Arc::default(),
+            };
             for word in words {
                 match word.strip_prefix("concurrency=").map(str::parse) {
                     Some(Ok(n)) => key.concurrency = n,
@@ -105,9 +111,8 @@ impl Keys {
     /// # Errors
     /// When the system has none to give.
     pub fn generate() -> std::io::Result<String> {
-        use std::io::Read as _;
         let mut bits = [0; 32];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut bits)?;
+        getrandom::fill(&mut bits).map_err(std::io::Error::other)?;
         Ok(bits.iter().fold("nbn_".to_owned(), |key, byte| format!("{key}{byte:02x}")))
     }
 
@@ -131,10 +136,10 @@ impl Keys {
             let detail = "this server asks for a key: send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`";
             Problem::new(StatusCode::UNAUTHORIZED, "key_missing", detail)
         })?;
-        let digest = Sha256::digest(presented.as_bytes());
+        let digest = sha256_hex(presented.as_bytes());
         // All are compared, whichever fits.
         let found = known.iter().fold(None, |found, key| {
-            let same: bool = key.digest.ct_eq(digest.as_slice()).into();
+            let same: bool = key.digest.as_bytes().ct_eq(digest.as_bytes()).into();
             if same { Some(key) } else { found }
         });
         let key = found.ok_or_else(|| {
@@ -155,26 +160,9 @@ impl Keys {
 }
 
 fn presented(headers: &HeaderMap) -> Option<&str> {
-    let bearer = |value: &'_ axum::http::HeaderValue| -> Option<usize> {
-        let text = value.to_str().ok()?;
-        let scheme = text.get(..7)?;
-        scheme.eq_ignore_ascii_case("bearer ").then_some(7)
-    };
-    if let Some(value) = headers.get(header::AUTHORIZATION)
-        && let Some(at) = bearer(value)
-    {
-        return value.to_str().ok().map(|text| text[at..].trim());
-    }
-    headers.get("x-api-key")?.to_str().ok().map(str::trim)
-}
-
-fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut digest = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-    }
-    Some(digest)
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
+        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key)
+    });
+    bearer.or_else(|| headers.get("x-api-key")?.to_str().ok()).map(str::trim)
 }

@@ -1,6 +1,6 @@
 //! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
 
-use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -64,6 +64,8 @@ type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 /// Every metric of the server.
 pub(crate) struct Telemetry {
     all: Metrics,
+    /// Held while gauges are filled and told: two scrapes at once must not add to each other.
+    scrape: Mutex<()>,
     requests: Histograms<RequestLabels>,
     stages: Histograms<StageLabels>,
     batches: Histograms<ModelLabels>,
@@ -71,15 +73,15 @@ pub(crate) struct Telemetry {
     set_sizes: Histograms<GroupLabels>,
     rejected: Family<ReasonLabels, Counter>,
     predictions: Family<GroupLabels, Counter>,
-    loads: Family<OutcomeLabels, Counter<u64, AtomicU64>>,
+    loads: Family<OutcomeLabels, Counter>,
     queue: Family<ModelLabels, Gauge>,
     capacity: Family<ModelLabels, Gauge>,
     running: Family<ModelLabels, Gauge>,
     ready: Family<VersionLabels, Gauge>,
     /// Open connections.
-    pub(crate) connections: Gauge<i64, AtomicI64>,
+    pub(crate) connections: Gauge,
     /// Requests at work.
-    pub(crate) in_flight: Gauge<i64, AtomicI64>,
+    pub(crate) in_flight: Gauge,
 }
 
 /// 0.1 ms to 52 s.
@@ -103,6 +105,7 @@ impl Telemetry {
     pub(crate) fn new() -> Self {
         let mut telemetry = Self {
             all: Metrics::with_prefix("nbn"),
+            scrape: Mutex::default(),
             requests: Family::new_with_constructor(seconds),
             stages: Family::new_with_constructor(seconds),
             batches: Family::new_with_constructor(sizes),
@@ -199,6 +202,7 @@ impl Telemetry {
 
     /// Everything, in OpenMetrics text.
     pub(crate) fn text(&self, registry: &Registry) -> String {
+        let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for gauge in [&self.queue, &self.capacity, &self.running] {
             gauge.clear();
         }

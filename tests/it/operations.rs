@@ -288,6 +288,35 @@ async fn a_stop_under_load_cuts_no_answer() {
     assert_eq!(server.ended().await, serve::Ended::Drained);
 }
 
+#[tokio::test]
+async fn a_connection_that_never_begins_a_request_is_closed() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let header_timeout = std::time::Duration::from_millis(300);
+    let connections = serve::ConnectionLimits { header_timeout, ..Default::default() };
+    let registry = Registry::new(Vec::new(), None).unwrap();
+    let server = Server::with(registry, ServeOptions { connections, ..ServeOptions::default() }).await;
+    let starts: [&[u8]; 4] = [b"", b"PRI", b"GET / HTTP/1.1\r\nhost:", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"];
+    for start in starts {
+        let mut stream = tokio::net::TcpStream::connect(&server.address).await.unwrap();
+        stream.write_all(start).await.unwrap();
+        let mut rest = Vec::new();
+        let end = stream.read_to_end(&mut rest);
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(10), end).await;
+        assert!(ended.is_ok(), "{}: still open", text(start));
+    }
+    let mut stream = tokio::net::TcpStream::connect(&server.address).await.unwrap();
+    for _ in 0..4 {
+        // A connection in use outlives the limit.
+        stream.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut start = [0; 12];
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+        while stream.read_u8().await.unwrap() != b'k' {}
+        stream.read_u8().await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+    }
+}
+
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn traces_reach_a_collector() {

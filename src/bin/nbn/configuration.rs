@@ -4,8 +4,9 @@
 //! parsers.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use toml::{Table, Value};
@@ -32,26 +33,29 @@ fn flags(command: &clap::Command) -> impl Iterator<Item = (&str, &Arg)> {
 pub(crate) fn complete(args: Serve, matches: Option<&ArgMatches>) -> anyhow::Result<Serve> {
     let Some(matches) = matches else { return Ok(args) };
     let command = command();
-    let mut line: Vec<String> = Vec::new();
-    if let Some(path) = &args.config {
-        let text = std::fs::read_to_string(path).with_context(|| format!("--config {}", path.display()))?;
-        let table: Table = text.parse().with_context(|| format!("--config {}: not TOML", path.display()))?;
-        line = from_table(&table, &command, matches).with_context(|| format!("--config {}", path.display()))?;
-    }
-    // The file's values stand where the command line's would; those that are given there or in the environment were left out.
-    let given = std::env::args_os().skip_while(|word| word != "serve").skip(1);
-    let all = std::iter::once("serve".into()).chain(given).chain(line.into_iter().map(Into::into));
-    let matches = command.clone().try_get_matches_from(all).map_err(|error| {
-        let text = error.render().to_string();
-        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        anyhow::anyhow!("the configuration file does not fit: {first}")
-    })?;
-    let args = Serve::from_arg_matches(&matches)?;
+    let completed = match &args.config {
+        Some(path) => Some(with_file(path, &command, matches).with_context(|| format!("--config {}", path.display()))?),
+        None => None,
+    };
+    let matches = completed.as_ref().unwrap_or(matches);
+    let args = Serve::from_arg_matches(matches)?;
     if args.print_config {
-        print!("{}", printed(&command, &matches));
+        print!("{}", printed(&command, matches));
         std::process::exit(0);
     }
     Ok(args)
+}
+
+/// What the command line would have been with the file's values on it, but for those given there or in the environment.
+fn with_file(path: &Path, command: &clap::Command, matches: &ArgMatches) -> anyhow::Result<ArgMatches> {
+    let table: Table = std::fs::read_to_string(path)?.parse().context("not TOML")?;
+    let line = from_table(&table, command, matches)?;
+    let given = std::env::args_os().skip_while(|word| word != "serve").skip(1);
+    let all = std::iter::once("serve".into()).chain(given).chain(line.into_iter().map(Into::into));
+    command.clone().try_get_matches_from(all).map_err(|error| {
+        let text = error.render().to_string();
+        anyhow!("{}", text.lines().next().unwrap_or_default().trim_start_matches("error: "))
+    })
 }
 
 fn from_table(table: &Table, command: &clap::Command, matches: &ArgMatches) -> anyhow::Result<Vec<String>> {

@@ -76,7 +76,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         workers,
         session: args.engine.session(),
         limits: args.engine.limits(),
-        queue: 4 * workers * 32,
+        queue: 4 * workers,
         batch: BatchChoice::Measured,
         cache: args.engine.cache(),
     };

@@ -270,7 +270,8 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     let outputs = outputs.into_iter().map(wanted).collect::<Result<_, Problem>>()?;
     let call = Call { id, parameters: values(parameters), inputs: tensors, outputs };
     let Context { app, notes, deadline, .. } = context;
-    let answer = super::answer(app, notes, &model_name, version(&model_version), call, *deadline).await?;
+    let model = find(app, &model_name, version(&model_version))?;
+    let answer = super::answer(app, notes, &model, call, *deadline).await?;
     let Answer { model, version, id, tensors } = answer;
     let mut outputs = Vec::with_capacity(tensors.len());
     let mut raw_output_contents = Vec::with_capacity(tensors.len());

@@ -135,20 +135,12 @@ impl Call {
 async fn answer(
     app: &App,
     notes: &Notes,
-    name: &str,
-    version: Option<&str>,
+    model: &ServedModel,
     call: Call,
     server_deadline: Instant,
 ) -> Result<Answer, Problem> {
-    let model = find(app, name, version)?;
     notes.model(&model.name);
-    let began = Instant::now();
-    let result = answer_with(app, notes, &model, call, server_deadline).await;
-    match &result {
-        Ok((_, output)) => model.requests.succeeded(began.elapsed(), *output),
-        Err(_) => model.requests.failed(began.elapsed()),
-    }
-    Ok(result?.0)
+    infer::counted(model, answer_with(app, notes, model, call, server_deadline)).await
 }
 
 async fn answer_with(

@@ -178,12 +178,12 @@ async fn answer(
     request: Request,
 ) -> Result<Response, Problem> {
     // A wrong name is told before the body is read.
-    find(app, model, version)?;
+    let model = find(app, model, version)?;
     let deadline = shared::deadline(app, request.headers());
     let (parts, body) = request.into_parts();
     let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
     let (call, binary) = parse(&parts.headers, &held)?;
-    let answer = super::answer(app, notes, model, version, call, deadline).await?;
+    let answer = super::answer(app, notes, &model, call, deadline).await?;
     drop(held);
     reply(answer, &binary)
 }
