@@ -22,8 +22,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 COPY --from=build /out /opt/nbn
 COPY models /models
-# Optimised networks; writable by the server alone.
-RUN install -d -o 10001 -g 10001 -m 700 /cache
+# Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
+RUN install -d -m 1777 /cache
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
 USER 10001:10001
 EXPOSE 8080
