@@ -65,6 +65,8 @@ struct Job {
 struct State {
     queue: VecDeque<Job>,
     running: usize,
+    /// Submitters that wait until the queue has room.
+    waiting_for_room: usize,
     closed: bool,
     /// Smoothed seconds that one worker spends on one picture.
     seconds_per_image: f64,
@@ -96,6 +98,7 @@ impl Engine {
         let state = State {
             queue: VecDeque::new(),
             running: 0,
+            waiting_for_room: 0,
             closed: false,
             seconds_per_image: 0.0,
             stats: EngineStats::default(),
@@ -143,7 +146,10 @@ impl Engine {
             let retry_after = wait.clamp(Duration::from_secs(1), Duration::from_secs(3600));
             return Err(Refused::Full { retry_after });
         }
-        Ok(inputs.into_iter().map(|input| self.shared.push(&mut state, input, deadline)).collect())
+        let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
+        drop(state);
+        self.shared.announce(tickets.len());
+        Ok(tickets)
     }
 
     /// Queues one picture, waiting for room.
@@ -153,12 +159,17 @@ impl Engine {
     pub fn submit_waiting(&self, input: Input) -> Result<Ticket, Refused> {
         let mut state = self.shared.lock();
         while state.queue.len() >= self.shared.capacity && !state.closed {
+            state.waiting_for_room += 1;
             state = self.shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting_for_room -= 1;
         }
         if state.closed {
             return Err(Refused::Closed);
         }
-        Ok(self.shared.push(&mut state, input, None))
+        let ticket = Shared::push(&mut state, input, None);
+        drop(state);
+        self.shared.announce(1);
+        Ok(ticket)
     }
 
     /// Pictures waiting for a worker.
@@ -211,12 +222,18 @@ impl Shared {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    fn push(&self, state: &mut State, input: Input, deadline: Option<Instant>) -> Ticket {
+    fn push(state: &mut State, input: Input, deadline: Option<Instant>) -> Ticket {
         let (reply, receiver) = oneshot::channel();
         let caller = Arc::new(Caller::default());
         state.queue.push_back(Job { input, reply, caller: caller.clone(), submitted: Instant::now(), deadline });
-        self.work.notify_one();
         Ticket::new(receiver, caller)
+    }
+
+    /// Wakes a worker for each new picture. Called without the lock, which the woken take first.
+    fn announce(&self, pictures: usize) {
+        for _ in 0..pictures.min(self.workers) {
+            self.work.notify_one();
+        }
     }
 
     /// The next pictures that somebody waits for; empty when there are none.
@@ -240,7 +257,11 @@ impl Shared {
             }
         }
         state.running += jobs.len();
-        self.room.notify_all();
+        let wanted = state.waiting_for_room > 0;
+        drop(state);
+        if wanted {
+            self.room.notify_all();
+        }
         jobs
     }
 
