@@ -68,6 +68,19 @@ pub enum DecodeError {
     },
 }
 
+impl DecodeError {
+    /// A word to count by.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Empty => "empty_image",
+            Self::UnknownFormat => "unknown_format",
+            Self::TooManyPixels { .. } => "too_many_pixels",
+            Self::TooManyBytes { .. } => "too_many_bytes",
+            Self::Damaged { .. } => "damaged_image",
+        }
+    }
+}
+
 /// Decodes the first frame of `bytes` to 8-bit RGB. Grey is repeated, alpha is dropped, 16 bits are scaled to 8.
 ///
 /// # Errors

@@ -80,13 +80,13 @@ impl From<&ClassifyError> for Problem {
             let detail = "the server failed on this image; its log has the reason under the request id";
             return Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", detail);
         };
-        let of = |code| Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, image.to_string());
+        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, image.code(), image.to_string());
         match image {
-            DecodeError::Empty => Self::bad_request("empty_image", image.to_string()),
-            DecodeError::UnknownFormat => of("unknown_format"),
-            DecodeError::TooManyPixels { limit, .. } => of("too_many_pixels").with_limit(*limit),
-            DecodeError::TooManyBytes { limit, .. } => of("too_many_bytes").with_limit(*limit),
-            DecodeError::Damaged { .. } => of("damaged_image"),
+            DecodeError::Empty => Self { status: StatusCode::BAD_REQUEST, ..problem },
+            DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {
+                problem.with_limit(*limit)
+            }
+            DecodeError::UnknownFormat | DecodeError::Damaged { .. } => problem,
         }
     }
 }

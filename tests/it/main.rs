@@ -1,6 +1,7 @@
 //! One binary for all integration tests: a module per subject.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::type_complexity)]
 
+mod batch;
 mod calibration;
 mod cli;
 mod data;

@@ -1,37 +1,90 @@
 //! `nbn score`.
 
-use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use nbn::bundle::{Bundle, Class};
 use nbn::classify::{Abstention, ScoreRequest};
 use nbn::engine::Budget;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::Library;
-use nbn::score::{self, Format, Scoring, Sink};
+use nbn::score::{
+    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Summary,
+    WriteError,
+};
 use nbn::scores::{Prior, SetRung, SetScore};
+use nbn::shutdown;
+use serde_json::json;
 
 use crate::EngineArgs;
+
+/// Status after a signal, as shells report an interrupt.
+const INTERRUPTED: u8 = 130;
+/// Images that wait for each worker: enough for its largest batch, and for the reading of the next.
+const QUEUE: usize = 64;
 
 #[derive(Args)]
 pub(crate) struct Score {
     /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    rows: RowArgs,
+    #[command(flatten)]
+    scores: ScoreArgs,
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Write what was done as JSON to this file, as well as in words to stderr
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+    /// End with status 0 also when some images have only an error, as schedulers that start failed work again need it
+    #[arg(long)]
+    errors_exit_zero: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Pictures, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
+    /// (.tar, .tar.gz); without any, or with -, a list of paths on stdin
+    inputs: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Rows")]
+struct RowArgs {
     /// Form of the rows
     #[arg(long, default_value = "jsonl")]
     format: Format,
     /// File for the rows [default: stdout]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "output_dir")]
     output: Option<PathBuf>,
+    /// Folder for the rows, in parts that are committed one by one
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Rows in a part
+    #[arg(long, default_value_t = 10_000, requires = "output_dir", value_parser = clap::value_parser!(u64).range(1..))]
+    part_rows: u64,
+    /// Leave out images that have a row in the folder already
+    #[arg(long, requires = "output_dir")]
+    resume: bool,
     /// Classes per image, the best first
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
+    /// Add the score of every class, in the order of the logits
+    #[arg(long)]
+    probabilities: bool,
+    /// Add the network's own output
+    #[arg(long)]
+    logits: bool,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Scores")]
+struct ScoreArgs {
     /// Class prior to score under: uniform, train, or a JSON file with a number per class or an object from label to
     /// number [default: uniform]
     #[arg(long)]
@@ -54,13 +107,49 @@ pub(crate) struct Score {
     /// Abstain when the best class has no calibration image
     #[arg(long)]
     abstain_prior_only: bool,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Source")]
+struct SourceArgs {
+    /// Where true classes are read from; with them, rows have a label and the summary an accuracy
+    #[arg(long, default_value = "given")]
+    labels: Labels,
+    /// Column of a list or table with the path, or with the encoded image [default: path, image, image_path, file,
+    /// file_name, filename or bytes]
+    #[arg(long, value_name = "NAME")]
+    image_column: Option<String>,
+    /// Column with the true class, by label or index [default: label, class or target]
+    #[arg(long, value_name = "NAME")]
+    label_column: Option<String>,
+    /// What becomes of an image that the source names again
+    #[arg(long, default_value = "keep")]
+    duplicates: Duplicates,
+    /// Score this share of the images: INDEX/COUNT, or auto/COUNT with the index from JOB_COMPLETION_INDEX (Kubernetes) or
+    /// SLURM_ARRAY_TASK_ID (Slurm)
+    #[arg(long, value_name = "SHARE", value_parser = shard)]
+    shard: Option<Shard>,
     /// Largest file, in MiB
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     max_file_mb: u32,
-    #[command(flatten)]
-    engine: EngineArgs,
-    /// Image files and folders; without any, or with -, a list of paths on stdin
-    inputs: Vec<PathBuf>,
+    /// Files that are read at once
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    readers: u16,
+    /// Images that are read and not yet scored, in MiB
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    memory_mb: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Duplicates {
+    /// A row each time
+    Keep,
+    /// A row the first time
+    Skip,
+}
+
+fn shard(text: &str) -> Result<Shard, String> {
+    Shard::parse(text, |name| std::env::var(name).ok()).map_err(|error| error.to_string())
 }
 
 fn probability(text: &str) -> Result<f64, String> {
@@ -68,50 +157,57 @@ fn probability(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
-    let from_stdin = args.inputs.is_empty() || args.inputs == [Path::new("-")];
-    let paths = if from_stdin { score::from_list(io::stdin().lock())? } else { score::expand(&args.inputs)? };
-    let library = Library::load(args.engine.onnxruntime.as_deref())?;
-    let workers = args.engine.workers();
-    let options = ModelOptions {
-        workers,
-        session: args.engine.session(),
-        limits: args.engine.limits(),
-        queue: 4 * workers,
-        batch: BatchChoice::Measured,
-        cache: args.engine.cache(),
+    let shard = args.source.shard.unwrap_or_default();
+    let options = SourceOptions {
+        labels: args.source.labels,
+        image_column: args.source.image_column.clone(),
+        label_column: args.source.label_column.clone(),
+        max_file_bytes: u64::from(args.source.max_file_mb) << 20,
+        shard,
     };
-    let bundle = Bundle::open(&args.model)?;
-    let model = ServedModel::start(bundle, library, &options, Arc::new(Budget::new(workers)))?;
-    let top_k = (args.top_k as usize).min(model.manifest.classes.len());
-    let request = ScoreRequest {
-        prior: args.prior.as_deref().map(|text| prior(text, &model.manifest.classes)).transpose()?,
-        alpha: args.alpha,
-        set_score: args.set_score,
-        set_rung: args.set_rung,
-        abstention: Abstention {
-            min_score: args.min_score,
-            max_set_size: args.max_set_size.map(|n| n as usize),
-            prior_only: args.abstain_prior_only,
-        },
+    let stdin = [PathBuf::from("-")];
+    let inputs = if args.inputs.is_empty() { &stdin[..] } else { &args.inputs };
+    let source = Source::open(inputs, &options, BufReader::new(io::stdin()))?;
+    let model = open(&args)?;
+    let classes = &model.manifest.classes;
+    let columns = Columns {
+        top_k: (args.rows.top_k as usize).min(classes.len()),
+        label: source.has_labels(),
+        set: args.scores.alpha.is_some(),
+        probabilities: args.rows.probabilities,
+        logits: args.rows.logits,
     };
-    let rule = model.scorer.rule(request, &Prior::default())?;
-    let min_score = args.min_score.unwrap_or(0.0);
-    let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, top_k, min_score };
-    let output: Box<dyn Write> = match &args.output {
-        Some(path) => Box::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?),
-        None => Box::new(io::stdout().lock()),
+    let rule = model.scorer.rule(args.scores.request(classes)?, &Prior::default())?;
+    let min_score = args.scores.min_score.unwrap_or(0.0);
+    let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, min_score, columns };
+    let form = (args.rows.format, columns, &classes[..]);
+    let mut committed = HashMap::new();
+    let (mut output, place): (Box<dyn Output + '_>, String) = match (&args.rows.output_dir, &args.rows.output) {
+        (Some(folder), _) => {
+            let record = record(&args, &model, columns)?;
+            let (parts, done) = Parts::open(folder, shard, &record, form, args.rows.part_rows, args.rows.resume)?;
+            committed = done;
+            (Box::new(parts), folder.display().to_string())
+        }
+        (None, Some(path)) => {
+            let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+            (writer(file, form)?, path.display().to_string())
+        }
+        (None, None) => (writer(io::stdout(), form)?, "stdout".into()),
     };
-    let mut sink = Sink::new(BufWriter::new(output), args.format, scoring)?;
-    let bar = if io::stderr().is_terminal() {
-        let style =
-            indicatif::ProgressStyle::with_template("{bar:32} {pos}/{len} images, {per_sec}, {eta} left {msg}")?;
-        indicatif::ProgressBar::new(paths.len() as u64).with_style(style)
-    } else {
-        indicatif::ProgressBar::hidden()
+    let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let (_sender, stopped) = signals.block_on(async { shutdown::on_signal() })?;
+    let bar = bar(source.len())?;
+    let run = score::Options {
+        max_file_bytes: options.max_file_bytes,
+        memory: u64::from(args.source.memory_mb) << 20,
+        readers: args.source.readers.into(),
+        skip_duplicates: args.source.duplicates == Duplicates::Skip,
+        committed,
+        stopped: &|| *stopped.borrow(),
     };
-    let limit = u64::from(args.max_file_mb) << 20;
-    let result = score::run(paths.into_iter(), &model.engine, limit, &mut sink, |summary| {
-        bar.inc(1);
+    let result = score::run(source, &model.engine, &scoring, &mut *output, run, |summary| {
+        bar.set_position(summary.scored + summary.failed + summary.resumed + summary.duplicates);
         if summary.failed > 0 {
             bar.set_message(format!("({} failed)", summary.failed));
         }
@@ -119,11 +215,133 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let summary = match result {
         // The reader of a pipe has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
-        result => result.context("a row could not be written")?,
+        Err(error) if error.kind() == Some(io::ErrorKind::BrokenPipe) => return Ok(ExitCode::SUCCESS),
+        Err(error @ (WriteError::Full { .. } | WriteError::Part { .. })) => return Err(error.into()),
+        result => result.with_context(|| format!("a row could not be written to {place}"))?,
     };
-    eprintln!("{} images scored, {} failed", summary.scored, summary.failed);
-    Ok(ExitCode::from(u8::from(summary.failed > 0)))
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_vec_pretty(&summary)?;
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    eprint!("{}", describe(&summary));
+    if summary.interrupted {
+        let resume = if args.rows.output_dir.is_some() { ": --resume goes on" } else { "" };
+        eprintln!("stopped before the end{resume}");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    Ok(ExitCode::from(u8::from(summary.failed > 0 && !args.errors_exit_zero)))
+}
+
+fn open(args: &Score) -> anyhow::Result<ServedModel> {
+    let library = Library::load(args.engine.onnxruntime.as_deref())?;
+    let workers = args.engine.workers();
+    let options = ModelOptions {
+        workers,
+        session: args.engine.session(),
+        limits: args.engine.limits(),
+        queue: QUEUE * workers,
+        batch: BatchChoice::Measured,
+        cache: args.engine.cache(),
+    };
+    Ok(ServedModel::start(Bundle::open(&args.model)?, library, &options, Arc::new(Budget::new(workers)))?)
+}
+
+impl ScoreArgs {
+    fn request(&self, classes: &[Class]) -> anyhow::Result<ScoreRequest> {
+        Ok(ScoreRequest {
+            prior: self.prior.as_deref().map(|text| prior(text, classes)).transpose()?,
+            alpha: self.alpha,
+            set_score: self.set_score,
+            set_rung: self.set_rung,
+            abstention: Abstention {
+                min_score: self.min_score,
+                max_set_size: self.max_set_size.map(|n| n as usize),
+                prior_only: self.abstain_prior_only,
+            },
+        })
+    }
+}
+
+/// What every part of a folder must have in common.
+fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result<RunRecord> {
+    let scores = &args.scores;
+    let prior = match scores.prior.as_deref() {
+        None | Some("uniform") => json!("uniform"),
+        Some("train") => json!("train"),
+        Some(path) => json!(nbn::bundle::sha256_hex(&fs::read(path).with_context(|| format!("--prior {path}"))?)),
+    };
+    let calibration = model.scorer.calibration().map(|calibration| calibration.id.clone());
+    let sets = scores.alpha.map(|alpha| {
+        json!({"alpha": alpha, "score": format!("{:?}", scores.set_score), "rung": format!("{:?}", scores.set_rung)})
+    });
+    let record = json!({
+        "nbn": env!("CARGO_PKG_VERSION"),
+        "model": model.name,
+        "version": model.version,
+        "network": model.manifest.model.sha256,
+        "calibration": calibration,
+        "format": args.rows.format,
+        "columns": columns,
+        "prior": prior,
+        "sets": sets,
+        "min_score": scores.min_score,
+        "max_set_size": scores.max_set_size,
+        "abstain_prior_only": scores.abstain_prior_only,
+    });
+    Ok(record.as_object().cloned().unwrap_or_default())
+}
+
+fn writer<'a>(
+    output: impl Write + Send + 'a,
+    (format, columns, classes): (Format, Columns, &'a [Class]),
+) -> Result<Box<dyn Output + 'a>, WriteError> {
+    Ok(Box::new(RowWriter::new(BufWriter::new(output), format, columns, classes)?))
+}
+
+fn bar(images: Option<u64>) -> anyhow::Result<indicatif::ProgressBar> {
+    if !io::stderr().is_terminal() {
+        return Ok(indicatif::ProgressBar::hidden());
+    }
+    let (bar, template) = match images {
+        Some(images) => {
+            (indicatif::ProgressBar::new(images), "{bar:32} {pos}/{len} images, {per_sec}, {eta} left {msg}")
+        }
+        None => (indicatif::ProgressBar::no_length(), "{spinner} {pos} images, {per_sec}, {elapsed} {msg}"),
+    };
+    Ok(bar.with_style(indicatif::ProgressStyle::with_template(template)?))
+}
+
+fn describe(summary: &Summary) -> String {
+    let Summary { scored, failed, resumed, duplicates, abstained, unknown_labels, seconds, .. } = summary;
+    let rate = summary.images_per_second;
+    let mut text = format!("{scored} images scored, {failed} failed, in {:.1} s ({rate:.1}/s)\n", seconds.total);
+    let list = |counts: &std::collections::BTreeMap<&str, u64>| {
+        counts.iter().map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
+    };
+    let mut line = |wanted: bool, line: String| {
+        if wanted {
+            text += &line;
+            text.push('\n');
+        }
+    };
+    line(*failed > 0, format!("  failed: {}", list(&summary.errors)));
+    line(*resumed > 0, format!("  {resumed} had a row already"));
+    line(*duplicates > 0, format!("  {duplicates} left out, named before"));
+    line(*scored > 0, format!("  best class: {}", list(&summary.predicted)));
+    line(*abstained > 0, format!("  {abstained} abstained"));
+    if let Some(accuracy) = &summary.accuracy {
+        let of = |name: &str, value: Option<f64>| value.map(|v| format!(", {name} {v:.4}")).unwrap_or_default();
+        let groups = [("many", accuracy.many), ("medium", accuracy.medium), ("few", accuracy.few)];
+        let groups: String = groups.map(|(name, value)| of(name, value)).concat();
+        let (top1, recall, images) = (accuracy.top1, accuracy.mean_recall, accuracy.images);
+        line(true, format!("  top-1 {top1:.4} of {images}, mean recall {recall:.4}{groups}"));
+    }
+    line(*unknown_labels > 0, format!("  {unknown_labels} labels are no class of the model"));
+    let stages = [("read", seconds.read), ("decode", seconds.decode), ("preprocess", seconds.preprocess)];
+    let stages = stages.into_iter().chain([("network", seconds.infer), ("rows", seconds.write)]);
+    let stages: Vec<String> = stages.map(|(name, s)| format!("{name} {s:.1} s")).collect();
+    line(true, format!("  {}", stages.join(", ")));
+    text
 }
 
 /// A prior by its name, or from a JSON file.

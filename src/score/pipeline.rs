@@ -1,0 +1,269 @@
+//! Readers, workers and the writer, at once.
+//!
+//! A reader takes the source's next picture and, still holding the source, a place among the rows to come: so rows keep the
+//! source's order, whichever reader is first. Then it reads the file and hands it to the engine. The writer goes from place
+//! to place. Places and bytes in flight are bounded, so the slowest stage sets the pace of all.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use super::rows::{Output, Row, Scoring, WriteError};
+use super::source::{self, Content, Fault, Item, Source};
+use super::summary::{Summary, Tally};
+use crate::classify::{ClassifyError, Input};
+use crate::engine::{Engine, Ticket};
+use crate::pixels::DecodeError;
+
+/// Rows that are under way, per worker.
+const PLACES: usize = 64;
+
+/// 128 bits of a key's SHA-256.
+pub(super) type KeyHash = u128;
+
+pub(super) fn hash(key: &str) -> KeyHash {
+    Sha256::digest(key.as_bytes()).iter().take(16).fold(0, |n, byte| n << 8 | u128::from(*byte))
+}
+
+/// How a run is done.
+pub struct Options<'a> {
+    /// Bytes of a file, at most.
+    pub max_file_bytes: u64,
+    /// Bytes of pictures that are read and not yet scored, at most.
+    pub memory: u64,
+    /// Files that are read at once.
+    pub readers: usize,
+    /// Whether a picture that the source names again is left out.
+    pub skip_duplicates: bool,
+    /// How often each key has a row already.
+    pub committed: HashMap<KeyHash, u32>,
+    /// Whether to take nothing more from the source; what is under way is finished.
+    pub stopped: &'a (dyn Fn() -> bool + Sync),
+}
+
+/// Scores what `source` names and writes a row for each to `output`, in its order. `progress` is called after every row.
+///
+/// # Errors
+/// Only when a row cannot be written.
+pub fn run(
+    source: Source,
+    engine: &Engine,
+    scoring: &Scoring<'_>,
+    output: &mut dyn Output,
+    options: Options<'_>,
+    mut progress: impl FnMut(&Summary),
+) -> Result<Summary, WriteError> {
+    let began = Instant::now();
+    let Options { max_file_bytes, memory, readers, skip_duplicates, committed, stopped } = options;
+    let counts = Counts::default();
+    let feed = Feed { source, committed, seen: skip_duplicates.then(HashSet::new), counts: &counts };
+    let reader = Reader {
+        feed: Mutex::new(Some(feed)),
+        memory: Memory { free: Mutex::new(memory.max(1)), freed: Condvar::new(), all: memory.max(1) },
+        engine,
+        max_file_bytes,
+        stopped,
+        counts: &counts,
+    };
+    let mut tally = Tally::new(&scoring.manifest.classes);
+    thread::scope(|scope| {
+        let (places, ordered) = sync_channel(PLACES * engine.workers().max(1));
+        for n in 0..readers.max(1) {
+            let (reader, places) = (&reader, places.clone());
+            let thread = thread::Builder::new().name(format!("nbn-reader-{n}"));
+            let spawned = thread.spawn_scoped(scope, move || reader.work(&places));
+            // The first is needed, the others help.
+            if n == 0 {
+                spawned?;
+            }
+        }
+        drop(places);
+        for place in ordered {
+            let Place { key, label, outcome, held } = place;
+            let outcome = settle(&outcome);
+            drop(held);
+            let began = Instant::now();
+            let outcome = match outcome {
+                Ok(prediction) => {
+                    let (scores, best) = scoring.score(&prediction);
+                    tally.scored(best, label.as_deref(), scores.abstained.is_some(), &prediction.timings);
+                    Ok(scores)
+                }
+                Err(fault) => {
+                    tally.failed(&fault);
+                    Err(fault.detail)
+                }
+            };
+            output.write(&Row { key, label, outcome })?;
+            tally.wrote(began.elapsed());
+            counts.tell(&mut tally.summary);
+            progress(&tally.summary);
+        }
+        let began = Instant::now();
+        output.finish()?;
+        tally.wrote(began.elapsed());
+        Ok::<_, WriteError>(())
+    })?;
+    counts.tell(&mut tally.summary);
+    tally.summary.interrupted = stopped();
+    Ok(tally.finish(began.elapsed(), Duration::from_nanos(counts.read_nanos.load(Ordering::Relaxed))))
+}
+
+#[derive(Default)]
+struct Counts {
+    resumed: AtomicU64,
+    duplicates: AtomicU64,
+    read_nanos: AtomicU64,
+}
+
+impl Counts {
+    fn tell(&self, summary: &mut Summary) {
+        summary.resumed = self.resumed.load(Ordering::Relaxed);
+        summary.duplicates = self.duplicates.load(Ordering::Relaxed);
+    }
+}
+
+/// The source, less what has a row already.
+struct Feed<'a> {
+    source: Source,
+    committed: HashMap<KeyHash, u32>,
+    seen: Option<HashSet<KeyHash>>,
+    counts: &'a Counts,
+}
+
+impl Feed<'_> {
+    fn next(&mut self) -> Option<Item> {
+        loop {
+            let item = self.source.next()?;
+            if self.seen.is_none() && self.committed.is_empty() {
+                return Some(item);
+            }
+            let key = hash(&item.key);
+            if self.seen.as_mut().is_some_and(|seen| !seen.insert(key)) {
+                self.counts.duplicates.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            match self.committed.get_mut(&key) {
+                Some(left) if *left > 0 => *left -= 1,
+                _ => return Some(item),
+            }
+            self.counts.resumed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A row to come.
+struct Place<'a> {
+    key: String,
+    label: Option<String>,
+    outcome: Receiver<Result<Ticket, Fault>>,
+    held: Held<'a>,
+}
+
+struct Reader<'a> {
+    /// None once nothing more is taken.
+    feed: Mutex<Option<Feed<'a>>>,
+    memory: Memory,
+    engine: &'a Engine,
+    max_file_bytes: u64,
+    stopped: &'a (dyn Fn() -> bool + Sync),
+    counts: &'a Counts,
+}
+
+impl<'a> Reader<'a> {
+    fn work(&'a self, places: &SyncSender<Place<'a>>) {
+        while let Some((content, outcome)) = self.take(places) {
+            let began = Instant::now();
+            let bytes = match content {
+                Content::File(path) => source::read(&path, self.max_file_bytes),
+                Content::Bytes(bytes) => Ok(bytes),
+                Content::Lost(fault) => Err(fault),
+            };
+            self.counts.read_nanos.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            let ticket = bytes.and_then(|bytes| {
+                let ticket = self.engine.submit_waiting(Input::Encoded(bytes));
+                ticket.map_err(|refused| Fault::new("internal", refused.to_string()))
+            });
+            // The writer may have given up.
+            let _ = outcome.send(ticket);
+        }
+    }
+
+    /// The next picture, with a place for its row.
+    fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<(Content, SyncSender<Result<Ticket, Fault>>)> {
+        let mut feed = lock(&self.feed);
+        if (self.stopped)() {
+            *feed = None;
+        }
+        let Some(Item { key, label, content }) = feed.as_mut()?.next() else {
+            *feed = None;
+            return None;
+        };
+        let size = match &content {
+            Content::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Content::Bytes(bytes) => bytes.len() as u64,
+            Content::Lost(_) => 0,
+        };
+        // In the rows' order: what comes later cannot keep the memory that an earlier picture waits for.
+        let held = self.memory.take(size.min(self.max_file_bytes));
+        let (sender, outcome) = sync_channel(1);
+        let sent = places.send(Place { key, label, outcome, held });
+        if sent.is_err() {
+            *feed = None;
+            return None;
+        }
+        Some((content, sender))
+    }
+}
+
+/// Bytes that may be held.
+struct Memory {
+    free: Mutex<u64>,
+    freed: Condvar,
+    all: u64,
+}
+
+struct Held<'a> {
+    memory: &'a Memory,
+    bytes: u64,
+}
+
+impl Memory {
+    /// Waits until there are `bytes`; more than all are taken for all.
+    fn take(&self, bytes: u64) -> Held<'_> {
+        let bytes = bytes.min(self.all);
+        let mut free = lock(&self.free);
+        while *free < bytes {
+            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+        *free -= bytes;
+        Held { memory: self, bytes }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        *lock(&self.memory.free) += self.bytes;
+        self.memory.freed.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn settle(outcome: &Receiver<Result<Ticket, Fault>>) -> Result<crate::classify::Prediction, Fault> {
+    let gone = || Fault::new("internal", "the worker gave no answer");
+    let ticket = outcome.recv().map_err(|_| gone())??;
+    ticket.wait().map_err(|_| gone())?.map_err(|error| match &error {
+        ClassifyError::Image(DecodeError::Empty) => Fault::new("empty_image", "the file is empty (0 bytes)"),
+        ClassifyError::Image(image) => Fault::new(image.code(), error.to_string()),
+        _ => Fault::new("internal", error.to_string()),
+    })
+}

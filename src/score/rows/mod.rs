@@ -1,0 +1,239 @@
+//! Rows and the forms that they are written in.
+
+mod parquet;
+mod text;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::bundle::{Class, Group, Manifest};
+use crate::classify::{Decision, Prediction, ScoreRule, Scorer};
+
+pub(super) use self::parquet::keys as keys_in_parquet;
+pub(super) use self::text::{keys_in_csv, keys_in_json_lines};
+
+/// The form of the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One JSON object a line.
+    Jsonl,
+    /// A header, then one record per image; the set, the probabilities and the logits are JSON lists.
+    Csv,
+    /// Apache Parquet; predictions, sets, probabilities and logits are lists.
+    Parquet,
+}
+
+impl Format {
+    /// The ending of files of this form.
+    pub fn ending(self) -> &'static str {
+        match self {
+            Self::Jsonl => "jsonl",
+            Self::Csv => "csv",
+            Self::Parquet => "parquet",
+        }
+    }
+}
+
+/// What a row tells beside its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Columns {
+    /// Classes, the best first; fewer where --min-score leaves fewer.
+    pub top_k: usize,
+    /// The true class, where the source has one.
+    pub label: bool,
+    /// The prediction set.
+    pub set: bool,
+    /// The score of every class, in the order of the logits.
+    pub probabilities: bool,
+    /// The network's own output.
+    pub logits: bool,
+}
+
+/// One picture's row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// What the source calls the picture.
+    pub key: String,
+    /// Its true class, as the source has it.
+    pub label: Option<String>,
+    /// Its scores, or the sentence that says why there are none.
+    pub outcome: Result<Scores, String>,
+}
+
+/// What is told of a picture that was scored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    /// The best classes and their scores.
+    pub top: Vec<(usize, f64)>,
+    /// Classes in the prediction set.
+    pub set: Option<Vec<usize>>,
+    /// Why the decision is withheld; none when it is not.
+    pub abstained: Option<String>,
+    /// The score of every class.
+    pub probabilities: Option<Vec<f64>>,
+    /// The network's own output.
+    pub logits: Option<Vec<f32>>,
+}
+
+impl Scores {
+    fn decision(&self) -> &'static str {
+        if self.abstained.is_some() { "abstain" } else { "accept" }
+    }
+}
+
+/// How predictions become [`Scores`].
+pub struct Scoring<'a> {
+    /// The classes.
+    pub manifest: &'a Manifest,
+    /// What scores are.
+    pub scorer: &'a Scorer,
+    /// The request that holds for every image.
+    pub rule: ScoreRule,
+    /// Classes that score less are left out.
+    pub min_score: f64,
+    /// What is wanted.
+    pub columns: Columns,
+}
+
+impl Scoring<'_> {
+    /// The scores of a prediction, and its best class.
+    pub(super) fn score(&self, prediction: &Prediction) -> (Scores, usize) {
+        let scored = self.scorer.score(&prediction.logits, &self.rule);
+        let mut top = scored.probabilities.top(self.columns.top_k.max(1));
+        let best = top.first().map_or(0, |(class, _)| *class);
+        top.retain(|(_, score)| *score >= self.min_score);
+        let abstained = match scored.decision {
+            Decision::Accept => None,
+            Decision::Abstain(reason) => Some(reason),
+        };
+        let set = scored.set.map(|set| set.members.into_iter().map(|(class, _)| class).collect());
+        let probabilities = self.columns.probabilities.then(|| scored.probabilities.values().to_vec());
+        let logits = self.columns.logits.then(|| prediction.logits.values().to_vec());
+        (Scores { top, set, abstained, probabilities, logits }, best)
+    }
+}
+
+/// A row that cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The system's fault.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The form's fault.
+    #[error("{0}")]
+    Form(String),
+    /// No room for a part.
+    #[error(
+        "no space left for {}: {free} bytes are free there; {parts} parts with {rows} rows are committed and stay valid: \
+         make room, or copy the folder to where there is more, and go on with --resume", .part.display()
+    )]
+    Full {
+        /// The part that did not fit.
+        part: PathBuf,
+        /// Bytes that are free in its folder.
+        free: u64,
+        /// Parts that this process committed or found.
+        parts: u64,
+        /// Rows in them.
+        rows: u64,
+    },
+    /// A part that cannot be written.
+    #[error("{}: {cause}", .part.display())]
+    Part {
+        /// The part.
+        part: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+}
+
+impl WriteError {
+    /// What the system said, if it said anything.
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io(error) | Self::Part { cause: error, .. } => Some(error.kind()),
+            Self::Full { .. } => Some(io::ErrorKind::StorageFull),
+            Self::Form(_) => None,
+        }
+    }
+}
+
+/// Where rows are written.
+pub trait Output {
+    /// Writes one row.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn write(&mut self, row: &Row) -> Result<(), WriteError>;
+
+    /// Called after the last row.
+    ///
+    /// # Errors
+    /// When what is buffered cannot be written.
+    fn finish(&mut self) -> Result<(), WriteError>;
+}
+
+/// Rows in a form, to one stream.
+pub enum RowWriter<'a, W: Write + Send> {
+    /// JSON lines.
+    Jsonl(text::JsonLines<'a, W>),
+    /// CSV.
+    Csv(text::Csv<'a, W>),
+    /// Parquet.
+    Parquet(parquet::Parquet<'a, W>),
+}
+
+impl<'a, W: Write + Send> RowWriter<'a, W> {
+    /// A writer to `output`; the form's head is written.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn new(output: W, format: Format, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
+        Ok(match format {
+            Format::Jsonl => Self::Jsonl(text::JsonLines::new(output, columns, classes)),
+            Format::Csv => Self::Csv(text::Csv::new(output, columns, classes)?),
+            Format::Parquet => Self::Parquet(parquet::Parquet::new(output, columns, classes)?),
+        })
+    }
+
+    /// Writes what is buffered and the form's foot, and gives the stream back.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn into_inner(self) -> Result<W, WriteError> {
+        match self {
+            Self::Jsonl(writer) => writer.into_inner(),
+            Self::Csv(writer) => writer.into_inner(),
+            Self::Parquet(writer) => writer.into_inner(),
+        }
+    }
+}
+
+impl<W: Write + Send> Output for RowWriter<'_, W> {
+    fn write(&mut self, row: &Row) -> Result<(), WriteError> {
+        match self {
+            Self::Jsonl(writer) => writer.write(row),
+            Self::Csv(writer) => writer.write(row),
+            Self::Parquet(writer) => writer.write(row),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), WriteError> {
+        match self {
+            Self::Jsonl(writer) => writer.flush(),
+            Self::Csv(writer) => writer.flush(),
+            Self::Parquet(writer) => writer.finish(),
+        }
+    }
+}
+
+fn label(classes: &[Class], class: usize) -> &str {
+    classes.get(class).map_or("", |class| class.label.as_str())
+}
+
+fn group(classes: &[Class], class: usize) -> Option<&'static str> {
+    classes.get(class)?.group().map(Group::name)
+}

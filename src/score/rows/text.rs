@@ -1,0 +1,174 @@
+//! JSON lines and CSV.
+
+use std::io::{self, BufRead, Write};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Columns, Row, Scores, WriteError, group, label};
+use crate::bundle::Class;
+
+/// JSON lines.
+pub struct JsonLines<'a, W: Write> {
+    output: W,
+    columns: Columns,
+    classes: &'a [Class],
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    path: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    label: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predictions: Option<Vec<ClassScore<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    set: Option<Vec<&'a str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probabilities: Option<&'a [f64]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logits: Option<&'a [f32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decision: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct ClassScore<'a> {
+    class_id: usize,
+    label: &'a str,
+    score: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<&'static str>,
+}
+
+impl<'a, W: Write> JsonLines<'a, W> {
+    pub(super) fn new(output: W, columns: Columns, classes: &'a [Class]) -> Self {
+        Self { output, columns, classes }
+    }
+
+    pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
+        let classes = self.classes;
+        let scores = row.outcome.as_ref().ok();
+        let of = |&(class_id, score): &(usize, f64)| ClassScore {
+            class_id,
+            label: label(classes, class_id),
+            score,
+            group: group(classes, class_id),
+        };
+        let line = Line {
+            path: &row.key,
+            label: row.label.as_deref().filter(|_| self.columns.label),
+            predictions: scores.map(|s| s.top.iter().map(of).collect()),
+            set: scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect())),
+            probabilities: scores.and_then(|s| s.probabilities.as_deref()),
+            logits: scores.and_then(|s| s.logits.as_deref()),
+            decision: scores.map(Scores::decision),
+            reason: scores.and_then(|s| s.abstained.as_deref()),
+            error: row.outcome.as_ref().err().map(String::as_str),
+        };
+        serde_json::to_writer(&mut self.output, &line).map_err(io::Error::from)?;
+        Ok(self.output.write_all(b"\n")?)
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), WriteError> {
+        Ok(self.output.flush()?)
+    }
+
+    pub(super) fn into_inner(mut self) -> Result<W, WriteError> {
+        self.flush()?;
+        Ok(self.output)
+    }
+}
+
+/// CSV.
+pub struct Csv<'a, W: Write> {
+    output: csv::Writer<W>,
+    columns: Columns,
+    classes: &'a [Class],
+}
+
+impl<'a, W: Write> Csv<'a, W> {
+    pub(super) fn new(output: W, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
+        let mut output = csv::Writer::from_writer(output);
+        let mut header: Vec<String> = vec!["path".into()];
+        let optional = |wanted: bool, name: &str| wanted.then(|| name.to_owned());
+        header.extend(optional(columns.label, "label"));
+        header.extend(["error", "decision", "reason"].map(str::to_owned));
+        header.extend(optional(columns.set, "set"));
+        header.extend(optional(columns.probabilities, "probabilities"));
+        header.extend(optional(columns.logits, "logits"));
+        header.extend((1..=columns.top_k).flat_map(|k| [format!("label_{k}"), format!("score_{k}")]));
+        output.write_record(&header).map_err(io::Error::from)?;
+        Ok(Self { output, columns, classes })
+    }
+
+    pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
+        let Self { columns, classes, .. } = *self;
+        let scores = row.outcome.as_ref().ok();
+        let mut record = vec![row.key.clone()];
+        if columns.label {
+            record.push(row.label.clone().unwrap_or_default());
+        }
+        record.push(row.outcome.as_ref().err().cloned().unwrap_or_default());
+        record.push(scores.map(Scores::decision).unwrap_or_default().to_owned());
+        record.push(scores.and_then(|s| s.abstained.clone()).unwrap_or_default());
+        if columns.set {
+            let set = scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect::<Vec<_>>()));
+            record.push(json(set)?);
+        }
+        if columns.probabilities {
+            record.push(json(scores.and_then(|s| s.probabilities.as_ref()))?);
+        }
+        if columns.logits {
+            record.push(json(scores.and_then(|s| s.logits.as_ref()))?);
+        }
+        let width = record.len() + 2 * columns.top_k;
+        for &(class, score) in scores.iter().flat_map(|s| &s.top) {
+            record.extend([label(classes, class).to_owned(), score.to_string()]);
+        }
+        record.resize(width, String::new());
+        Ok(self.output.write_record(&record).map_err(io::Error::from)?)
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), WriteError> {
+        Ok(self.output.flush()?)
+    }
+
+    pub(super) fn into_inner(mut self) -> Result<W, WriteError> {
+        self.flush()?;
+        self.output.into_inner().map_err(|error| WriteError::Io(error.into_error()))
+    }
+}
+
+/// A list in a field, which is empty when there is none.
+fn json(list: Option<impl Serialize>) -> Result<String, WriteError> {
+    Ok(list.map_or(Ok(String::new()), |list| serde_json::to_string(&list)).map_err(io::Error::from)?)
+}
+
+/// The keys of rows that were written as JSON lines.
+pub(in super::super) fn keys_in_json_lines(rows: impl BufRead, mut each: impl FnMut(&str)) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Key<'a> {
+        #[serde(borrow)]
+        path: std::borrow::Cow<'a, str>,
+    }
+    for (number, line) in (1..).zip(rows.lines()) {
+        let line = line.map_err(|error| error.to_string())?;
+        let key: Key<'_> = serde_json::from_str(&line).map_err(|error| format!("row {number}: {error}"))?;
+        each(&key.path);
+    }
+    Ok(())
+}
+
+/// The keys of rows that were written as CSV.
+pub(in super::super) fn keys_in_csv(rows: impl BufRead, mut each: impl FnMut(&str)) -> Result<(), String> {
+    let mut reader = csv::Reader::from_reader(rows);
+    let mut record = csv::StringRecord::new();
+    while reader.read_record(&mut record).map_err(|error| error.to_string())? {
+        each(record.get(0).unwrap_or_default());
+    }
+    Ok(())
+}

@@ -1,0 +1,293 @@
+//! Where the pictures come from: files, folders, patterns, lists, tar archives, Parquet.
+
+mod archive;
+mod list;
+mod table;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
+
+use bytes::Bytes;
+
+use super::Shard;
+use crate::pixels::{ENDINGS, has_picture_ending};
+
+/// An input that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Not there, or not readable.
+    #[error("{path}: {cause}")]
+    Io {
+        /// The input.
+        path: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// A folder without a picture.
+    #[error("{}: the folder holds no file that ends in .{}", .0.display(), ENDINGS.join(", ."))]
+    NoImages(PathBuf),
+    /// A pattern that is none, or that nothing matches.
+    #[error("the pattern {pattern}: {reason}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A list or table of another form.
+    #[error("{}: {reason}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+}
+
+/// Where the true class of a picture is read from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Labels {
+    /// The label column of CSV, JSON lines and Parquet, and .cls members of tar archives, where there are such
+    #[default]
+    Given,
+    /// The name of the folder that the picture is in
+    Folder,
+    /// The last word of each line of a text list, as ImageNet-LT writes them
+    Line,
+    /// Nowhere
+    None,
+}
+
+impl Labels {
+    /// Whether rows get labels, where the source has `column` for them or not.
+    fn with_column(self, column: bool) -> bool {
+        self == Self::Folder || (self == Self::Given && column)
+    }
+}
+
+/// How sources are read.
+#[derive(Debug, Clone, Default)]
+pub struct SourceOptions {
+    /// Where true classes are read from.
+    pub labels: Labels,
+    /// Column of a list or table that has the path, or the picture's bytes.
+    pub image_column: Option<String>,
+    /// Column that has the true class.
+    pub label_column: Option<String>,
+    /// Bytes of a picture, at most.
+    pub max_file_bytes: u64,
+    /// The share of the pictures that is wanted; an archive belongs to one share as a whole.
+    pub shard: Shard,
+}
+
+/// One picture, as its source names it.
+#[derive(Debug, Clone)]
+pub(super) struct Item {
+    /// A path; ARCHIVE/MEMBER; TABLE#ROW. It is what rows carry, and what a share and a resumed run go by.
+    pub(super) key: String,
+    /// The true class, by label or index.
+    pub(super) label: Option<String>,
+    pub(super) content: Content,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Content {
+    File(PathBuf),
+    Bytes(Bytes),
+    /// It is known already that there is none.
+    Lost(Fault),
+}
+
+/// Why a picture cannot be scored: a word to count by and a sentence for its row.
+#[derive(Debug, Clone)]
+pub(super) struct Fault {
+    pub(super) kind: &'static str,
+    pub(super) detail: String,
+}
+
+impl Fault {
+    pub(super) fn new(kind: &'static str, detail: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into() }
+    }
+
+    fn too_large(limit: u64) -> Self {
+        Self::new("file_too_large", format!("the file is larger than {limit} bytes: raise --max-file-mb"))
+    }
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        let kind = if error.kind() == io::ErrorKind::NotFound { "file_not_found" } else { "file_not_readable" };
+        Self::new(kind, error.to_string())
+    }
+}
+
+/// The pictures of all inputs, in order.
+pub struct Source {
+    items: Box<dyn Iterator<Item = Item> + Send>,
+    len: Option<u64>,
+    labelled: bool,
+}
+
+impl Source {
+    /// What `inputs` stand for, in their order:
+    ///
+    /// - a folder is every picture in it and below, by name;
+    /// - a path with `*`, `?` or `[` that is no file is a pattern;
+    /// - .txt, .csv, .jsonl, .ndjson, .parquet are lists and tables, .tar, .tar.gz, .tgz archives of pictures;
+    /// - `-` is a list of paths on `stdin`;
+    /// - every other file is a picture, even when it is missing, which its row will tell.
+    ///
+    /// # Errors
+    /// When an input cannot be opened or holds no picture. What fails later is a row with an error.
+    pub fn open(
+        inputs: &[PathBuf],
+        options: &SourceOptions,
+        stdin: impl io::BufRead + Send + 'static,
+    ) -> Result<Self, SourceError> {
+        let mut parts: Vec<Source> = Vec::new();
+        let mut stdin = Some(stdin);
+        for input in inputs {
+            parts.push(if input == Path::new("-") {
+                // Said twice it is empty the second time.
+                stdin.take().map_or_else(|| Source::of_files(Vec::new(), options), |s| list::text_on_stdin(s, options))
+            } else {
+                Self::one(input, options)?
+            });
+        }
+        let len = parts.iter().map(|part| part.len).sum();
+        let labelled = parts.iter().any(|part| part.labelled);
+        Ok(Self { items: Box::new(parts.into_iter().flat_map(|part| part.items)), len, labelled })
+    }
+
+    fn one(input: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
+        if input.is_dir() {
+            let mut files = Vec::new();
+            walk(input, &mut files)?;
+            if files.is_empty() {
+                return Err(SourceError::NoImages(input.to_owned()));
+            }
+            return Ok(Self::of_files(files, options));
+        }
+        let name = input.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+        if !input.exists() && input.to_string_lossy().contains(['*', '?', '[']) {
+            return Ok(Self::of_files(pattern(input)?, options));
+        }
+        if ends(&[".tar", ".tar.gz", ".tgz"]) {
+            archive::open(input, options)
+        } else if ends(&[".parquet"]) {
+            table::open(input, options)
+        } else if ends(&[".csv"]) {
+            list::csv(input, options)
+        } else if ends(&[".jsonl", ".ndjson"]) {
+            list::json_lines(input, options)
+        } else if ends(&[".txt"]) {
+            list::text(input, options)
+        } else {
+            Ok(Self::of_files(vec![input.to_owned()], options))
+        }
+    }
+
+    fn of_files(files: Vec<PathBuf>, options: &SourceOptions) -> Self {
+        let (labels, shard) = (options.labels, options.shard);
+        let wanted: Vec<PathBuf> = files.into_iter().filter(|path| shard.has(&path.to_string_lossy())).collect();
+        let len = Some(wanted.len() as u64);
+        let items = wanted.into_iter().map(move |path| file(path, None, labels));
+        Self { items: Box::new(items), len, labelled: labels == Labels::Folder }
+    }
+
+    /// The pictures that `produce` sends, from a thread that begins when the first of them is asked for. `name` is the
+    /// file's.
+    fn of_thread(name: String, labelled: bool, produce: impl FnOnce(&SyncSender<Item>) + Send + 'static) -> Self {
+        let items = std::iter::once_with(move || {
+            let (sender, receiver) = sync_channel(2);
+            let spawned = thread::Builder::new().name("nbn-source".into()).spawn(move || produce(&sender));
+            let fault =
+                spawned.err().map(|error| Item { key: name, label: None, content: Content::Lost(error.into()) });
+            fault.into_iter().chain(receiver)
+        });
+        Self { items: Box::new(items.flatten()), len: None, labelled }
+    }
+
+    fn of(items: impl Iterator<Item = Item> + Send + 'static, shard: Shard, labelled: bool) -> Self {
+        Self { items: Box::new(items.filter(move |item| shard.has(&item.key))), len: None, labelled }
+    }
+
+    pub(super) fn next(&mut self) -> Option<Item> {
+        self.items.next()
+    }
+
+    /// Pictures in all, where that is known beforehand.
+    pub fn len(&self) -> Option<u64> {
+        self.len
+    }
+
+    /// Whether pictures may come with their true class.
+    pub fn has_labels(&self) -> bool {
+        self.labelled
+    }
+
+    /// Whether it is known that there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == Some(0)
+    }
+}
+
+/// A picture in a file of its own.
+fn file(path: PathBuf, label: Option<String>, labels: Labels) -> Item {
+    let label = match labels {
+        Labels::Folder => path.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()),
+        Labels::None => None,
+        Labels::Given | Labels::Line => label,
+    };
+    Item { key: path.to_string_lossy().into_owned(), label, content: Content::File(path) }
+}
+
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
+    let fail = |cause| SourceError::Io { path: folder.to_owned(), cause };
+    let mut entries = fs::read_dir(folder).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        // Symbolic links to folders are not followed: they may form a circle.
+        if entry.file_type().map_err(fail)?.is_dir() {
+            walk(&path, files)?;
+        } else if has_picture_ending(&path) {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The pictures that match, by name; `**` stands for any folders.
+fn pattern(input: &Path) -> Result<Vec<PathBuf>, SourceError> {
+    let text = input.to_string_lossy().into_owned();
+    let fail = |reason: String| SourceError::Pattern { pattern: text.clone(), reason };
+    let mut files = Vec::new();
+    for entry in glob::glob(&text).map_err(|error| fail(error.to_string()))? {
+        let path = entry.map_err(|error| fail(error.to_string()))?;
+        if path.is_file() {
+            files.push(path);
+        }
+    }
+    if files.is_empty() {
+        return Err(fail("no file matches".into()));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// A file's bytes.
+pub(super) fn read(path: &Path, limit: u64) -> Result<Bytes, Fault> {
+    let file = File::open(path)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(Fault::too_large(limit));
+    }
+    Ok(bytes.into())
+}

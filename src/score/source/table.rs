@@ -1,0 +1,126 @@
+//! Parquet tables with a column of paths or of encoded pictures, plain or as the struct of bytes and path that Hugging
+//! Face's datasets write.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::SyncSender;
+
+use bytes::Bytes;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row};
+use parquet::schema::types::{Type, TypePtr};
+
+use super::list::columns;
+use super::{Content, Fault, Item, Labels, Source, SourceError, SourceOptions, file};
+
+pub(super) fn open(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
+    let content = |reason: String| SourceError::Content { path: path.to_owned(), reason };
+    let input = File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
+    let reader = SerializedFileReader::new(input).map_err(|error| content(error.to_string()))?;
+    let schema = reader.metadata().file_metadata().schema();
+    let names: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
+    let (image, label) = columns(names.iter().copied(), options).map_err(content)?;
+    let table = Table {
+        path: path.to_owned(),
+        name: path.to_string_lossy().into_owned(),
+        image: names[image].to_owned(),
+        label: label.map(|at| names[at].to_owned()),
+        options: options.clone(),
+    };
+    let labelled = options.labels.with_column(table.label.is_some());
+    Ok(Source::of_thread(table.name.clone(), labelled, move |out| table.send(out)))
+}
+
+struct Table {
+    path: PathBuf,
+    name: String,
+    image: String,
+    label: Option<String>,
+    options: SourceOptions,
+}
+
+impl Table {
+    fn send(&self, out: &SyncSender<Item>) {
+        let stop = |number, error: String| {
+            let detail = format!("{} cannot be read further: {error}", self.name);
+            // The receiver may have gone: nobody wants more then.
+            let _ = out.send(self.lost(number, Fault::new("table", detail)));
+        };
+        let rows = match self.rows() {
+            Ok(rows) => rows,
+            Err(error) => return stop(0, error.to_string()),
+        };
+        for (number, row) in (0..).zip(rows) {
+            let item = match row {
+                Ok(row) => self.item(number, &row),
+                Err(error) => return stop(number, error.to_string()),
+            };
+            if self.options.shard.has(&item.key) && out.send(item).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The rows, of which only what is needed is read.
+    fn rows(&self) -> Result<RowIter<'static>, ParquetError> {
+        let reader = SerializedFileReader::new(File::open(&self.path)?)?;
+        let schema = reader.metadata().file_metadata().schema();
+        let wanted = |field: &&TypePtr| field.name() == self.image || Some(field.name()) == self.label.as_deref();
+        let fields = schema.get_fields().iter().filter(wanted).cloned().collect();
+        let projection = Type::group_type_builder(schema.name()).with_fields(fields).build()?;
+        // A few rows at a time: pictures are large.
+        RowIter::from_file_into(Box::new(reader)).with_batch_size(16).project(Some(projection))
+    }
+
+    fn lost(&self, number: u64, fault: Fault) -> Item {
+        Item { key: format!("{}#{number}", self.name), label: None, content: Content::Lost(fault) }
+    }
+
+    fn item(&self, number: u64, row: &Row) -> Item {
+        let field = |name: &str| row.get_column_iter().find(|(n, _)| *n == name).map(|(_, field)| field);
+        let label =
+            self.label.as_deref().and_then(field).and_then(text).filter(|_| self.options.labels != Labels::None);
+        match field(&self.image) {
+            Some(Field::Str(path)) => file(self.beside(path), label, self.options.labels),
+            Some(Field::Bytes(bytes)) => self.encoded(number, bytes.data(), label),
+            Some(Field::Group(parts)) => {
+                let part = |name: &str| parts.get_column_iter().find(|(n, _)| *n == name).map(|(_, field)| field);
+                match (part("bytes"), part("path")) {
+                    (Some(Field::Bytes(bytes)), _) => self.encoded(number, bytes.data(), label),
+                    (_, Some(Field::Str(path))) => file(self.beside(path), label, self.options.labels),
+                    _ => self.lost(number, Fault::new("list_entry", "the image has neither bytes nor a path")),
+                }
+            }
+            Some(Field::Null) | None => self.lost(number, Fault::new("list_entry", "the image is null")),
+            Some(_) => {
+                let reason = format!("the column {:?} holds neither paths nor bytes", self.image);
+                self.lost(number, Fault::new("list_entry", reason))
+            }
+        }
+    }
+
+    fn beside(&self, path: &str) -> PathBuf {
+        self.path.parent().unwrap_or(Path::new("")).join(path)
+    }
+
+    fn encoded(&self, number: u64, bytes: &[u8], label: Option<String>) -> Item {
+        let limit = self.options.max_file_bytes;
+        if bytes.len() as u64 > limit {
+            return self.lost(number, Fault::too_large(limit));
+        }
+        let content = Content::Bytes(Bytes::copy_from_slice(bytes));
+        Item { key: format!("{}#{number}", self.name), label, content }
+    }
+}
+
+/// A label's text: a name, or an index.
+fn text(field: &Field) -> Option<String> {
+    Some(match field {
+        Field::Null => return None,
+        Field::Str(text) => text.clone(),
+        Field::Bytes(bytes) => String::from_utf8_lossy(bytes.data()).into_owned(),
+        other => other.to_string(),
+    })
+}

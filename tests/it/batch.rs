@@ -1,0 +1,117 @@
+//! `nbn score` with parts, shares and tables. `tests/clients/batch.py` has other programs read the rows, and kills.
+
+use std::fs;
+use std::path::Path;
+
+use image::ImageFormat;
+
+use crate::support::{nbn, picture, text};
+
+fn score(args: &[&str]) -> std::process::Output {
+    nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
+}
+
+fn pictures(folder: &Path, n: u32) {
+    for i in 0..n {
+        fs::write(folder.join(format!("{i:02}.png")), picture(20 + i, 30, ImageFormat::Png)).unwrap();
+    }
+}
+
+/// The rows of all parts whose names have `words`, in the parts' order.
+fn rows(folder: &Path, words: &str) -> Vec<String> {
+    let mut parts: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    parts.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with(&format!("part-{words}")));
+    parts.sort();
+    parts
+        .iter()
+        .flat_map(|part| fs::read_to_string(part).unwrap().lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect()
+}
+
+#[test]
+fn a_run_that_goes_on_scores_what_has_no_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out) = (folder.path().join("images"), folder.path().join("rows"));
+    fs::create_dir(&images).unwrap();
+    pictures(&images, 12);
+    let (images, dir) = (images.to_str().unwrap(), out.to_str().unwrap());
+    let whole: Vec<String> = text(&score(&[images]).stdout).lines().map(str::to_owned).collect();
+    let run = |more: &[&str]| score(&[&["--output-dir", dir, "--part-rows", "5"], more, &[images]].concat());
+    assert!(run(&[]).status.success());
+    assert_eq!(rows(&out, ""), whole);
+
+    // As if it had been killed while it wrote the second part.
+    fs::remove_file(out.join("part-00000-of-00001-000001.jsonl")).unwrap();
+    fs::remove_file(out.join("part-00000-of-00001-000002.jsonl")).unwrap();
+    fs::write(out.join(".part-00000-of-00001-000001.jsonl.tmp"), "half a r").unwrap();
+    let refused = run(&[]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("holds 1 parts already: go on with --resume"), "{}", text(&refused.stderr));
+    let resumed = run(&["--resume"]);
+    assert!(
+        resumed.status.success() && text(&resumed.stderr).contains("5 had a row already"),
+        "{}",
+        text(&resumed.stderr)
+    );
+    assert_eq!(rows(&out, ""), whole);
+
+    let other = run(&["--resume", "--prior", "train"]);
+    assert!(
+        text(&other.stderr).contains("made with prior \"uniform\", now it is \"train\""),
+        "{}",
+        text(&other.stderr)
+    );
+    fs::write(out.join("part-00000-of-00001-000001.jsonl"), "{\"path\":").unwrap();
+    let damaged = run(&["--resume"]);
+    assert!(text(&damaged.stderr).contains("000001.jsonl: row 1: "), "{}", text(&damaged.stderr));
+}
+
+#[test]
+fn shares_of_one_folder_are_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out) = (folder.path().join("images"), folder.path().join("rows"));
+    fs::create_dir(&images).unwrap();
+    pictures(&images, 20);
+    let (images, dir) = (images.to_str().unwrap(), out.to_str().unwrap());
+    for share in ["0/3", "1/3", "2/3"] {
+        assert!(score(&["--output-dir", dir, "--shard", share, images]).status.success());
+    }
+    let mut merged = rows(&out, "");
+    merged.sort();
+    assert_eq!(merged, text(&score(&[images]).stdout).lines().collect::<Vec<_>>());
+    assert!((0..3).all(|share| !rows(&out, &format!("{share:05}-of-00003")).is_empty()));
+    // Another split of the same folder leaves out what has a row, too.
+    let again = score(&["--output-dir", dir, "--shard", "0/1", "--resume", images]);
+    assert!(text(&again.stderr).contains("0 images scored, 0 failed"), "{}", text(&again.stderr));
+}
+
+#[test]
+fn a_source_that_cannot_be_used_says_what_would_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(at("a.csv"), "id,picture\n1,x.png\n").unwrap();
+    fs::write(at("b.parquet"), "no table").unwrap();
+    fs::write(at("c.jsonl"), "{\"picture\":\"x.png\"}\n").unwrap();
+    fs::write(at("d.txt"), "x.png\n").unwrap();
+    let cases: [(&[&str], &str); 8] = [
+        (&[&at("a.csv")], "there are id, picture: name one with --image-column"),
+        (
+            &["--image-column", "photo", &at("a.csv")],
+            "there is no column \"photo\" (--image-column); there are id, picture",
+        ),
+        (&["--image-column", "picture", &at("a.csv")], "file_not_found 1"),
+        (&[&at("b.parquet")], "b.parquet: "),
+        (&[&at("gone.tar")], "gone.tar: No such file"),
+        (&[&at("*.jpg")], "no file matches"),
+        (&[&at("c.jsonl")], "list_entry 1"),
+        (&["--labels", "line", &at("d.txt")], "list_entry 1"),
+    ];
+    for (args, words) in cases {
+        let out = score(args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        assert!(text(&out.stderr).contains(words), "{args:?}: {}", text(&out.stderr));
+    }
+    let usage = score(&["--shard", "4/4", &at("d.txt")]);
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(text(&usage.stderr).contains("the last is 3"), "{}", text(&usage.stderr));
+}
