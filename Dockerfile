@@ -1,5 +1,7 @@
 # syntax=docker/dockerfile:1
-# The server alone, on the processor. Build: docker build -t nbn .   Run: see README.md, "Container".
+# The server and batch scoring. Targets: cpu (the last, so the default), cuda. See README.md, "Container".
+#   docker build -t nbn:cpu .
+#   docker build -t nbn:cuda --target cuda .
 FROM rust:1.95-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev nasm python3 python3-pip \
@@ -7,7 +9,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY src src
-COPY benches benches
+COPY benches/*.rs benches/
 COPY tests/it tests/it
 # ONNX Runtime's library comes from the build script; it is put beside the program, where it is looked for first.
 ENV XDG_CACHE_HOME=/cache
@@ -16,18 +18,47 @@ RUN cargo build --release --locked --no-default-features --features serve --bin 
  && cp target/release/nbn /out/ \
  && cp /cache/nbn/onnxruntime-*/libonnxruntime.so.* /out/libonnxruntime.so
 
-FROM debian:bookworm-slim
+FROM build AS build-cuda
+RUN cargo build --release --locked --no-default-features --features serve,cuda --bin nbn \
+ && cp target/release/nbn /out/
+
+# ONNX Runtime with its CUDA 12 provider, and NVIDIA's libraries that it loads, out of their Python wheels.
+FROM debian:bookworm-slim AS cuda-libraries
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends python3 python3-pip \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
+COPY deploy/cuda-requirements.txt /
+RUN pip install --no-cache-dir --no-deps --only-binary=:all: --target /wheels -r /cuda-requirements.txt \
+ && mkdir /libraries \
+ && mv /wheels/onnxruntime/capi/libonnxruntime*.so* /libraries/ \
+ && mv /wheels/nvidia/*/lib/*.so* /libraries/ \
+ && ln -sf "$(basename /libraries/libonnxruntime.so.1.*)" /libraries/libonnxruntime.so \
+ && rm -rf /wheels
+
+FROM debian:bookworm-slim AS base
 RUN apt-get update \
  && apt-get install -y --no-install-recommends libstdc++6 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
-COPY --from=build /out /opt/nbn
 COPY models /models
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
 RUN install -d -m 1777 /cache
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
+LABEL org.opencontainers.image.title="nbn" \
+      org.opencontainers.image.description="Serves image classifiers trained on long-tailed data, with calibrated scores" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="MIT OR Apache-2.0"
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/nbn/nbn", "health"]
 ENTRYPOINT ["/opt/nbn/nbn"]
 CMD ["serve"]
+
+FROM base AS cuda
+COPY --from=cuda-libraries /libraries /opt/nbn
+COPY --from=build-cuda /out/nbn /opt/nbn/nbn
+# The provider finds NVIDIA's libraries here; the driver's own come from the container runtime.
+ENV LD_LIBRARY_PATH=/opt/nbn NBN_DEVICE=auto NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM base AS cpu
+COPY --from=build /out /opt/nbn
