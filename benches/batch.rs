@@ -1,0 +1,121 @@
+//! `nbn score` beside a loop without it and a plain Python script, start included, on the same bundle, photos and cores.
+//!
+//!     NBN_BENCH_PHOTOS=photos cargo bench --bench batch
+//!     NBN_BENCH_MODEL=models/mine/1 NBN_BENCH_IMAGES=2000 NBN_BENCH_PYTHON=python3 … cargo bench --bench batch
+//!
+//! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, three times; medians are compared. The
+//! loop has one session a processor, warm before the clock starts, and runs on a ready tensor. NBN_BENCH_PYTHON needs
+//! onnxruntime, pillow and numpy.
+#![allow(missing_docs)]
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use nbn::bundle::Bundle;
+use nbn::classify::{Classifier, Input};
+use nbn::pixels::{DecodeLimits, Preprocessor};
+use nbn::runtime::{Library, NetworkCache, SessionOptions, Stop};
+
+const ROUNDS: usize = 3;
+
+fn main() -> anyhow::Result<()> {
+    // `cargo test` runs benches without this flag; there is nothing to measure then.
+    if !std::env::args().any(|a| a == "--bench") {
+        return Ok(());
+    }
+    let set = |name| std::env::var(name).ok();
+    let model = std::fs::canonicalize(set("NBN_BENCH_MODEL").unwrap_or("models/cifar10-lt/1".into()))?;
+    let photos = PathBuf::from(set("NBN_BENCH_PHOTOS").context("NBN_BENCH_PHOTOS must name a folder of photos")?);
+    let images: usize = set("NBN_BENCH_IMAGES").map_or(Ok(500), |text| text.parse())?;
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&photos)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    files.retain(|path| path.extension().is_some_and(|e| e == "jpg" || e == "jpeg"));
+    files.sort();
+    ensure!(!files.is_empty(), "{} holds no .jpg", photos.display());
+    let scratch = tempfile::tempdir()?;
+    let (list, cache) = (scratch.path().join("list.txt"), scratch.path().join("cache"));
+    let lines = files.iter().cycle().take(images).fold(String::new(), |mut text, path| {
+        // Writing into a string cannot fail.
+        let _ = writeln!(text, "{}", std::fs::canonicalize(path).unwrap_or_default().display());
+        text
+    });
+    std::fs::write(&list, lines)?;
+    let score = || {
+        program(
+            Command::new(env!("CARGO_BIN_EXE_nbn"))
+                .arg("score")
+                .arg("--model")
+                .arg(&model)
+                .arg("--cache")
+                .arg(&cache)
+                .arg(&list),
+        )
+    };
+    // Fills the cache, and the system's of files.
+    score()?;
+    let bundle = Bundle::load(&model)?;
+    let library = Library::load(None)?;
+    let mut seconds = [const { Vec::new() }; 3];
+    for _ in 0..ROUNDS {
+        seconds[0].push(bare(&bundle, library, &cache, images)?);
+        seconds[1].push(score()?);
+        if let Some(python) = set("NBN_BENCH_PYTHON") {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/others/batch.py");
+            seconds[2].push(program(Command::new(python).arg(script).arg(&list).env("BUNDLE", &model))?);
+        }
+        let last: Vec<String> = seconds.iter().filter_map(|s| Some(format!("{:.2} s", s.last()?))).collect();
+        println!("  {}", last.join("   "));
+    }
+    let rates = seconds.map(|mut s| {
+        s.sort_by(f64::total_cmp);
+        s.get(s.len() / 2).map(|s| images as f64 / s)
+    });
+    println!("{} × {images} photos, median of {ROUNDS}, start included", bundle.manifest.arch);
+    let names = ["loop on a ready tensor", "nbn score", "Python, a process per core"];
+    for (name, rate) in names.iter().zip(rates) {
+        if let (Some(rate), Some(bare)) = (rate, rates[0]) {
+            println!("{name:<28} {rate:8.1} images/s   {:.3} of the loop", rate / bare);
+        }
+    }
+    Ok(())
+}
+
+/// Seconds that the program takes from its start to its end.
+fn program(command: &mut Command) -> anyhow::Result<f64> {
+    let began = Instant::now();
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// Seconds for `images` runs of the network, one at a time per processor.
+fn bare(bundle: &Bundle, library: &'static Library, cache: &Path, images: usize) -> anyhow::Result<f64> {
+    let workers = thread::available_parallelism()?.get();
+    let cache = NetworkCache::at(cache.to_owned());
+    let limits = DecodeLimits::default();
+    let (mut classifiers, _) =
+        Classifier::open_many(bundle, library, SessionOptions::default(), limits, &cache, workers)?;
+    for classifier in &mut classifiers {
+        classifier.warm()?;
+    }
+    let blank = Preprocessor::new(bundle.manifest.preprocessing.clone(), DecodeLimits::default()).blank();
+    let tensor: Vec<u8> = blank.values().iter().flat_map(|v| v.to_le_bytes()).collect();
+    let input = [Input::Pixels(tensor.into())];
+    let left = AtomicUsize::new(images);
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for mut classifier in classifiers {
+            let (left, input) = (&left, &input);
+            scope.spawn(move || {
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+                    classifier.classify(input, &Stop::default());
+                }
+            });
+        }
+    });
+    Ok(began.elapsed().as_secs_f64())
+}
