@@ -5,7 +5,6 @@
 //! to place. Places and bytes in flight are bounded, so the slowest stage sets the pace of all.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,7 +14,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::rows::{Output, Row, Scoring, WriteError};
-use super::source::{self, Content, Fault, Item, Source};
+use super::source::{Content, Fault, Item, Source};
 use super::summary::{Summary, Tally};
 use crate::classify::{ClassifyError, Input};
 use crate::engine::{Engine, Ticket};
@@ -181,7 +180,7 @@ impl<'a> Reader<'a> {
         while let Some((content, outcome)) = self.take(places) {
             let began = Instant::now();
             let bytes = match content {
-                Content::File(path) => source::read(&path, self.max_file_bytes),
+                Content::At(place) => place.read(self.max_file_bytes),
                 Content::Bytes(bytes) => Ok(bytes),
                 Content::Lost(fault) => Err(fault),
             };
@@ -206,7 +205,7 @@ impl<'a> Reader<'a> {
             return None;
         };
         let size = match &content {
-            Content::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Content::At(place) => place.size(),
             Content::Bytes(bytes) => bytes.len() as u64,
             Content::Lost(_) => 0,
         };

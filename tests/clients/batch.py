@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -21,10 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import boto3
 import polars
 import pyarrow
 import pyarrow.parquet
 from common import Report, encoded, picture
+from moto.server import ThreadedMotoServer
 
 
 def pictures(folder, n):
@@ -182,6 +185,57 @@ def sources(report, score, images, work):
         assert len(rows(out)) == 62
 
 
+def objects(report, score, images, work):
+    """A real S3 server on this machine."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    settings = {
+        "AWS_ENDPOINT": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+    )
+    client.create_bucket(Bucket="photos")
+    files = sorted((images / "000").glob("*.png"))[:60]
+    want = [json.loads(line)["predictions"] for line in score(*files).stdout.splitlines()]
+    for file in files:
+        client.upload_file(str(file), "photos", f"a b/{file.name}")
+    for name in ("s.tar", "s.tar.gz", "bytes.parquet"):
+        client.upload_file(str(work / "lists" / name), "photos", f"lists/{name}")
+    client.put_object(Bucket="photos", Key="a b/list.txt", Body="\n".join(file.name for file in files).encode())
+    client.put_object(Bucket="photos", Key="a b/notes.md", Body=b"no picture")
+    environment = os.environ | settings
+
+    def read(*args, status=0):
+        return [json.loads(line) for line in score(*args, status=status, env=environment).stdout.splitlines()]
+
+    with report.check("S3: a prefix, a list, archives, a table, single objects") as figures:
+        for source in ("a b/", "a b", "a b/list.txt", "lists/s.tar", "lists/s.tar.gz", "lists/bytes.parquet"):
+            got = read(f"s3://photos/{source}")
+            assert [row["predictions"] for row in got] == want, source
+            figures.append(f"{source}: {got[0]['path']};")
+        (work / "remote.csv").write_text("path\n" + "".join(f"s3://photos/a b/{file.name}\n" for file in files))
+        assert [row["predictions"] for row in read(work / "remote.csv")] == want
+        assert read(f"file://{files[3]}")[0]["predictions"] == want[3]
+    with report.check("S3: what is not there"):
+        (row,) = read("s3://photos/gone.png", status=1)
+        assert "gone.png" in row["error"], row
+        for url, words in (("s3://photos/none/", "holds no file"), ("s3://nobody/", "nobody"), ("ftp://x/", "no object store")):
+            said = score(url, status=1, env=environment).stderr
+            assert words in said, said
+    server.stop()
+    with report.check("S3: a server that is away is an error in time"):
+        for away in ({"AWS_ENDPOINT": endpoint}, {"AWS_ENDPOINT": "https://127.0.0.1:1", "AWS_ALLOW_HTTP": "false"}):
+            began = time.monotonic()
+            said = score("s3://photos/a b/", status=1, env=environment | away, timeout=120).stderr
+            assert "photos" in said and "panicked" not in said, said
+            assert time.monotonic() - began < 60
+
+
 def bad(report, score, images, work, n):
     folder = work / "bad"
     shutil.copytree(images, folder)
@@ -316,6 +370,7 @@ def main():
         pictures(few, options.bad)
         forms(report, score, few, work)
         sources(report, score, few, work)
+        objects(report, score, few, work)
         bad(report, score, few, work, options.bad)
         want = killed(report, score, images, work, options.images, options.kills)
         full(report, score, images, work, want)

@@ -1,11 +1,17 @@
 //! `nbn score` with parts, shares and tables. `tests/clients/batch.py` has other programs read the rows, and kills.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use image::ImageFormat;
+use nbn::classify::ScoreRequest;
+use nbn::engine::Budget;
+use nbn::registry::ServedModel;
+use nbn::scores::Prior;
 
-use crate::support::{nbn, picture, text};
+use crate::support::{library, model_options, nbn, picture, shipped, text};
 
 fn score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
@@ -114,4 +120,45 @@ fn a_source_that_cannot_be_used_says_what_would_be() {
     let usage = score(&["--shard", "4/4", &at("d.txt")]);
     assert_eq!(usage.status.code(), Some(2));
     assert!(text(&usage.stderr).contains("the last is 3"), "{}", text(&usage.stderr));
+}
+
+#[test]
+fn a_store_that_the_caller_brings_is_read_like_any_other() {
+    use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Source, SourceOptions, Stores};
+    use object_store::{ObjectStoreExt, memory::InMemory};
+
+    let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
+    let store = InMemory::new();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for name in ["photos/b.png", "photos/sub/a.png", "photos/notes.txt", "other/c.png"] {
+        let bytes = picture(30, 20, ImageFormat::Png);
+        runtime.block_on(store.put(&name.into(), bytes.into())).unwrap();
+    }
+    let stores = Stores::default().with("memory://bucket", Arc::new(store));
+    let options = SourceOptions { stores, max_file_bytes: 1 << 20, ..SourceOptions::default() };
+    let inputs = ["memory://bucket/photos".into(), "memory://bucket/other/gone.png".into()];
+    let source = Source::open(&inputs, &options, std::io::empty()).unwrap();
+    assert_eq!(source.len(), Some(3));
+    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false };
+    let (manifest, scorer) = (&model.manifest, &model.scorer);
+    let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
+    let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
+    let mut rows = RowWriter::new(Vec::new(), Format::Csv, columns, &manifest.classes).unwrap();
+    let run = score::Options {
+        max_file_bytes: 1 << 20,
+        memory: 1 << 20,
+        readers: 2,
+        skip_duplicates: false,
+        committed: HashMap::new(),
+        stopped: &|| false,
+    };
+    let summary = score::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
+    rows.finish().unwrap();
+    assert_eq!((summary.scored, summary.failed, summary.errors.get("file_not_found")), (2, 1, Some(&1)));
+    let table = text(&rows.into_inner().unwrap());
+    let keys: Vec<&str> = table.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect();
+    assert_eq!(
+        keys,
+        ["memory://bucket/photos/b.png", "memory://bucket/photos/sub/a.png", "memory://bucket/other/gone.png"]
+    );
 }

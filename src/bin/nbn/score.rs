@@ -15,8 +15,8 @@ use nbn::engine::Budget;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::Library;
 use nbn::score::{
-    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Summary,
-    WriteError,
+    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Stores,
+    Summary, WriteError,
 };
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
@@ -49,7 +49,7 @@ pub(crate) struct Score {
     #[command(flatten)]
     engine: EngineArgs,
     /// Pictures, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
-    /// (.tar, .tar.gz); without any, or with -, a list of paths on stdin
+    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://); without any, or with -, a list of paths on stdin
     inputs: Vec<PathBuf>,
 }
 
@@ -163,6 +163,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         image_column: args.source.image_column.clone(),
         label_column: args.source.label_column.clone(),
         max_file_bytes: u64::from(args.source.max_file_mb) << 20,
+        stores: Stores::default(),
         shard,
     };
     let stdin = [PathBuf::from("-")];

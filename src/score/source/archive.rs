@@ -3,25 +3,26 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::Path;
 use std::sync::mpsc::SyncSender;
 
-use super::{Content, Fault, Item, Labels, Source, SourceError, SourceOptions};
+use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, place};
 use crate::pixels::has_picture_ending;
 
 /// Bytes of a `.cls` member that are read.
 const MAX_LABEL: u64 = 4096;
 
-pub(super) fn open(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
-    let name = path.to_string_lossy().into_owned();
+pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
+    let name = place.name();
     if !options.shard.has(&name) {
         return Ok(Source::of_files(Vec::new(), options));
     }
-    File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
-    let (path, options) = (path.to_owned(), options.clone());
+    if let Place::File(path) = &place {
+        File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
+    }
+    let options = options.clone();
     let labelled = options.labels.with_column(true);
     Ok(Source::of_thread(name.clone(), labelled, move |out| {
-        if let Err(fault) = unpack(&path).and_then(|reader| read(reader, &name, &options, out)) {
+        if let Err(fault) = unpack(&place).and_then(|reader| read(reader, &name, &options, out)) {
             let detail = format!("{name} cannot be read further: {}", fault.detail);
             // The receiver may have gone: nobody wants more then.
             let _ = out.send(Item { key: name, label: None, content: Content::Lost(Fault::new("archive", detail)) });
@@ -29,9 +30,9 @@ pub(super) fn open(path: &Path, options: &SourceOptions) -> Result<Source, Sourc
     }))
 }
 
-fn unpack(path: &Path) -> Result<Box<dyn Read>, Fault> {
-    let file = BufReader::with_capacity(1 << 20, File::open(path)?);
-    let packed = !path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar"));
+fn unpack(place: &Place) -> Result<Box<dyn Read>, Fault> {
+    let file = BufReader::with_capacity(1 << 20, place.open()?);
+    let packed = !place.name().to_ascii_lowercase().ends_with(".tar");
     Ok(if packed { Box::new(flate2::read::MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
@@ -86,8 +87,7 @@ fn read(reader: impl Read, name: &str, options: &SourceOptions, out: &SyncSender
                 }
                 Content::Bytes(bytes.into())
             };
-            let folder = path.parent().and_then(Path::file_name).map(|folder| folder.to_string_lossy().into_owned());
-            let label = folder.filter(|_| options.labels == Labels::Folder);
+            let label = place::folder(&member).filter(|_| options.labels == Labels::Folder);
             sample.pictures.push(Item { key: format!("{name}/{member}"), label, content });
         }
     }

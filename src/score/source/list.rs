@@ -1,67 +1,80 @@
 //! Lists of paths: text, CSV, JSON lines. Relative paths are relative to the list's folder.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader, Read};
 
 use serde_json::Value;
 
-use super::{Content, Fault, Item, Labels, Source, SourceError, SourceOptions, file};
+use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, Stores, picture};
 
 /// Names that an image's column has when none is given, in the order of preference.
 pub(super) const IMAGE_COLUMNS: [&str; 7] = ["path", "image", "image_path", "file", "file_name", "filename", "bytes"];
 /// The same for the true class.
 pub(super) const LABEL_COLUMNS: [&str; 3] = ["label", "class", "target"];
 
-fn open(path: &Path) -> Result<BufReader<File>, SourceError> {
-    let file = File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
-    Ok(BufReader::new(file))
+fn open(place: &Place) -> Result<BufReader<Box<dyn Read + Send>>, SourceError> {
+    let opened = place.open().map_err(|cause| SourceError::Io { path: place.name().into(), cause });
+    Ok(BufReader::with_capacity(1 << 16, opened?))
 }
 
-fn folder(list: &Path) -> PathBuf {
-    list.parent().unwrap_or(Path::new("")).to_owned()
+/// What entries of a list stand for.
+struct Entries {
+    list: Place,
+    name: String,
+    stores: Stores,
+    labels: Labels,
 }
 
-/// A line that names no picture: its row says why.
-fn lost(list: &str, line: u64, reason: impl std::fmt::Display) -> Item {
-    let content = Content::Lost(Fault::new("list_entry", format!("line {line} of {list} names no image: {reason}")));
-    Item { key: format!("{list}#{line}"), label: None, content }
+impl Entries {
+    fn new(list: Place, options: &SourceOptions) -> Self {
+        Self { name: list.name(), list, stores: options.stores.clone(), labels: options.labels }
+    }
+
+    fn item(&self, line: u64, path: &str, label: Option<String>) -> Item {
+        match self.list.entry(path, &self.stores) {
+            Ok(place) => picture(place, label, self.labels),
+            Err(fault) => self.lost(line, fault.detail),
+        }
+    }
+
+    /// A line that names no picture: its row says why.
+    fn lost(&self, line: u64, reason: impl std::fmt::Display) -> Item {
+        let name = &self.name;
+        let fault = Fault::new("list_entry", format!("line {line} of {name} names no image: {reason}"));
+        Item { key: format!("{name}#{line}"), label: None, content: Content::Lost(fault) }
+    }
 }
 
 /// One path a line, from standard input; relative paths are relative to the working folder.
 pub(super) fn text_on_stdin(stdin: impl BufRead + Send + 'static, options: &SourceOptions) -> Source {
     let labelled = matches!(options.labels, Labels::Folder | Labels::Line);
-    Source::of(lines(stdin, "stdin".into(), PathBuf::new(), options.labels), options.shard, labelled)
+    // Its folder is the working folder.
+    let entries = Entries::new(Place::File("stdin".into()), options);
+    Source::of(lines(stdin, entries), options.shard, labelled)
 }
 
 /// One path a line, in a file.
-pub(super) fn text(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
-    let items = lines(open(path)?, path.to_string_lossy().into_owned(), folder(path), options.labels);
+pub(super) fn text(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
+    let items = lines(open(&place)?, Entries::new(place, options));
     Ok(Source::of(items, options.shard, matches!(options.labels, Labels::Folder | Labels::Line)))
 }
 
 /// Empty lines are skipped.
-fn lines(
-    list: impl BufRead + Send + 'static,
-    name: String,
-    folder: PathBuf,
-    labels: Labels,
-) -> impl Iterator<Item = Item> + Send {
+fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator<Item = Item> + Send {
     (1..).zip(until_broken(list)).filter_map(move |(number, line)| {
         let line = match line {
             Ok(line) => line,
-            Err(error) => return Some(lost(&name, number, error)),
+            Err(error) => return Some(entries.lost(number, error)),
         };
         let line = line.trim();
         if line.is_empty() {
             return None;
         }
-        if labels != Labels::Line {
-            return Some(file(folder.join(line), None, labels));
+        if entries.labels != Labels::Line {
+            return Some(entries.item(number, line, None));
         }
         Some(match line.rsplit_once(char::is_whitespace) {
-            Some((path, label)) => file(folder.join(path.trim_end()), Some(label.to_owned()), labels),
-            None => lost(&name, number, "--labels line expects a path and a label"),
+            Some((path, label)) => entries.item(number, path.trim_end(), Some(label.to_owned())),
+            None => entries.lost(number, "--labels line expects a path and a label"),
         })
     })
 }
@@ -77,35 +90,36 @@ fn until_broken(list: impl BufRead) -> impl Iterator<Item = std::io::Result<Stri
 }
 
 /// A header that names the columns, then one picture a record.
-pub(super) fn csv(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
-    let content = |reason: String| SourceError::Content { path: path.to_owned(), reason };
-    let mut reader = csv::ReaderBuilder::new().from_reader(open(path)?);
+pub(super) fn csv(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
+    let content = |reason: String| SourceError::Content { path: place.name().into(), reason };
+    let mut reader = csv::ReaderBuilder::new().from_reader(open(&place)?);
     let header = reader.headers().map_err(|error| content(error.to_string()))?.clone();
     let (image, label) = columns(header.iter(), options).map_err(content)?;
-    let (folder, name, labels) = (folder(path), path.to_string_lossy().into_owned(), options.labels);
-    let labelled = labels.with_column(label.is_some());
+    let labelled = options.labels.with_column(label.is_some());
+    let entries = Entries::new(place, options);
     let mut number = 1;
     let items = reader.into_records().map(move |record| {
         number += 1;
         let record = match record {
             Ok(record) => record,
-            Err(error) => return lost(&name, number, error),
+            Err(error) => return entries.lost(number, error),
         };
         number = record.position().map_or(number, csv::Position::line);
         let label = label.and_then(|at| record.get(at)).filter(|text| !text.is_empty()).map(str::to_owned);
         match record.get(image).filter(|text| !text.is_empty()) {
-            Some(path) => file(folder.join(path), label, labels),
-            None => lost(&name, number, "its path is empty"),
+            Some(path) => entries.item(number, path, label),
+            None => entries.lost(number, "its path is empty"),
         }
     });
     Ok(Source::of(items, options.shard, labelled))
 }
 
 /// One object a line.
-pub(super) fn json_lines(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
-    let (folder, name, options) = (folder(path), path.to_string_lossy().into_owned(), options.clone());
-    let (shard, labelled) = (options.shard, options.labels.with_column(true));
-    let items = (1..).zip(until_broken(open(path)?)).filter_map(move |(number, line)| {
+pub(super) fn json_lines(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
+    let (shard, labelled, options) = (options.shard, options.labels.with_column(true), options.clone());
+    let list = open(&place)?;
+    let entries = Entries::new(place, &options);
+    let items = (1..).zip(until_broken(list)).filter_map(move |(number, line)| {
         let item = |line: &str| {
             let object: serde_json::Map<String, Value> = serde_json::from_str(line).map_err(|e| e.to_string())?;
             let (image, label) = columns(object.keys().map(String::as_str), &options)?;
@@ -116,12 +130,12 @@ pub(super) fn json_lines(path: &Path, options: &SourceOptions) -> Result<Source,
                 Some(Value::String(text)) => Some(text.clone()),
                 Some(other) => Some(other.to_string()),
             };
-            Ok::<_, String>(file(folder.join(path), label, options.labels))
+            Ok::<_, String>(entries.item(number, path, label))
         };
         match line {
             Ok(line) if line.trim().is_empty() => None,
-            Ok(line) => Some(item(&line).unwrap_or_else(|reason| lost(&name, number, reason))),
-            Err(error) => Some(lost(&name, number, error)),
+            Ok(line) => Some(item(&line).unwrap_or_else(|reason| entries.lost(number, reason))),
+            Err(error) => Some(entries.lost(number, error)),
         }
     });
     Ok(Source::of(items, shard, labelled))

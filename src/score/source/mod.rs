@@ -1,11 +1,13 @@
-//! Where the pictures come from: files, folders, patterns, lists, tar archives, Parquet.
+//! Where the pictures come from: files, folders, patterns, lists, tar archives, Parquet; on disk or in object stores.
 
 mod archive;
 mod list;
+mod objects;
+mod place;
 mod table;
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
@@ -14,6 +16,9 @@ use bytes::Bytes;
 
 use super::Shard;
 use crate::pixels::{ENDINGS, has_picture_ending};
+
+pub use objects::Stores;
+pub(super) use place::Place;
 
 /// An input that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +34,9 @@ pub enum SourceError {
     /// A folder without a picture.
     #[error("{}: the folder holds no file that ends in .{}", .0.display(), ENDINGS.join(", ."))]
     NoImages(PathBuf),
+    /// A URL that names no object store.
+    #[error("{0}")]
+    Url(String),
     /// A pattern that is none, or that nothing matches.
     #[error("the pattern {pattern}: {reason}")]
     Pattern {
@@ -79,6 +87,8 @@ pub struct SourceOptions {
     pub label_column: Option<String>,
     /// Bytes of a picture, at most.
     pub max_file_bytes: u64,
+    /// Where objects are found.
+    pub stores: Stores,
     /// The share of the pictures that is wanted; an archive belongs to one share as a whole.
     pub shard: Shard,
 }
@@ -95,7 +105,7 @@ pub(super) struct Item {
 
 #[derive(Debug, Clone)]
 pub(super) enum Content {
-    File(PathBuf),
+    At(Place),
     Bytes(Bytes),
     /// It is known already that there is none.
     Lost(Fault),
@@ -138,6 +148,8 @@ impl Source {
     /// - a folder is every picture in it and below, by name;
     /// - a path with `*`, `?` or `[` that is no file is a pattern;
     /// - .txt, .csv, .jsonl, .ndjson, .parquet are lists and tables, .tar, .tar.gz, .tgz archives of pictures;
+    /// - a URL (s3://, gs://, az://, file://) is the same in an object store; one that ends as neither list, archive nor
+    ///   picture is every picture whose name begins with it;
     /// - `-` is a list of paths on `stdin`;
     /// - every other file is a picture, even when it is missing, which its row will tell.
     ///
@@ -164,39 +176,55 @@ impl Source {
     }
 
     fn one(input: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
-        if input.is_dir() {
-            let mut files = Vec::new();
-            walk(input, &mut files)?;
-            if files.is_empty() {
-                return Err(SourceError::NoImages(input.to_owned()));
-            }
-            return Ok(Self::of_files(files, options));
-        }
-        let name = input.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        let text = input.to_string_lossy();
+        let place = Place::of(&text, &options.stores).map_err(|fault| SourceError::Url(fault.detail))?;
+        let name = text.to_ascii_lowercase();
         let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
-        if !input.exists() && input.to_string_lossy().contains(['*', '?', '[']) {
-            return Ok(Self::of_files(pattern(input)?, options));
+        if let Place::File(path) = &place {
+            if path.is_dir() {
+                let mut files = Vec::new();
+                walk(path, &mut files)?;
+                return Self::of_folder(input, files, options);
+            }
+            if !path.exists() && text.contains(['*', '?', '[']) {
+                return Ok(Self::of_files(pattern(path)?, options));
+            }
         }
         if ends(&[".tar", ".tar.gz", ".tgz"]) {
-            archive::open(input, options)
+            archive::open(place, options)
         } else if ends(&[".parquet"]) {
-            table::open(input, options)
+            table::open(place, options)
         } else if ends(&[".csv"]) {
-            list::csv(input, options)
+            list::csv(place, options)
         } else if ends(&[".jsonl", ".ndjson"]) {
-            list::json_lines(input, options)
+            list::json_lines(place, options)
         } else if ends(&[".txt"]) {
-            list::text(input, options)
+            list::text(place, options)
         } else {
-            Ok(Self::of_files(vec![input.to_owned()], options))
+            match &place {
+                // Stores have no folders: what is no picture by its name is the head of their names.
+                Place::Object(object) if !has_picture_ending(input) => {
+                    let found = object.below().map_err(|cause| SourceError::Io { path: input.to_owned(), cause })?;
+                    let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
+                    Self::of_folder(input, pictures.map(Place::Object).collect(), options)
+                }
+                _ => Ok(Self::of_files(vec![place], options)),
+            }
         }
     }
 
-    fn of_files(files: Vec<PathBuf>, options: &SourceOptions) -> Self {
+    fn of_folder(input: &Path, files: Vec<Place>, options: &SourceOptions) -> Result<Self, SourceError> {
+        if files.is_empty() {
+            return Err(SourceError::NoImages(input.to_owned()));
+        }
+        Ok(Self::of_files(files, options))
+    }
+
+    fn of_files(files: Vec<Place>, options: &SourceOptions) -> Self {
         let (labels, shard) = (options.labels, options.shard);
-        let wanted: Vec<PathBuf> = files.into_iter().filter(|path| shard.has(&path.to_string_lossy())).collect();
+        let wanted: Vec<Place> = files.into_iter().filter(|place| shard.has(&place.name())).collect();
         let len = Some(wanted.len() as u64);
-        let items = wanted.into_iter().map(move |path| file(path, None, labels));
+        let items = wanted.into_iter().map(move |place| picture(place, None, labels));
         Self { items: Box::new(items), len, labelled: labels == Labels::Folder }
     }
 
@@ -237,17 +265,17 @@ impl Source {
     }
 }
 
-/// A picture in a file of its own.
-fn file(path: PathBuf, label: Option<String>, labels: Labels) -> Item {
+/// A picture at a place of its own.
+fn picture(place: Place, label: Option<String>, labels: Labels) -> Item {
     let label = match labels {
-        Labels::Folder => path.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()),
+        Labels::Folder => place.folder(),
         Labels::None => None,
         Labels::Given | Labels::Line => label,
     };
-    Item { key: path.to_string_lossy().into_owned(), label, content: Content::File(path) }
+    Item { key: place.name(), label, content: Content::At(place) }
 }
 
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
+fn walk(folder: &Path, files: &mut Vec<Place>) -> Result<(), SourceError> {
     let fail = |cause| SourceError::Io { path: folder.to_owned(), cause };
     let mut entries = fs::read_dir(folder).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
     entries.sort_by_key(fs::DirEntry::file_name);
@@ -257,14 +285,14 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
         if entry.file_type().map_err(fail)?.is_dir() {
             walk(&path, files)?;
         } else if has_picture_ending(&path) {
-            files.push(path);
+            files.push(Place::File(path));
         }
     }
     Ok(())
 }
 
 /// The pictures that match, by name; `**` stands for any folders.
-fn pattern(input: &Path) -> Result<Vec<PathBuf>, SourceError> {
+fn pattern(input: &Path) -> Result<Vec<Place>, SourceError> {
     let text = input.to_string_lossy().into_owned();
     let fail = |reason: String| SourceError::Pattern { pattern: text.clone(), reason };
     let mut files = Vec::new();
@@ -278,16 +306,5 @@ fn pattern(input: &Path) -> Result<Vec<PathBuf>, SourceError> {
         return Err(fail("no file matches".into()));
     }
     files.sort();
-    Ok(files)
-}
-
-/// A file's bytes.
-pub(super) fn read(path: &Path, limit: u64) -> Result<Bytes, Fault> {
-    let file = File::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > limit {
-        return Err(Fault::too_large(limit));
-    }
-    Ok(bytes.into())
+    Ok(files.into_iter().map(Place::File).collect())
 }

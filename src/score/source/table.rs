@@ -2,39 +2,82 @@
 //! Face's datasets write.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::io;
 use std::sync::mpsc::SyncSender;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
 
 use super::list::columns;
-use super::{Content, Fault, Item, Labels, Source, SourceError, SourceOptions, file};
+use super::objects::Object;
+use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, picture};
 
-pub(super) fn open(path: &Path, options: &SourceOptions) -> Result<Source, SourceError> {
-    let content = |reason: String| SourceError::Content { path: path.to_owned(), reason };
-    let input = File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
-    let reader = SerializedFileReader::new(input).map_err(|error| content(error.to_string()))?;
+pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
+    let content = |reason: String| SourceError::Content { path: place.name().into(), reason };
+    let reader = match open_reader(&place) {
+        Err(ParquetError::External(error)) => match error.downcast::<io::Error>() {
+            Ok(cause) => return Err(SourceError::Io { path: place.name().into(), cause: *cause }),
+            Err(error) => return Err(content(error.to_string())),
+        },
+        opened => opened.map_err(|error| content(error.to_string()))?,
+    };
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
     let (image, label) = columns(names.iter().copied(), options).map_err(content)?;
     let table = Table {
-        path: path.to_owned(),
-        name: path.to_string_lossy().into_owned(),
+        name: place.name(),
         image: names[image].to_owned(),
         label: label.map(|at| names[at].to_owned()),
         options: options.clone(),
+        place: place.clone(),
     };
     let labelled = options.labels.with_column(table.label.is_some());
     Ok(Source::of_thread(table.name.clone(), labelled, move |out| table.send(out)))
 }
 
+fn open_reader(place: &Place) -> Result<Box<dyn FileReader>, ParquetError> {
+    Ok(match place {
+        Place::File(path) => Box::new(SerializedFileReader::new(File::open(path)?)?),
+        Place::Object(object) => {
+            let len = object.len()?;
+            Box::new(SerializedFileReader::new(Chunks { object: object.clone(), len })?)
+        }
+    })
+}
+
+/// A table in a store, of which pieces are fetched.
+struct Chunks {
+    object: Object,
+    len: u64,
+}
+
+/// Bytes that are fetched for a page's header; most of its content comes with them.
+const PIECE: u64 = 1 << 18;
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = bytes::buf::Reader<Bytes>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(self.object.range(start..self.len.min(start + PIECE))?.reader())
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        Ok(self.object.range(start..start + length as u64)?)
+    }
+}
+
 struct Table {
-    path: PathBuf,
+    place: Place,
     name: String,
     image: String,
     label: Option<String>,
@@ -65,13 +108,13 @@ impl Table {
 
     /// The rows, of which only what is needed is read.
     fn rows(&self) -> Result<RowIter<'static>, ParquetError> {
-        let reader = SerializedFileReader::new(File::open(&self.path)?)?;
+        let reader = open_reader(&self.place)?;
         let schema = reader.metadata().file_metadata().schema();
         let wanted = |field: &&TypePtr| field.name() == self.image || Some(field.name()) == self.label.as_deref();
         let fields = schema.get_fields().iter().filter(wanted).cloned().collect();
         let projection = Type::group_type_builder(schema.name()).with_fields(fields).build()?;
         // A few rows at a time: pictures are large.
-        RowIter::from_file_into(Box::new(reader)).with_batch_size(16).project(Some(projection))
+        RowIter::from_file_into(reader).with_batch_size(16).project(Some(projection))
     }
 
     fn lost(&self, number: u64, fault: Fault) -> Item {
@@ -83,13 +126,13 @@ impl Table {
         let label =
             self.label.as_deref().and_then(field).and_then(text).filter(|_| self.options.labels != Labels::None);
         match field(&self.image) {
-            Some(Field::Str(path)) => file(self.beside(path), label, self.options.labels),
+            Some(Field::Str(path)) => self.named(number, path, label),
             Some(Field::Bytes(bytes)) => self.encoded(number, bytes.data(), label),
             Some(Field::Group(parts)) => {
                 let part = |name: &str| parts.get_column_iter().find(|(n, _)| *n == name).map(|(_, field)| field);
                 match (part("bytes"), part("path")) {
                     (Some(Field::Bytes(bytes)), _) => self.encoded(number, bytes.data(), label),
-                    (_, Some(Field::Str(path))) => file(self.beside(path), label, self.options.labels),
+                    (_, Some(Field::Str(path))) => self.named(number, path, label),
                     _ => self.lost(number, Fault::new("list_entry", "the image has neither bytes nor a path")),
                 }
             }
@@ -101,8 +144,11 @@ impl Table {
         }
     }
 
-    fn beside(&self, path: &str) -> PathBuf {
-        self.path.parent().unwrap_or(Path::new("")).join(path)
+    fn named(&self, number: u64, path: &str, label: Option<String>) -> Item {
+        match self.place.entry(path, &self.options.stores) {
+            Ok(place) => picture(place, label, self.options.labels),
+            Err(fault) => self.lost(number, Fault::new("list_entry", fault.detail)),
+        }
     }
 
     fn encoded(&self, number: u64, bytes: &[u8], label: Option<String>) -> Item {

@@ -1,0 +1,82 @@
+//! A file, or an object in a store: where a picture, a list or an archive lies.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use super::Fault;
+use super::objects::{Object, Stores};
+
+#[derive(Debug, Clone)]
+pub(in super::super) enum Place {
+    File(PathBuf),
+    Object(Object),
+}
+
+impl Place {
+    /// What `text` names: an object when it has a scheme, else a file.
+    pub(super) fn of(text: &str, stores: &Stores) -> Result<Self, Fault> {
+        Ok(if text.contains("://") { Self::Object(stores.object(text)?) } else { Self::File(text.into()) })
+    }
+
+    /// What an entry of the list at this place names.
+    pub(super) fn entry(&self, text: &str, stores: &Stores) -> Result<Self, Fault> {
+        match self {
+            _ if text.contains("://") => Self::of(text, stores),
+            Self::File(list) => Ok(Self::File(list.parent().unwrap_or(Path::new("")).join(text))),
+            Self::Object(list) => Ok(Self::Object(list.sibling(text)?)),
+        }
+    }
+
+    /// As it is written in rows.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::File(path) => path.to_string_lossy().into_owned(),
+            Self::Object(object) => object.to_string(),
+        }
+    }
+
+    /// The name of the folder that it is in.
+    pub(super) fn folder(&self) -> Option<String> {
+        folder(&self.name())
+    }
+
+    /// Bytes, as far as that is known without reading.
+    pub(in super::super) fn size(&self) -> u64 {
+        match self {
+            Self::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Self::Object(object) => object.size(),
+        }
+    }
+
+    pub(super) fn open(&self) -> io::Result<Box<dyn Read + Send>> {
+        Ok(match self {
+            Self::File(path) => Box::new(File::open(path)?),
+            Self::Object(object) => Box::new(object.open()?),
+        })
+    }
+
+    /// All bytes.
+    pub(in super::super) fn read(&self, limit: u64) -> Result<Bytes, Fault> {
+        let bytes = match self {
+            Self::File(path) => {
+                let mut bytes = Vec::new();
+                File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+                bytes.into()
+            }
+            Self::Object(object) => object.read(limit)?,
+        };
+        if bytes.len() as u64 > limit {
+            return Err(Fault::too_large(limit));
+        }
+        Ok(bytes)
+    }
+}
+
+/// The last folder of a path or URL.
+pub(super) fn folder(name: &str) -> Option<String> {
+    let (folders, _) = name.rsplit_once('/')?;
+    folders.rsplit('/').next().filter(|folder| !folder.is_empty()).map(str::to_owned)
+}
