@@ -9,12 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use nbn::bundle::VersionPolicy;
-use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions};
+use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryError, RegistryOptions};
 use nbn::runtime::Library;
 use nbn::scores::Prior;
 use nbn::serve::{self, ConnectionLimits, Ended, Keys, Listeners, RequestLimits, ServeOptions, Tls};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 
 use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
 
@@ -181,7 +182,8 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         let registry = registry.clone();
         move || registry.fill()
     });
-    let failed = tokio::spawn(watch_filling(filled, stop));
+    let (failure, mut failed) = oneshot::channel();
+    tokio::spawn(watch_filling(filled, failure, stop));
     on_hangup(registry.clone(), keys.clone(), tls, args.api_keys_file.clone())?;
     let drain_timeout = Duration::from_secs(args.drain_timeout.into());
     let options = ServeOptions {
@@ -203,8 +205,8 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         access_log: args.access_log,
     };
     let ended = serve::run(listeners, registry, options, stopped).await;
-    if failed.is_finished() {
-        failed.await??;
+    if let Ok(error) = failed.try_recv() {
+        return Err(error);
     }
     match ended {
         Ended::Drained => {
@@ -221,19 +223,21 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
 
 /// Stops the server when its models cannot be opened.
 async fn watch_filling(
-    filled: tokio::task::JoinHandle<Result<(), nbn::registry::RegistryError>>,
+    filled: JoinHandle<Result<(), RegistryError>>,
+    failure: oneshot::Sender<anyhow::Error>,
     stop: watch::Sender<bool>,
-) -> anyhow::Result<()> {
-    match filled.await? {
-        Ok(()) => {
+) {
+    let error = match filled.await {
+        Ok(Ok(())) => {
             tracing::info!("ready");
-            Ok(())
+            return;
         }
-        Err(error) => {
-            let _ = stop.send(true);
-            Err(error.into())
-        }
-    }
+        Ok(Err(error)) => error.into(),
+        Err(panic) => panic.into(),
+    };
+    // Told before the stop: whoever sees that must find the reason.
+    let _ = failure.send(error);
+    let _ = stop.send(true);
 }
 
 async fn listen(flag: &str, addr: SocketAddr) -> anyhow::Result<TcpListener> {
