@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
+use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
@@ -80,10 +81,11 @@ impl OnnxModel {
     /// # Errors
     /// When the bytes are no network that ONNX Runtime can open, or CUDA was demanded and fails.
     pub fn open(library: &Library, model: &[u8], options: SessionOptions) -> Result<Self, RuntimeError> {
+        let on_cuda = || Self::on_cuda(library, model, options).map_err(|reason| concise(&reason));
         match options.device {
             Device::Cpu => {}
-            Device::Cuda => return Self::on_cuda(library, model, options).map_err(RuntimeError::Cuda),
-            Device::Auto => match Self::on_cuda(library, model, options) {
+            Device::Cuda => return on_cuda().map_err(RuntimeError::Cuda),
+            Device::Auto => match on_cuda() {
                 Ok(session) => return Ok(session),
                 // Every worker opens a session; one line tells it.
                 Err(reason) => SAID_ONCE.call_once(|| tracing::info!(%reason, "CUDA is not used; running on the CPU")),
@@ -169,6 +171,12 @@ impl Runner for OnnxModel {
     }
 }
 
+/// What the driver said, out of the runtime's account of where it heard it.
+fn concise(reason: &str) -> String {
+    let said = reason.find("CUDA failure").map_or(reason, |at| &reason[at..]);
+    said.split(" ; ").next().unwrap_or(said).trim().to_owned()
+}
+
 pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result<SessionBuilder> {
     Ok(Session::builder(&library.environment)?
         .with_intra_threads(options.threads)?
@@ -180,8 +188,23 @@ pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result
 /// Has the session write its optimised graph to `graph`, with weights of 1 KiB and more in `weights` beside it.
 pub(super) fn optimised(builder: SessionBuilder, graph: &Path, weights: &str) -> ort::Result<SessionBuilder> {
     Ok(builder
+        // It warns that the graph is for this machine alone, which the cache's key sees to.
+        .with_log_level(LogLevel::Error)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_optimized_model_path(graph)?
         .with_config_entry("session.optimized_model_external_initializers_file_name", weights)?
         .with_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::concise;
+
+    #[test]
+    fn a_cuda_failure_is_told_in_the_drivers_words() {
+        let told =
+            "a.cc:122 std::conditional_t<…> CUDA failure 35: CUDA driver version is insufficient ; GPU=-1 ; file=b.cc";
+        assert_eq!(concise(told), "CUDA failure 35: CUDA driver version is insufficient");
+        assert_eq!(concise("this build has no CUDA support"), "this build has no CUDA support");
+    }
 }

@@ -14,5 +14,5 @@ pub use parts::{Parts, PartsError, RunRecord};
 pub use pipeline::{Options, run};
 pub use rows::{Columns, Format, Output, Row, RowWriter, Scores, Scoring, WriteError};
 pub use shard::{Shard, ShardError};
-pub use source::{Labels, Source, SourceError, SourceOptions, Stores};
+pub use source::{Labels, Source, SourceError, SourceOptions, Stopped, Stores};
 pub use summary::Summary;

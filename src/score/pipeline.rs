@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::rows::{Output, Row, Scoring, WriteError};
-use super::source::{Content, Fault, Item, Source};
+use super::source::{Content, Fault, Item, Source, Stopped};
 use super::summary::{Summary, Tally};
 use crate::classify::{ClassifyError, Input};
 use crate::engine::{Engine, Ticket};
@@ -31,7 +31,7 @@ pub(super) fn hash(key: &str) -> KeyHash {
 }
 
 /// How a run is done.
-pub struct Options<'a> {
+pub struct Options {
     /// Bytes of a file, at most.
     pub max_file_bytes: u64,
     /// Bytes of pictures that are read and not yet scored, at most.
@@ -42,8 +42,8 @@ pub struct Options<'a> {
     pub skip_duplicates: bool,
     /// How often each key has a row already.
     pub committed: HashMap<KeyHash, u32>,
-    /// Whether to take nothing more from the source; what is under way is finished.
-    pub stopped: &'a (dyn Fn() -> bool + Sync),
+    /// When to take nothing more from the source; what is under way is finished.
+    pub stopped: Stopped,
 }
 
 /// Scores what `source` names and writes a row for each to `output`, in its order. `progress` is called after every row.
@@ -55,7 +55,7 @@ pub fn run(
     engine: &Engine,
     scoring: &Scoring<'_>,
     output: &mut dyn Output,
-    options: Options<'_>,
+    options: Options,
     mut progress: impl FnMut(&Summary),
 ) -> Result<Summary, WriteError> {
     let began = Instant::now();
@@ -67,7 +67,7 @@ pub fn run(
         memory: Memory { free: Mutex::new(memory.max(1)), freed: Condvar::new(), all: memory.max(1) },
         engine,
         max_file_bytes,
-        stopped,
+        stopped: stopped.clone(),
         counts: &counts,
     };
     let mut tally = Tally::new(&scoring.manifest.classes);
@@ -110,7 +110,7 @@ pub fn run(
         Ok::<_, WriteError>(())
     })?;
     counts.tell(&mut tally.summary);
-    tally.summary.interrupted = stopped();
+    tally.summary.interrupted = stopped.now();
     Ok(tally.finish(began.elapsed(), Duration::from_nanos(counts.read_nanos.load(Ordering::Relaxed))))
 }
 
@@ -171,7 +171,7 @@ struct Reader<'a> {
     memory: Memory,
     engine: &'a Engine,
     max_file_bytes: u64,
-    stopped: &'a (dyn Fn() -> bool + Sync),
+    stopped: Stopped,
     counts: &'a Counts,
 }
 
@@ -197,7 +197,7 @@ impl<'a> Reader<'a> {
     /// The next picture, with a place for its row.
     fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<(Content, SyncSender<Result<Ticket, Fault>>)> {
         let mut feed = lock(&self.feed);
-        if (self.stopped)() {
+        if self.stopped.now() {
             *feed = None;
         }
         let Some(Item { key, label, content }) = feed.as_mut()?.next() else {

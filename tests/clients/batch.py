@@ -314,6 +314,14 @@ def killed(report, score, images, work, n, kills):
         assert "--resume" in said, said
         said = score("--output-dir", out, "--resume", "--top-k", "2", images, status=1).stderr
         assert "columns" in said, said
+    with report.check("SIGTERM ends a run whose list on stdin keeps silent"):
+        process = subprocess.Popen([*score.line, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdin.write(f"{images}/000/000000.png\n")
+        process.stdin.flush()
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+        assert process.returncode == 130 and len(process.stdout.read().splitlines()) == 1
     with report.check("4 shares in 4 processes are the whole"):
         out = work / "shares"
         started = [score.start("--output-dir", out, "--part-rows", part, "--shard", f"{i}/4", "--workers", "1", images) for i in range(4)]

@@ -124,7 +124,7 @@ fn a_source_that_cannot_be_used_says_what_would_be() {
 
 #[test]
 fn a_store_that_the_caller_brings_is_read_like_any_other() {
-    use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Source, SourceOptions, Stores};
+    use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Source, SourceOptions, Stopped, Stores};
     use object_store::{ObjectStoreExt, memory::InMemory};
 
     let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
@@ -150,7 +150,7 @@ fn a_store_that_the_caller_brings_is_read_like_any_other() {
         readers: 2,
         skip_duplicates: false,
         committed: HashMap::new(),
-        stopped: &|| false,
+        stopped: Stopped::default(),
     };
     let summary = score::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
     rows.finish().unwrap();

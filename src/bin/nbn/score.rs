@@ -15,8 +15,8 @@ use nbn::engine::Budget;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::Library;
 use nbn::score::{
-    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Stores,
-    Summary, WriteError,
+    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped,
+    Stores, Summary, WriteError,
 };
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
@@ -157,6 +157,9 @@ fn probability(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
+    let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let (_sender, told) = signals.block_on(async { shutdown::on_signal() })?;
+    let stopped = Stopped::when(move || *told.borrow());
     let shard = args.source.shard.unwrap_or_default();
     let options = SourceOptions {
         labels: args.source.labels,
@@ -164,6 +167,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         label_column: args.source.label_column.clone(),
         max_file_bytes: u64::from(args.source.max_file_mb) << 20,
         stores: Stores::default(),
+        stopped: stopped.clone(),
         shard,
     };
     let stdin = [PathBuf::from("-")];
@@ -196,8 +200,6 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         }
         (None, None) => (writer(io::stdout(), form)?, "stdout".into()),
     };
-    let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let (_sender, stopped) = signals.block_on(async { shutdown::on_signal() })?;
     let bar = bar(source.len())?;
     let run = score::Options {
         max_file_bytes: options.max_file_bytes,
@@ -205,7 +207,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         readers: args.source.readers.into(),
         skip_duplicates: args.source.duplicates == Duplicates::Skip,
         committed,
-        stopped: &|| *stopped.borrow(),
+        stopped,
     };
     let result = score::run(source, &model.engine, &scoring, &mut *output, run, |summary| {
         bar.set_position(summary.scored + summary.failed + summary.resumed + summary.duplicates);

@@ -21,7 +21,7 @@ pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, Sour
     }
     let options = options.clone();
     let labelled = options.labels.with_column(true);
-    Ok(Source::of_thread(name.clone(), labelled, move |out| {
+    Ok(Source::of_thread(name.clone(), labelled, &options.stopped.clone(), move |out| {
         if let Err(fault) = unpack(&place).and_then(|reader| read(reader, &name, &options, out)) {
             let detail = format!("{name} cannot be read further: {}", fault.detail);
             // The receiver may have gone: nobody wants more then.

@@ -49,7 +49,11 @@ pub(super) fn text_on_stdin(stdin: impl BufRead + Send + 'static, options: &Sour
     let labelled = matches!(options.labels, Labels::Folder | Labels::Line);
     // Its folder is the working folder.
     let entries = Entries::new(Place::File("stdin".into()), options);
-    Source::of(lines(stdin, entries), options.shard, labelled)
+    let shard = options.shard;
+    Source::of_thread("stdin".into(), labelled, &options.stopped, move |out| {
+        // The receiver may have gone: nobody wants more then.
+        let _ = lines(stdin, entries).filter(|item| shard.has(&item.key)).all(|item| out.send(item).is_ok());
+    })
 }
 
 /// One path a line, in a file.

@@ -6,11 +6,14 @@ mod objects;
 mod place;
 mod table;
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -76,6 +79,34 @@ impl Labels {
     }
 }
 
+/// Whether a run was told to stop; asked before each picture, and while a source keeps silent.
+#[derive(Clone)]
+pub struct Stopped(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl Stopped {
+    /// As `told` says.
+    pub fn when(told: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(told))
+    }
+
+    pub(super) fn now(&self) -> bool {
+        (self.0)()
+    }
+}
+
+impl Default for Stopped {
+    /// Never.
+    fn default() -> Self {
+        Self::when(|| false)
+    }
+}
+
+impl fmt::Debug for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Stopped({})", self.now())
+    }
+}
+
 /// How sources are read.
 #[derive(Debug, Clone, Default)]
 pub struct SourceOptions {
@@ -89,6 +120,8 @@ pub struct SourceOptions {
     pub max_file_bytes: u64,
     /// Where objects are found.
     pub stores: Stores,
+    /// When to take no more.
+    pub stopped: Stopped,
     /// The share of the pictures that is wanted; an archive belongs to one share as a whole.
     pub shard: Shard,
 }
@@ -230,13 +263,29 @@ impl Source {
 
     /// The pictures that `produce` sends, from a thread that begins when the first of them is asked for. `name` is the
     /// file's.
-    fn of_thread(name: String, labelled: bool, produce: impl FnOnce(&SyncSender<Item>) + Send + 'static) -> Self {
+    fn of_thread(
+        name: String,
+        labelled: bool,
+        stopped: &Stopped,
+        produce: impl FnOnce(&SyncSender<Item>) + Send + 'static,
+    ) -> Self {
+        let stopped = stopped.clone();
         let items = std::iter::once_with(move || {
             let (sender, receiver) = sync_channel(2);
             let spawned = thread::Builder::new().name("nbn-source".into()).spawn(move || produce(&sender));
             let fault =
                 spawned.err().map(|error| Item { key: name, label: None, content: Content::Lost(error.into()) });
-            fault.into_iter().chain(receiver)
+            let sent = std::iter::from_fn(move || {
+                // The thread may wait for ever, as a list on stdin does for its next line.
+                while !stopped.now() {
+                    match receiver.recv_timeout(Duration::from_millis(100)) {
+                        Err(RecvTimeoutError::Timeout) => {}
+                        sent => return sent.ok(),
+                    }
+                }
+                None
+            });
+            fault.into_iter().chain(sent)
         });
         Self { items: Box::new(items.flatten()), len: None, labelled }
     }

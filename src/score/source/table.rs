@@ -36,7 +36,7 @@ pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, Sour
         place: place.clone(),
     };
     let labelled = options.labels.with_column(table.label.is_some());
-    Ok(Source::of_thread(table.name.clone(), labelled, move |out| table.send(out)))
+    Ok(Source::of_thread(table.name.clone(), labelled, &options.stopped, move |out| table.send(out)))
 }
 
 fn open_reader(place: &Place) -> Result<Box<dyn FileReader>, ParquetError> {
