@@ -36,8 +36,9 @@ RUN pip install --no-cache-dir --no-deps --only-binary=:all: --target /wheels -r
  && rm -rf /wheels
 
 FROM debian:bookworm-slim AS base
+# Certificates for object stores and OTLP.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends libstdc++6 \
+ && apt-get install -y --no-install-recommends ca-certificates libstdc++6 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 COPY models /models
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.

@@ -143,23 +143,32 @@ impl<'a> Parts<'a> {
         fs::create_dir_all(folder).map_err(io(folder))?;
         let lock = lock(folder, shard)?;
         let mut found = Vec::new();
+        let mut other = None;
         for entry in fs::read_dir(folder).map_err(io(folder))? {
             let path = entry.map_err(io(folder))?.path();
             let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if let Some(name) = Name::parse(&file, format.ending()) {
-                found.push((path, name));
+            let ending = Path::new(&file).extension().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(name) = Name::parse(&file, &ending) {
+                if ending == format.ending() {
+                    found.push((path, name));
+                } else {
+                    other = Some(ending);
+                }
             } else if file.starts_with(&format!(".part-{:05}-of-{:05}-", shard.index(), shard.count())) {
                 // What an ended process left behind.
                 fs::remove_file(&path).map_err(io(&path))?;
             }
         }
-        let none = found.is_empty();
+        if let Some(before) = other {
+            let (field, now) = ("format".into(), format.ending().into());
+            return Err(PartsError::Differs { folder: folder.to_owned(), field, before: before.into(), now });
+        }
         // Parts of other shares of the same count hold other pictures.
         found.retain(|(_, name)| name.shard.count() != shard.count() || name.shard == shard);
         if !resume && !found.is_empty() {
             return Err(PartsError::NotEmpty { folder: folder.to_owned(), parts: found.len() });
         }
-        agree(folder, record, none)?;
+        agree(folder, record, shard)?;
         let mut committed = HashMap::new();
         let mut rows = 0;
         for (part, _) in &found {
@@ -264,27 +273,48 @@ impl Output for Parts<'_> {
     }
 }
 
+/// Takes the share, of which no other process may write, nor any share of another split of the same folder.
 fn lock(folder: &Path, shard: Shard) -> Result<File, PartsError> {
-    let path = folder.join(format!(".lock-{:05}-of-{:05}", shard.index(), shard.count()));
-    let file = File::create(&path).map_err(|cause| PartsError::Io { path, cause })?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            Err(PartsError::Locked { folder: folder.to_owned(), index: shard.index(), count: shard.count() })
-        }
-        // A file system without locks: two processes on one share are the operator's to avoid.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    let name = |shard: Shard| format!(".lock-{:05}-of-{:05}", shard.index(), shard.count());
+    let io = |path: &Path, cause| PartsError::Io { path: path.to_owned(), cause };
+    let locked =
+        |shard: Shard| PartsError::Locked { folder: folder.to_owned(), index: shard.index(), count: shard.count() };
+    let path = folder.join(name(shard));
+    let file = File::create(&path).map_err(|cause| io(&path, cause))?;
+    // A file system without locks: two processes on one share are the operator's to avoid.
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        return Err(locked(shard));
     }
+    for entry in fs::read_dir(folder).map_err(|cause| io(folder, cause))? {
+        let path = entry.map_err(|cause| io(folder, cause))?.path();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let words = file.strip_prefix(".lock-").and_then(|rest| rest.split_once("-of-"));
+        let Some(other) = words.and_then(|(i, n)| Shard::new(i.parse().ok()?, n.parse().ok()?).ok()) else { continue };
+        if other.count() != shard.count()
+            && let Ok(file) = File::open(&path)
+            && let Err(TryLockError::WouldBlock) = file.try_lock()
+        {
+            return Err(locked(other));
+        }
+    }
+    Ok(file)
 }
 
-/// Writes `record` when it is the first, else compares it with what is there.
-fn agree(folder: &Path, record: &RunRecord, first: bool) -> Result<(), PartsError> {
+/// Writes `record` when there is none, else compares it with what is there.
+fn agree(folder: &Path, record: &RunRecord, shard: Shard) -> Result<(), PartsError> {
     let path = folder.join(RECORD);
     let io = |cause| PartsError::Io { path: path.clone(), cause };
-    if first || !path.exists() {
-        // Other shares may do the same at this moment: each renames a whole file, and all are compared below.
-        let draft = folder.join(format!(".{RECORD}.{}.tmp", std::process::id()));
+    if !path.exists() {
+        // Other shares may do the same at this moment: the first to link a whole file wins, and all compare with it.
+        let draft = folder.join(format!(".{RECORD}-{:05}-of-{:05}.tmp", shard.index(), shard.count()));
         let text = serde_json::to_vec_pretty(record).map_err(|error| io(error.into()))?;
-        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).map_err(io)?;
+        fs::write(&draft, text).map_err(io)?;
+        let linked = match fs::hard_link(&draft, &path) {
+            // A file system without links: the last to rename wins.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => fs::rename(&draft, &path),
+            _ => fs::remove_file(&draft),
+        };
+        linked.map_err(io)?;
     }
     let text = fs::read(&path).map_err(io)?;
     let before: RunRecord = serde_json::from_slice(&text).map_err(|error| io(error.into()))?;

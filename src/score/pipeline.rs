@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use super::rows::{Output, Row, Scoring, WriteError};
 use super::source::{Content, Fault, Item, Source, Stopped};
 use super::summary::{Summary, Tally};
-use crate::classify::{ClassifyError, Input};
+use crate::classify::{ClassifyError, Input, Prediction};
 use crate::engine::{Engine, Ticket};
 use crate::pixels::DecodeError;
 
@@ -61,7 +61,8 @@ pub fn run(
     let began = Instant::now();
     let Options { max_file_bytes, memory, readers, skip_duplicates, committed, stopped } = options;
     let counts = Counts::default();
-    let feed = Feed { source, committed, seen: skip_duplicates.then(HashSet::new), counts: &counts };
+    let seen = skip_duplicates.then(HashSet::new);
+    let feed = Feed { source, committed, seen, counts: &counts, stopped: stopped.clone() };
     let reader = Reader {
         feed: Mutex::new(Some(feed)),
         memory: Memory { free: Mutex::new(memory.max(1)), freed: Condvar::new(), all: memory.max(1) },
@@ -87,6 +88,10 @@ pub fn run(
             let Place { key, label, outcome, held } = place;
             let outcome = settle(&outcome);
             drop(held);
+            if let Err(Failure::Source(reason)) = outcome {
+                tally.summary.broken.push(reason);
+                continue;
+            }
             let began = Instant::now();
             let outcome = match outcome {
                 Ok(prediction) => {
@@ -94,12 +99,13 @@ pub fn run(
                     tally.scored(best, label.as_deref(), scores.abstained.is_some(), &prediction.timings);
                     Ok(scores)
                 }
-                Err(fault) => {
+                Err(Failure::Picture(fault)) => {
                     tally.failed(&fault);
                     Err(fault.detail)
                 }
+                Err(Failure::Source(reason)) => Err(reason),
             };
-            output.write(&Row { key, label, outcome })?;
+            output.write(&Row { key, label, outcome }).inspect_err(|_| stopped.end())?;
             tally.wrote(began.elapsed());
             counts.tell(&mut tally.summary);
             progress(&tally.summary);
@@ -110,7 +116,7 @@ pub fn run(
         Ok::<_, WriteError>(())
     })?;
     counts.tell(&mut tally.summary);
-    tally.summary.interrupted = stopped.now();
+    tally.summary.interrupted = stopped.told();
     Ok(tally.finish(began.elapsed(), Duration::from_nanos(counts.read_nanos.load(Ordering::Relaxed))))
 }
 
@@ -134,12 +140,16 @@ struct Feed<'a> {
     committed: HashMap<KeyHash, u32>,
     seen: Option<HashSet<KeyHash>>,
     counts: &'a Counts,
+    stopped: Stopped,
 }
 
 impl Feed<'_> {
     fn next(&mut self) -> Option<Item> {
-        loop {
+        while !self.stopped.now() {
             let item = self.source.next()?;
+            if matches!(item.content, Content::Broken(_)) {
+                return Some(item);
+            }
             if self.seen.is_none() && self.committed.is_empty() {
                 return Some(item);
             }
@@ -154,6 +164,7 @@ impl Feed<'_> {
             }
             self.counts.resumed.fetch_add(1, Ordering::Relaxed);
         }
+        None
     }
 }
 
@@ -161,8 +172,29 @@ impl Feed<'_> {
 struct Place<'a> {
     key: String,
     label: Option<String>,
-    outcome: Receiver<Result<Ticket, Fault>>,
-    held: Held<'a>,
+    outcome: Receiver<Result<Ticket, Failure>>,
+    held: Arc<Held<'a>>,
+}
+
+/// Why there is no ticket.
+enum Failure {
+    /// The picture's fault.
+    Picture(Fault),
+    /// The source cannot be read further.
+    Source(String),
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Picture(fault)
+    }
+}
+
+/// A picture that a reader took, and where it tells what became of it.
+struct Taken<'a> {
+    content: Content,
+    outcome: SyncSender<Result<Ticket, Failure>>,
+    held: Arc<Held<'a>>,
 }
 
 struct Reader<'a> {
@@ -177,17 +209,20 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn work(&'a self, places: &SyncSender<Place<'a>>) {
-        while let Some((content, outcome)) = self.take(places) {
+        while let Some(Taken { content, outcome, held }) = self.take(places) {
             let began = Instant::now();
             let bytes = match content {
-                Content::At(place) => place.read(self.max_file_bytes),
+                Content::At(place) => place.read(self.max_file_bytes).map_err(Failure::Picture),
                 Content::Bytes(bytes) => Ok(bytes),
-                Content::Lost(fault) => Err(fault),
+                Content::Lost(fault) => Err(Failure::Picture(fault)),
+                Content::Broken(reason) => Err(Failure::Source(reason)),
             };
+            held.keep(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64));
+            drop(held);
             self.counts.read_nanos.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
             let ticket = bytes.and_then(|bytes| {
                 let ticket = self.engine.submit_waiting(Input::Encoded(bytes));
-                ticket.map_err(|refused| Fault::new("internal", refused.to_string()))
+                ticket.map_err(|refused| Fault::new("internal", refused.to_string()).into())
             });
             // The writer may have given up.
             let _ = outcome.send(ticket);
@@ -195,7 +230,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The next picture, with a place for its row.
-    fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<(Content, SyncSender<Result<Ticket, Fault>>)> {
+    fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<Taken<'a>> {
         let mut feed = lock(&self.feed);
         if self.stopped.now() {
             *feed = None;
@@ -205,19 +240,20 @@ impl<'a> Reader<'a> {
             return None;
         };
         let size = match &content {
-            Content::At(place) => place.size(),
+            // What is not known may be as large as is allowed.
+            Content::At(place) => place.size().unwrap_or(self.max_file_bytes),
             Content::Bytes(bytes) => bytes.len() as u64,
-            Content::Lost(_) => 0,
+            Content::Lost(_) | Content::Broken(_) => 0,
         };
         // In the rows' order: what comes later cannot keep the memory that an earlier picture waits for.
-        let held = self.memory.take(size.min(self.max_file_bytes));
+        let held = Arc::new(self.memory.take(size.min(self.max_file_bytes)));
         let (sender, outcome) = sync_channel(1);
-        let sent = places.send(Place { key, label, outcome, held });
+        let sent = places.send(Place { key, label, outcome, held: held.clone() });
         if sent.is_err() {
             *feed = None;
             return None;
         }
-        Some((content, sender))
+        Some(Taken { content, outcome: sender, held })
     }
 }
 
@@ -230,7 +266,16 @@ struct Memory {
 
 struct Held<'a> {
     memory: &'a Memory,
-    bytes: u64,
+    bytes: AtomicU64,
+}
+
+impl Held<'_> {
+    /// Gives back what is beyond `bytes`.
+    fn keep(&self, bytes: u64) {
+        let before = self.bytes.fetch_min(bytes, Ordering::Relaxed);
+        *lock(&self.memory.free) += before.saturating_sub(bytes);
+        self.memory.freed.notify_all();
+    }
 }
 
 impl Memory {
@@ -242,14 +287,13 @@ impl Memory {
             free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
         }
         *free -= bytes;
-        Held { memory: self, bytes }
+        Held { memory: self, bytes: bytes.into() }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        *lock(&self.memory.free) += self.bytes;
-        self.memory.freed.notify_all();
+        self.keep(0);
     }
 }
 
@@ -257,12 +301,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn settle(outcome: &Receiver<Result<Ticket, Fault>>) -> Result<crate::classify::Prediction, Fault> {
+fn settle(outcome: &Receiver<Result<Ticket, Failure>>) -> Result<Prediction, Failure> {
     let gone = || Fault::new("internal", "the worker gave no answer");
     let ticket = outcome.recv().map_err(|_| gone())??;
-    ticket.wait().map_err(|_| gone())?.map_err(|error| match &error {
+    let reply = ticket.wait().map_err(|_| gone())?;
+    Ok(reply.map_err(|error| match &error {
         ClassifyError::Image(DecodeError::Empty) => Fault::new("empty_image", "the file is empty (0 bytes)"),
         ClassifyError::Image(image) => Fault::new(image.code(), error.to_string()),
         _ => Fault::new("internal", error.to_string()),
-    })
+    })?)
 }

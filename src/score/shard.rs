@@ -52,7 +52,7 @@ impl Shard {
     }
 
     /// `INDEX/COUNT`, or `auto/COUNT`, whose index is what `variable` says of JOB_COMPLETION_INDEX, else of
-    /// SLURM_ARRAY_TASK_ID less SLURM_ARRAY_TASK_MIN.
+    /// SLURM_ARRAY_TASK_ID.
     ///
     /// # Errors
     /// When the text has another form or there is no such share.
@@ -64,8 +64,8 @@ impl Shard {
             return Self::new(index.parse().map_err(|_| form())?, count);
         }
         let number = |name| variable(name).and_then(|value| u32::from_str(&value).ok());
-        let slurm = || number("SLURM_ARRAY_TASK_ID")?.checked_sub(number("SLURM_ARRAY_TASK_MIN").unwrap_or(0));
-        Self::new(number("JOB_COMPLETION_INDEX").or_else(slurm).ok_or(ShardError::NoIndex)?, count)
+        let index = number("JOB_COMPLETION_INDEX").or_else(|| number("SLURM_ARRAY_TASK_ID"));
+        Self::new(index.ok_or(ShardError::NoIndex)?, count)
     }
 
     /// Which share it is.
@@ -107,12 +107,7 @@ mod tests {
             |name: &'static str, value: &'static str| move |asked: &str| (asked == name).then(|| value.to_owned());
         assert_eq!(Shard::parse("3/4", |_| None), Shard::new(3, 4));
         assert_eq!(Shard::parse("auto/4", with("JOB_COMPLETION_INDEX", "2")), Shard::new(2, 4));
-        let slurm = |asked: &str| match asked {
-            "SLURM_ARRAY_TASK_ID" => Some("5".to_owned()),
-            "SLURM_ARRAY_TASK_MIN" => Some("1".to_owned()),
-            _ => None,
-        };
-        assert_eq!(Shard::parse("auto/8", slurm), Shard::new(4, 8));
+        assert_eq!(Shard::parse("auto/8", with("SLURM_ARRAY_TASK_ID", "5")), Shard::new(5, 8));
         assert_eq!(Shard::parse("auto/4", |_| None), Err(ShardError::NoIndex));
         assert_eq!(Shard::parse("4/4", |_| None), Err(ShardError::Range { index: 4, count: 4 }));
         for wrong in ["", "1", "1/0x2", "-1/2", "a/b", "1/2/3"] {

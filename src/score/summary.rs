@@ -22,6 +22,8 @@ pub struct Summary {
     pub duplicates: u64,
     /// Whether it was stopped before the source's end.
     pub interrupted: bool,
+    /// Sources that could not be read to their end, with the reason. Their rest has no rows.
+    pub broken: Vec<String>,
     /// Rows with an error, by kind.
     pub errors: BTreeMap<&'static str, u64>,
     /// Scored pictures by the group of their best class.

@@ -20,6 +20,7 @@ use nbn::score::{
 };
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::EngineArgs;
@@ -43,7 +44,8 @@ pub(crate) struct Score {
     /// Write what was done as JSON to this file, as well as in words to stderr
     #[arg(long, value_name = "FILE")]
     summary: Option<PathBuf>,
-    /// End with status 0 also when some images have only an error, as schedulers that start failed work again need it
+    /// End with status 0 also when some images have only an error, for schedulers that start failed work again; a source
+    /// that cannot be read to its end still ends with 1
     #[arg(long)]
     errors_exit_zero: bool,
     #[command(flatten)]
@@ -140,7 +142,8 @@ struct SourceArgs {
     memory_mb: u32,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 enum Duplicates {
     /// A row each time
     Keep,
@@ -227,12 +230,16 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     eprint!("{}", describe(&summary));
+    for reason in &summary.broken {
+        eprintln!("nbn: {reason}");
+    }
     if summary.interrupted {
         let resume = if args.rows.output_dir.is_some() { ": --resume goes on" } else { "" };
         eprintln!("stopped before the end{resume}");
         return Ok(ExitCode::from(INTERRUPTED));
     }
-    Ok(ExitCode::from(u8::from(summary.failed > 0 && !args.errors_exit_zero)))
+    let failed = !summary.broken.is_empty() || (summary.failed > 0 && !args.errors_exit_zero);
+    Ok(ExitCode::from(u8::from(failed)))
 }
 
 fn open(args: &Score) -> anyhow::Result<ServedModel> {
@@ -267,7 +274,7 @@ impl ScoreArgs {
 
 /// What every part of a folder must have in common.
 fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result<RunRecord> {
-    let scores = &args.scores;
+    let (scores, source) = (&args.scores, &args.source);
     let prior = match scores.prior.as_deref() {
         None | Some("uniform") => json!("uniform"),
         Some("train") => json!("train"),
@@ -283,6 +290,7 @@ fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result
         "version": model.version,
         "network": model.manifest.model.sha256,
         "calibration": calibration,
+        "inputs": nbn::bundle::inputs_sha256(&model.manifest),
         "format": args.rows.format,
         "columns": columns,
         "prior": prior,
@@ -290,6 +298,12 @@ fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result
         "min_score": scores.min_score,
         "max_set_size": scores.max_set_size,
         "abstain_prior_only": scores.abstain_prior_only,
+        "labels": source.labels,
+        "image_column": source.image_column,
+        "label_column": source.label_column,
+        "duplicates": source.duplicates,
+        "max_file_mb": source.max_file_mb,
+        "max_pixels": args.engine.max_pixels,
     });
     Ok(record.as_object().cloned().unwrap_or_default())
 }

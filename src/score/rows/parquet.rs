@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use parquet::basic::{Compression, ZstdLevel};
@@ -208,5 +209,7 @@ pub(in super::super) fn keys(file: File, mut each: impl FnMut(&str)) -> Result<(
         }
         Ok(())
     };
-    read().map_err(|error: ParquetError| error.to_string())
+    // The reader panics on some damaged files.
+    let read = catch_unwind(AssertUnwindSafe(|| read().map_err(|error: ParquetError| error.to_string())));
+    read.unwrap_or_else(|_| Err("the table is damaged".into()))
 }

@@ -101,7 +101,7 @@ impl<'a, W: Write> Csv<'a, W> {
         header.extend(optional(columns.probabilities, "probabilities"));
         header.extend(optional(columns.logits, "logits"));
         header.extend((1..=columns.top_k).flat_map(|k| [format!("label_{k}"), format!("score_{k}")]));
-        output.write_record(&header).map_err(io::Error::from)?;
+        output.write_record(&header).map_err(csv_error)?;
         Ok(Self { output, columns, classes })
     }
 
@@ -130,7 +130,7 @@ impl<'a, W: Write> Csv<'a, W> {
             record.extend([label(classes, class).to_owned(), score.to_string()]);
         }
         record.resize(width, String::new());
-        Ok(self.output.write_record(&record).map_err(io::Error::from)?)
+        self.output.write_record(&record).map_err(csv_error)
     }
 
     pub(super) fn flush(&mut self) -> Result<(), WriteError> {
@@ -140,6 +140,14 @@ impl<'a, W: Write> Csv<'a, W> {
     pub(super) fn into_inner(mut self) -> Result<W, WriteError> {
         self.flush()?;
         self.output.into_inner().map_err(|error| WriteError::Io(error.into_error()))
+    }
+}
+
+/// The system's error keeps its kind, which csv's conversion forgets.
+fn csv_error(error: csv::Error) -> WriteError {
+    match error.into_kind() {
+        csv::ErrorKind::Io(error) => WriteError::Io(error),
+        other => WriteError::Form(format!("{other:?}")),
     }
 }
 

@@ -13,19 +13,21 @@ const MAX_LABEL: u64 = 4096;
 
 pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
     let name = place.name();
+    let labelled = options.labels.with_column(true);
     if !options.shard.has(&name) {
-        return Ok(Source::of_files(Vec::new(), options));
+        return Ok(Source { labelled, ..Source::of_files(Vec::new(), options) });
     }
     if let Place::File(path) = &place {
         File::open(path).map_err(|cause| SourceError::Io { path: path.to_owned(), cause })?;
     }
     let options = options.clone();
-    let labelled = options.labels.with_column(true);
     Ok(Source::of_thread(name.clone(), labelled, &options.stopped.clone(), move |out| {
-        if let Err(fault) = unpack(&place).and_then(|reader| read(reader, &name, &options, out)) {
-            let detail = format!("{name} cannot be read further: {}", fault.detail);
+        let mut sample = Sample::default();
+        if let Err(fault) = unpack(&place).and_then(|reader| read(reader, &name, &options, &mut sample, out)) {
+            // What was read before the fault is whole.
+            sample.send(options.labels, out);
             // The receiver may have gone: nobody wants more then.
-            let _ = out.send(Item { key: name, label: None, content: Content::Lost(Fault::new("archive", detail)) });
+            let _ = out.send(Item::broken(&name, &fault.detail));
         }
     }))
 }
@@ -41,12 +43,15 @@ fn unpack(place: &Place) -> Result<Box<dyn Read>, Fault> {
 struct Sample {
     stem: String,
     pictures: Vec<Item>,
+    /// Of the pictures.
+    bytes: u64,
     label: Option<String>,
 }
 
 impl Sample {
     /// False when nobody wants more.
     fn send(&mut self, labels: Labels, out: &SyncSender<Item>) -> bool {
+        self.bytes = 0;
         let label = self.label.take().filter(|_| labels != Labels::None);
         self.pictures
             .drain(..)
@@ -54,37 +59,47 @@ impl Sample {
     }
 }
 
-fn read(reader: impl Read, name: &str, options: &SourceOptions, out: &SyncSender<Item>) -> Result<(), Fault> {
+fn read(
+    reader: impl Read,
+    name: &str,
+    options: &SourceOptions,
+    sample: &mut Sample,
+    out: &SyncSender<Item>,
+) -> Result<(), Fault> {
     let mut archive = tar::Archive::new(reader);
-    let mut sample = Sample::default();
     for entry in archive.entries()? {
         let mut entry = entry?;
-        if !entry.header().entry_type().is_file() {
+        let path = entry.path()?.into_owned();
+        let kind = entry.header().entry_type();
+        if kind.is_dir() || (!kind.is_file() && !has_picture_ending(&path)) {
             continue;
         }
-        let path = entry.path()?.into_owned();
         let member = path.to_string_lossy().into_owned();
         let file = member.rsplit('/').next().unwrap_or_default();
         let stem = member[..member.len() - file.len() + file.find('.').unwrap_or(file.len())].to_owned();
-        if stem != sample.stem {
+        // Many pictures of one stem are no sample, and must not all be held.
+        if stem != sample.stem || sample.bytes > options.max_file_bytes {
             if !sample.send(options.labels, out) {
                 return Ok(());
             }
             sample.stem = stem;
         }
         if member.ends_with(".cls") {
-            let mut text = String::new();
-            entry.by_ref().take(MAX_LABEL).read_to_string(&mut text)?;
-            sample.label = Some(text.trim().to_owned());
+            let mut text = Vec::new();
+            entry.by_ref().take(MAX_LABEL).read_to_end(&mut text)?;
+            sample.label = Some(String::from_utf8_lossy(&text).trim().to_owned());
         } else if has_picture_ending(&path) {
             let mut bytes = Vec::new();
-            let content = if entry.size() > options.max_file_bytes {
+            let content = if !kind.is_file() {
+                Content::Lost(Fault::new("archive_link", "the archive has a link here, no file"))
+            } else if entry.size() > options.max_file_bytes {
                 Content::Lost(Fault::too_large(options.max_file_bytes))
             } else {
                 entry.read_to_end(&mut bytes)?;
                 if (bytes.len() as u64) < entry.size() {
                     return Err(Fault::new("archive", format!("it ends in the middle of {member}")));
                 }
+                sample.bytes += bytes.len() as u64;
                 Content::Bytes(bytes.into())
             };
             let label = place::folder(&member).filter(|_| options.labels == Labels::Folder);

@@ -1,6 +1,6 @@
 //! Lists of paths: text, CSV, JSON lines. Relative paths are relative to the list's folder.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use serde_json::Value;
 
@@ -36,6 +36,14 @@ impl Entries {
         }
     }
 
+    /// A line that is no text, or the end of what can be read.
+    fn unread(&self, line: u64, error: &io::Error) -> Item {
+        if error.kind() == io::ErrorKind::InvalidData {
+            return self.lost(line, error);
+        }
+        Item::broken(&self.name, &error.to_string())
+    }
+
     /// A line that names no picture: its row says why.
     fn lost(&self, line: u64, reason: impl std::fmt::Display) -> Item {
         let name = &self.name;
@@ -67,9 +75,9 @@ fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator
     (1..).zip(until_broken(list)).filter_map(move |(number, line)| {
         let line = match line {
             Ok(line) => line,
-            Err(error) => return Some(entries.lost(number, error)),
+            Err(error) => return Some(entries.unread(number, &error)),
         };
-        let line = line.trim();
+        let line = line.trim_start_matches('\u{feff}').trim();
         if line.is_empty() {
             return None;
         }
@@ -84,11 +92,11 @@ fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator
 }
 
 /// Lines; after one that cannot be read at all there is no more. One that is not UTF-8 is passed over.
-fn until_broken(list: impl BufRead) -> impl Iterator<Item = std::io::Result<String>> {
+fn until_broken(list: impl BufRead) -> impl Iterator<Item = io::Result<String>> {
     let mut broken = false;
     list.lines().take_while(move |line| {
         let stop = broken;
-        broken = line.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::InvalidData);
+        broken = line.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::InvalidData);
         !stop
     })
 }
@@ -106,7 +114,12 @@ pub(super) fn csv(place: Place, options: &SourceOptions) -> Result<Source, Sourc
         number += 1;
         let record = match record {
             Ok(record) => record,
-            Err(error) => return entries.lost(number, error),
+            Err(error) => {
+                return match error.kind() {
+                    csv::ErrorKind::Io(error) => entries.unread(number, error),
+                    _ => entries.lost(number, error),
+                };
+            }
         };
         number = record.position().map_or(number, csv::Position::line);
         let label = label.and_then(|at| record.get(at)).filter(|text| !text.is_empty()).map(str::to_owned);
@@ -138,8 +151,10 @@ pub(super) fn json_lines(place: Place, options: &SourceOptions) -> Result<Source
         };
         match line {
             Ok(line) if line.trim().is_empty() => None,
-            Ok(line) => Some(item(&line).unwrap_or_else(|reason| entries.lost(number, reason))),
-            Err(error) => Some(entries.lost(number, error)),
+            Ok(line) => {
+                Some(item(line.trim_start_matches('\u{feff}')).unwrap_or_else(|reason| entries.lost(number, reason)))
+            }
+            Err(error) => Some(entries.unread(number, &error)),
         }
     });
     Ok(Source::of(items, shard, labelled))
@@ -165,5 +180,8 @@ pub(super) fn columns<'a>(
         let usual = IMAGE_COLUMNS.join(", ");
         format!("no column is called {usual}; there are {}: name one with --image-column", names.join(", "))
     })?;
+    if options.labels == Labels::Line {
+        return Ok((image, None));
+    }
     Ok((image, find(&options.label_column, &LABEL_COLUMNS, "--label-column")?))
 }

@@ -9,8 +9,10 @@ mod table;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
@@ -59,7 +61,8 @@ pub enum SourceError {
 }
 
 /// Where the true class of a picture is read from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Labels {
     /// The label column of CSV, JSON lines and Parquet, and .cls members of tar archives, where there are such
     #[default]
@@ -81,16 +84,28 @@ impl Labels {
 
 /// Whether a run was told to stop; asked before each picture, and while a source keeps silent.
 #[derive(Clone)]
-pub struct Stopped(Arc<dyn Fn() -> bool + Send + Sync>);
+pub struct Stopped {
+    told: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// Nobody writes rows any more.
+    ended: Arc<AtomicBool>,
+}
 
 impl Stopped {
     /// As `told` says.
     pub fn when(told: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        Self(Arc::new(told))
+        Self { told: Arc::new(told), ended: Arc::default() }
     }
 
     pub(super) fn now(&self) -> bool {
-        (self.0)()
+        self.ended.load(Ordering::Relaxed) || self.told()
+    }
+
+    pub(super) fn told(&self) -> bool {
+        (self.told)()
+    }
+
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
     }
 }
 
@@ -142,6 +157,15 @@ pub(super) enum Content {
     Bytes(Bytes),
     /// It is known already that there is none.
     Lost(Fault),
+    /// No picture: the source itself cannot be read further, for this reason.
+    Broken(String),
+}
+
+impl Item {
+    fn broken(source: &str, reason: &str) -> Self {
+        let reason = format!("{source} cannot be read further: {reason}");
+        Self { key: source.to_owned(), label: None, content: Content::Broken(reason) }
+    }
 }
 
 /// Why a picture cannot be scored: a word to count by and a sentence for its row.
@@ -182,7 +206,7 @@ impl Source {
     /// - a path with `*`, `?` or `[` that is no file is a pattern;
     /// - .txt, .csv, .jsonl, .ndjson, .parquet are lists and tables, .tar, .tar.gz, .tgz archives of pictures;
     /// - a URL (s3://, gs://, az://, file://) is the same in an object store; one that ends as neither list, archive nor
-    ///   picture is every picture whose name begins with it;
+    ///   picture is every picture below it;
     /// - `-` is a list of paths on `stdin`;
     /// - every other file is a picture, even when it is missing, which its row will tell.
     ///
@@ -210,14 +234,22 @@ impl Source {
 
     fn one(input: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
         let text = input.to_string_lossy();
-        let place = Place::of(&text, &options.stores).map_err(|fault| SourceError::Url(fault.detail))?;
+        let place = if text.contains("://") {
+            Place::of(&text, &options.stores).map_err(|fault| SourceError::Url(fault.detail))?
+        } else {
+            Place::File(input.to_owned())
+        };
         let name = text.to_ascii_lowercase();
         let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
         if let Place::File(path) = &place {
             if path.is_dir() {
-                let mut files = Vec::new();
-                walk(path, &mut files)?;
-                return Self::of_folder(input, files, options);
+                let (mut files, mut shut) = (Vec::new(), Vec::new());
+                walk(path, &mut files, &mut shut).map_err(|cause| SourceError::Io { path: path.clone(), cause })?;
+                let source = Self::of_folder(input, files, options)?;
+                // Each folder that cannot be read is a row at the end.
+                shut.retain(|item| options.shard.has(&item.key));
+                let len = source.len.map(|n| n + shut.len() as u64);
+                return Ok(Self { items: Box::new(source.items.chain(shut)), len, ..source });
             }
             if !path.exists() && text.contains(['*', '?', '[']) {
                 return Ok(Self::of_files(pattern(path)?, options));
@@ -272,9 +304,16 @@ impl Source {
         let stopped = stopped.clone();
         let items = std::iter::once_with(move || {
             let (sender, receiver) = sync_channel(2);
-            let spawned = thread::Builder::new().name("nbn-source".into()).spawn(move || produce(&sender));
-            let fault =
-                spawned.err().map(|error| Item { key: name, label: None, content: Content::Lost(error.into()) });
+            let source = name.clone();
+            let produce = move || {
+                // Readers of damaged files may panic, and what they have not told must not pass for the end.
+                if catch_unwind(AssertUnwindSafe(|| produce(&sender))).is_err() {
+                    // The receiver may have gone: nobody wants more then.
+                    let _ = sender.send(Item::broken(&source, "it is damaged"));
+                }
+            };
+            let spawned = thread::Builder::new().name("nbn-source".into()).spawn(produce);
+            let fault = spawned.err().map(|error| Item::broken(&name, &error.to_string()));
             let sent = std::iter::from_fn(move || {
                 // The thread may wait for ever, as a list on stdin does for its next line.
                 while !stopped.now() {
@@ -324,15 +363,18 @@ fn picture(place: Place, label: Option<String>, labels: Labels) -> Item {
     Item { key: place.name(), label, content: Content::At(place) }
 }
 
-fn walk(folder: &Path, files: &mut Vec<Place>) -> Result<(), SourceError> {
-    let fail = |cause| SourceError::Io { path: folder.to_owned(), cause };
-    let mut entries = fs::read_dir(folder).map_err(fail)?.collect::<Result<Vec<_>, _>>().map_err(fail)?;
+/// Collects pictures by name; folders below that cannot be read go to `shut`.
+fn walk(folder: &Path, files: &mut Vec<Place>, shut: &mut Vec<Item>) -> io::Result<()> {
+    let mut entries = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let path = entry.path();
         // Symbolic links to folders are not followed: they may form a circle.
-        if entry.file_type().map_err(fail)?.is_dir() {
-            walk(&path, files)?;
+        if entry.file_type()?.is_dir() {
+            if let Err(error) = walk(&path, files, shut) {
+                let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
+                shut.push(Item { key: Place::File(path).name(), label: None, content: Content::Lost(fault) });
+            }
         } else if has_picture_ending(&path) {
             files.push(Place::File(path));
         }

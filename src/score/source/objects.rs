@@ -57,7 +57,7 @@ impl Stores {
                 store
             }
         };
-        Ok(Object { stores: self.clone(), store, root, path, size: 0 })
+        Ok(Object { stores: self.clone(), store, root, path, size: None })
     }
 
     fn runtime(&self) -> io::Result<&Runtime> {
@@ -80,8 +80,28 @@ fn open(root: &str) -> Result<Arc<dyn ObjectStore>, String> {
             url.scheme()
         ));
     }
-    let (store, _) = object_store::parse_url_opts(&url, std::env::vars()).map_err(|error| error.to_string())?;
+    // Other names mean something to the builders, too, such as TIMEOUT and TOKEN.
+    let settings = std::env::vars_os().filter_map(|(name, value)| {
+        let name = name.into_string().ok()?;
+        let own = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|kind| name.starts_with(kind));
+        own.then_some((name, value.into_string().ok()?))
+    });
+    let (store, _) = object_store::parse_url_opts(&url, settings).map_err(|error| chain(&error))?;
     Ok(Arc::from(store))
+}
+
+/// An error with its causes, which say what its own words do not.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// An object in a store.
@@ -91,7 +111,7 @@ pub(in super::super) struct Object {
     store: Arc<dyn ObjectStore>,
     root: String,
     path: Path,
-    size: u64,
+    size: Option<u64>,
 }
 
 impl fmt::Display for Object {
@@ -112,11 +132,11 @@ impl Object {
         let folder = self.path.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
         let path = Path::parse(format!("{folder}/{key}"));
         let path = path.map_err(|error| Fault::new("url", format!("{key}: {error}")))?;
-        Ok(Self { path, size: 0, ..self.clone() })
+        Ok(Self { path, size: None, ..self.clone() })
     }
 
-    /// Bytes, where a listing told them; else 0.
-    pub(super) fn size(&self) -> u64 {
+    /// Bytes, where a listing told them.
+    pub(super) fn size(&self) -> Option<u64> {
         self.size
     }
 
@@ -127,7 +147,7 @@ impl Object {
             let mut found = Vec::new();
             while let Some(meta) = listing.next().await {
                 let meta = meta?;
-                found.push(Self { path: meta.location, size: meta.size, ..self.clone() });
+                found.push(Self { path: meta.location, size: Some(meta.size), ..self.clone() });
             }
             Ok::<_, object_store::Error>(found)
         })?;

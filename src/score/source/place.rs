@@ -30,10 +30,17 @@ impl Place {
         }
     }
 
-    /// As it is written in rows.
+    /// As it is written in rows; bytes of a path that are no UTF-8 as `\xff`.
     pub(super) fn name(&self) -> String {
         match self {
-            Self::File(path) => path.to_string_lossy().into_owned(),
+            Self::File(path) => {
+                let chunks = path.as_os_str().as_encoded_bytes().utf8_chunks();
+                let text = |chunk: std::str::Utf8Chunk<'_>| {
+                    let rest: String = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")).collect();
+                    format!("{}{rest}", chunk.valid())
+                };
+                chunks.map(text).collect()
+            }
             Self::Object(object) => object.to_string(),
         }
     }
@@ -43,10 +50,11 @@ impl Place {
         folder(&self.name())
     }
 
-    /// Bytes, as far as that is known without reading.
-    pub(in super::super) fn size(&self) -> u64 {
+    /// Bytes, where that is known without reading.
+    pub(in super::super) fn size(&self) -> Option<u64> {
         match self {
-            Self::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            // One that is not there takes none.
+            Self::File(path) => Some(fs::metadata(path).map_or(0, |metadata| metadata.len())),
             Self::Object(object) => object.size(),
         }
     }
@@ -62,6 +70,10 @@ impl Place {
     pub(in super::super) fn read(&self, limit: u64) -> Result<Bytes, Fault> {
         let bytes = match self {
             Self::File(path) => {
+                // A pipe might never end.
+                if !fs::metadata(path)?.is_file() {
+                    return Err(Fault::new("file_not_readable", "it is no regular file"));
+                }
                 let mut bytes = Vec::new();
                 File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
                 bytes.into()

@@ -86,19 +86,18 @@ struct Table {
 
 impl Table {
     fn send(&self, out: &SyncSender<Item>) {
-        let stop = |number, error: String| {
-            let detail = format!("{} cannot be read further: {error}", self.name);
+        let stop = |error: String| {
             // The receiver may have gone: nobody wants more then.
-            let _ = out.send(self.lost(number, Fault::new("table", detail)));
+            let _ = out.send(Item::broken(&self.name, &error));
         };
         let rows = match self.rows() {
             Ok(rows) => rows,
-            Err(error) => return stop(0, error.to_string()),
+            Err(error) => return stop(error.to_string()),
         };
         for (number, row) in (0..).zip(rows) {
             let item = match row {
                 Ok(row) => self.item(number, &row),
-                Err(error) => return stop(number, error.to_string()),
+                Err(error) => return stop(error.to_string()),
             };
             if self.options.shard.has(&item.key) && out.send(item).is_err() {
                 return;
