@@ -202,20 +202,17 @@ impl<'a> Parts<'a> {
         Ok((parts, committed))
     }
 
-    /// Parts that are committed, and rows in them.
-    pub fn committed(&self) -> (u64, u64) {
-        (self.parts, self.rows)
-    }
-
     fn current(&mut self) -> Result<&mut Current<'a>, WriteError> {
         let current = match self.current.take() {
             Some(current) => current,
             None => {
                 let name = name(self.shard, self.next, self.format);
                 let (part, draft) = (self.folder.join(&name), self.folder.join(format!(".{name}.tmp")));
-                let file = File::create(&draft).map_err(|cause| WriteError::Part { part: draft.clone(), cause })?;
-                let writer =
-                    RowWriter::new(BufWriter::with_capacity(1 << 18, file), self.format, self.columns, self.classes)?;
+                let open = || {
+                    let output = BufWriter::with_capacity(1 << 18, File::create(&draft)?);
+                    RowWriter::new(output, self.format, self.columns, self.classes)
+                };
+                let writer = open().map_err(|error| self.explain(error, &draft, &part))?;
                 Current { draft, part, writer, rows: 0 }
             }
         };

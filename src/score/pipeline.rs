@@ -86,14 +86,10 @@ pub fn run(
         drop(places);
         for place in ordered {
             let Place { key, label, outcome, held } = place;
-            let outcome = settle(&outcome);
+            let settled = settle(&outcome);
             drop(held);
-            if let Err(Failure::Source(reason)) = outcome {
-                tally.summary.broken.push(reason);
-                continue;
-            }
             let began = Instant::now();
-            let outcome = match outcome {
+            let outcome = match settled {
                 Ok(prediction) => {
                     let (scores, best) = scoring.score(&prediction);
                     tally.scored(best, label.as_deref(), scores.abstained.is_some(), &prediction.timings);
@@ -103,7 +99,10 @@ pub fn run(
                     tally.failed(&fault);
                     Err(fault.detail)
                 }
-                Err(Failure::Source(reason)) => Err(reason),
+                Err(Failure::Source(reason)) => {
+                    tally.summary.broken.push(reason);
+                    continue;
+                }
             };
             output.write(&Row { key, label, outcome }).inspect_err(|_| stopped.end())?;
             tally.wrote(began.elapsed());
@@ -147,10 +146,7 @@ impl Feed<'_> {
     fn next(&mut self) -> Option<Item> {
         while !self.stopped.now() {
             let item = self.source.next()?;
-            if matches!(item.content, Content::Broken(_)) {
-                return Some(item);
-            }
-            if self.seen.is_none() && self.committed.is_empty() {
+            if item.is_broken() || (self.seen.is_none() && self.committed.is_empty()) {
                 return Some(item);
             }
             let key = hash(&item.key);
@@ -273,8 +269,11 @@ impl Held<'_> {
     /// Gives back what is beyond `bytes`.
     fn keep(&self, bytes: u64) {
         let before = self.bytes.fetch_min(bytes, Ordering::Relaxed);
-        *lock(&self.memory.free) += before.saturating_sub(bytes);
-        self.memory.freed.notify_all();
+        // As a rule there is nothing.
+        if before > bytes {
+            *lock(&self.memory.free) += before - bytes;
+            self.memory.freed.notify_all();
+        }
     }
 }
 

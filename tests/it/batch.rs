@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,11 +10,14 @@ use image::ImageFormat;
 use nbn::classify::ScoreRequest;
 use nbn::engine::Budget;
 use nbn::registry::ServedModel;
+use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Shard, Source, SourceOptions, Stores, Summary};
 use nbn::scores::Prior;
+use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
 
 use crate::support::{library, model_options, nbn, picture, shipped, text};
 
-fn score(args: &[&str]) -> std::process::Output {
+fn nbn_score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
 }
 
@@ -41,8 +45,8 @@ fn a_run_that_goes_on_scores_what_has_no_row() {
     fs::create_dir(&images).unwrap();
     pictures(&images, 12);
     let (images, dir) = (images.to_str().unwrap(), out.to_str().unwrap());
-    let whole: Vec<String> = text(&score(&[images]).stdout).lines().map(str::to_owned).collect();
-    let run = |more: &[&str]| score(&[&["--output-dir", dir, "--part-rows", "5"], more, &[images]].concat());
+    let whole: Vec<String> = text(&nbn_score(&[images]).stdout).lines().map(str::to_owned).collect();
+    let run = |more: &[&str]| nbn_score(&[&["--output-dir", dir, "--part-rows", "5"], more, &[images]].concat());
     assert!(run(&[]).status.success());
     assert_eq!(rows(&out, ""), whole);
 
@@ -80,14 +84,14 @@ fn shares_of_one_folder_are_the_whole() {
     pictures(&images, 20);
     let (images, dir) = (images.to_str().unwrap(), out.to_str().unwrap());
     for share in ["0/3", "1/3", "2/3"] {
-        assert!(score(&["--output-dir", dir, "--shard", share, images]).status.success());
+        assert!(nbn_score(&["--output-dir", dir, "--shard", share, images]).status.success());
     }
     let mut merged = rows(&out, "");
     merged.sort();
-    assert_eq!(merged, text(&score(&[images]).stdout).lines().collect::<Vec<_>>());
+    assert_eq!(merged, text(&nbn_score(&[images]).stdout).lines().collect::<Vec<_>>());
     assert!((0..3).all(|share| !rows(&out, &format!("{share:05}-of-00003")).is_empty()));
     // Another split of the same folder leaves out what has a row, too.
-    let again = score(&["--output-dir", dir, "--shard", "0/1", "--resume", images]);
+    let again = nbn_score(&["--output-dir", dir, "--shard", "0/1", "--resume", images]);
     assert!(text(&again.stderr).contains("0 images scored, 0 failed"), "{}", text(&again.stderr));
 }
 
@@ -113,21 +117,41 @@ fn a_source_that_cannot_be_used_says_what_would_be() {
         (&["--labels", "line", &at("d.txt")], "list_entry 1"),
     ];
     for (args, words) in cases {
-        let out = score(args);
+        let out = nbn_score(args);
         assert_eq!(out.status.code(), Some(1), "{args:?}");
         assert!(text(&out.stderr).contains(words), "{args:?}: {}", text(&out.stderr));
     }
-    let usage = score(&["--shard", "4/4", &at("d.txt")]);
+    let usage = nbn_score(&["--shard", "4/4", &at("d.txt")]);
     assert_eq!(usage.status.code(), Some(2));
     assert!(text(&usage.stderr).contains("the last is 3"), "{}", text(&usage.stderr));
 }
 
+/// Scores what `inputs` name; the summary, and the keys of the rows.
+fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 'static) -> (Summary, Vec<String>) {
+    let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
+    let inputs: Vec<_> = inputs.iter().map(|input| input.into()).collect();
+    let source = Source::open(&inputs, options, stdin).unwrap();
+    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false };
+    let (manifest, scorer) = (&model.manifest, &model.scorer);
+    let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
+    let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
+    let mut rows = RowWriter::new(Vec::new(), Format::Csv, columns, &manifest.classes).unwrap();
+    let run = score::Options {
+        max_file_bytes: options.max_file_bytes,
+        memory: 1 << 20,
+        readers: 2,
+        skip_duplicates: false,
+        committed: HashMap::new(),
+        stopped: options.stopped.clone(),
+    };
+    let summary = score::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
+    rows.finish().unwrap();
+    let table = text(&rows.into_inner().unwrap());
+    (summary, table.lines().skip(1).map(|line| line.split(',').next().unwrap().to_owned()).collect())
+}
+
 #[test]
 fn a_store_that_the_caller_brings_is_read_like_any_other() {
-    use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Source, SourceOptions, Stopped, Stores};
-    use object_store::{ObjectStoreExt, memory::InMemory};
-
-    let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
     let store = InMemory::new();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for name in ["photos/b.png", "photos/sub/a.png", "photos/notes.txt", "other/c.png"] {
@@ -136,29 +160,36 @@ fn a_store_that_the_caller_brings_is_read_like_any_other() {
     }
     let stores = Stores::default().with("memory://bucket", Arc::new(store));
     let options = SourceOptions { stores, max_file_bytes: 1 << 20, ..SourceOptions::default() };
-    let inputs = ["memory://bucket/photos".into(), "memory://bucket/other/gone.png".into()];
-    let source = Source::open(&inputs, &options, std::io::empty()).unwrap();
-    assert_eq!(source.len(), Some(3));
-    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false };
-    let (manifest, scorer) = (&model.manifest, &model.scorer);
-    let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
-    let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
-    let mut rows = RowWriter::new(Vec::new(), Format::Csv, columns, &manifest.classes).unwrap();
-    let run = score::Options {
-        max_file_bytes: 1 << 20,
-        memory: 1 << 20,
-        readers: 2,
-        skip_duplicates: false,
-        committed: HashMap::new(),
-        stopped: Stopped::default(),
-    };
-    let summary = score::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
-    rows.finish().unwrap();
+    let (summary, keys) =
+        run(&["memory://bucket/photos", "memory://bucket/other/gone.png"], &options, std::io::empty());
     assert_eq!((summary.scored, summary.failed, summary.errors.get("file_not_found")), (2, 1, Some(&1)));
-    let table = text(&rows.into_inner().unwrap());
-    let keys: Vec<&str> = table.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect();
     assert_eq!(
         keys,
         ["memory://bucket/photos/b.png", "memory://bucket/photos/sub/a.png", "memory://bucket/other/gone.png"]
     );
+}
+
+/// Three lines, then an error for every read.
+struct Failing(Cursor<Vec<u8>>);
+
+impl Read for Failing {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 => Err(io::Error::other("the line is dead")),
+            n => Ok(n),
+        }
+    }
+}
+
+#[test]
+fn a_list_that_breaks_off_is_told_to_every_share_once() {
+    for share in 0..3 {
+        let shard = Shard::new(share, 3).unwrap();
+        let options = SourceOptions { shard, max_file_bytes: 1 << 20, ..SourceOptions::default() };
+        let list = BufReader::new(Failing(Cursor::new(b"gone/a.png\ngone/b.png\ngone/c.png\n".to_vec())));
+        let (summary, keys) = run(&["-"], &options, list);
+        assert_eq!(summary.broken, ["stdin cannot be read further: the line is dead"]);
+        assert_eq!(summary.failed as usize, keys.len());
+        assert!(keys.iter().all(|key| key.starts_with("gone/")), "{keys:?}");
+    }
 }

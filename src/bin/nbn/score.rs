@@ -192,7 +192,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     let mut committed = HashMap::new();
     let (mut output, place): (Box<dyn Output + '_>, String) = match (&args.rows.output_dir, &args.rows.output) {
         (Some(folder), _) => {
-            let record = record(&args, &model, columns)?;
+            let record = record(&args, &model, columns, scoring.rule.prior());
             let (parts, done) = Parts::open(folder, shard, &record, form, args.rows.part_rows, args.rows.resume)?;
             committed = done;
             (Box::new(parts), folder.display().to_string())
@@ -273,13 +273,13 @@ impl ScoreArgs {
 }
 
 /// What every part of a folder must have in common.
-fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result<RunRecord> {
+fn record(args: &Score, model: &ServedModel, columns: Columns, prior: Option<&Prior>) -> RunRecord {
     let (scores, source) = (&args.scores, &args.source);
-    let prior = match scores.prior.as_deref() {
-        None | Some("uniform") => json!("uniform"),
-        Some("train") => json!("train"),
-        Some(path) => json!(nbn::bundle::sha256_hex(&fs::read(path).with_context(|| format!("--prior {path}"))?)),
-    };
+    let prior = prior.map(|prior| match prior {
+        Prior::Uniform => "uniform".to_owned(),
+        Prior::Train => "train".to_owned(),
+        Prior::Custom(weights) => nbn::bundle::sha256_hex(format!("{weights:?}").as_bytes()),
+    });
     let calibration = model.scorer.calibration().map(|calibration| calibration.id.clone());
     let sets = scores.alpha.map(|alpha| {
         json!({"alpha": alpha, "score": format!("{:?}", scores.set_score), "rung": format!("{:?}", scores.set_rung)})
@@ -305,7 +305,7 @@ fn record(args: &Score, model: &ServedModel, columns: Columns) -> anyhow::Result
         "max_file_mb": source.max_file_mb,
         "max_pixels": args.engine.max_pixels,
     });
-    Ok(record.as_object().cloned().unwrap_or_default())
+    record.as_object().cloned().unwrap_or_default()
 }
 
 fn writer<'a>(

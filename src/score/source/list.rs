@@ -60,7 +60,7 @@ pub(super) fn text_on_stdin(stdin: impl BufRead + Send + 'static, options: &Sour
     let shard = options.shard;
     Source::of_thread("stdin".into(), labelled, &options.stopped, move |out| {
         // The receiver may have gone: nobody wants more then.
-        let _ = lines(stdin, entries).filter(|item| shard.has(&item.key)).all(|item| out.send(item).is_ok());
+        let _ = lines(stdin, entries).filter(|item| item.is_for(shard)).all(|item| out.send(item).is_ok());
     })
 }
 
@@ -72,7 +72,7 @@ pub(super) fn text(place: Place, options: &SourceOptions) -> Result<Source, Sour
 
 /// Empty lines are skipped.
 fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator<Item = Item> + Send {
-    (1..).zip(until_broken(list)).filter_map(move |(number, line)| {
+    (1..).zip(list.lines()).filter_map(move |(number, line)| {
         let line = match line {
             Ok(line) => line,
             Err(error) => return Some(entries.unread(number, &error)),
@@ -88,16 +88,6 @@ fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator
             Some((path, label)) => entries.item(number, path.trim_end(), Some(label.to_owned())),
             None => entries.lost(number, "--labels line expects a path and a label"),
         })
-    })
-}
-
-/// Lines; after one that cannot be read at all there is no more. One that is not UTF-8 is passed over.
-fn until_broken(list: impl BufRead) -> impl Iterator<Item = io::Result<String>> {
-    let mut broken = false;
-    list.lines().take_while(move |line| {
-        let stop = broken;
-        broken = line.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::InvalidData);
-        !stop
     })
 }
 
@@ -136,7 +126,7 @@ pub(super) fn json_lines(place: Place, options: &SourceOptions) -> Result<Source
     let (shard, labelled, options) = (options.shard, options.labels.with_column(true), options.clone());
     let list = open(&place)?;
     let entries = Entries::new(place, &options);
-    let items = (1..).zip(until_broken(list)).filter_map(move |(number, line)| {
+    let items = (1..).zip(list.lines()).filter_map(move |(number, line)| {
         let item = |line: &str| {
             let object: serde_json::Map<String, Value> = serde_json::from_str(line).map_err(|e| e.to_string())?;
             let (image, label) = columns(object.keys().map(String::as_str), &options)?;

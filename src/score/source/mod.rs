@@ -166,6 +166,15 @@ impl Item {
         let reason = format!("{source} cannot be read further: {reason}");
         Self { key: source.to_owned(), label: None, content: Content::Broken(reason) }
     }
+
+    pub(super) fn is_broken(&self) -> bool {
+        matches!(self.content, Content::Broken(_))
+    }
+
+    /// Whether `shard` is told of it. A source's end is every share's loss.
+    fn is_for(&self, shard: Shard) -> bool {
+        self.is_broken() || shard.has(&self.key)
+    }
 }
 
 /// Why a picture cannot be scored: a word to count by and a sentence for its row.
@@ -211,7 +220,8 @@ impl Source {
     /// - every other file is a picture, even when it is missing, which its row will tell.
     ///
     /// # Errors
-    /// When an input cannot be opened or holds no picture. What fails later is a row with an error.
+    /// When an input cannot be opened or holds no picture. What fails later is a row with an error, or, where the rest of
+    /// an input is lost with it, stands in the summary.
     pub fn open(
         inputs: &[PathBuf],
         options: &SourceOptions,
@@ -287,7 +297,9 @@ impl Source {
 
     fn of_files(files: Vec<Place>, options: &SourceOptions) -> Self {
         let (labels, shard) = (options.labels, options.shard);
-        let wanted: Vec<Place> = files.into_iter().filter(|place| shard.has(&place.name())).collect();
+        // The only share has all, whatever they are called.
+        let has = |place: &Place| shard.count() == 1 || shard.has(&place.name());
+        let wanted: Vec<Place> = files.into_iter().filter(has).collect();
         let len = Some(wanted.len() as u64);
         let items = wanted.into_iter().map(move |place| picture(place, None, labels));
         Self { items: Box::new(items), len, labelled: labels == Labels::Folder }
@@ -326,11 +338,12 @@ impl Source {
             });
             fault.into_iter().chain(sent)
         });
-        Self { items: Box::new(items.flatten()), len: None, labelled }
+        Self { items: Box::new(until_broken(items.flatten())), len: None, labelled }
     }
 
     fn of(items: impl Iterator<Item = Item> + Send + 'static, shard: Shard, labelled: bool) -> Self {
-        Self { items: Box::new(items.filter(move |item| shard.has(&item.key))), len: None, labelled }
+        let items = until_broken(items.filter(move |item| item.is_for(shard)));
+        Self { items: Box::new(items), len: None, labelled }
     }
 
     pub(super) fn next(&mut self) -> Option<Item> {
@@ -351,6 +364,16 @@ impl Source {
     pub fn is_empty(&self) -> bool {
         self.len == Some(0)
     }
+}
+
+/// The items up to the first that says that there are no more.
+fn until_broken(mut items: impl Iterator<Item = Item>) -> impl Iterator<Item = Item> {
+    let mut broken = false;
+    std::iter::from_fn(move || {
+        let item = if broken { None } else { items.next() }?;
+        broken = item.is_broken();
+        Some(item)
+    })
 }
 
 /// A picture at a place of its own.

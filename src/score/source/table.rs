@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::SyncSender;
 
 use bytes::{Buf, Bytes};
@@ -18,7 +19,9 @@ use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOpti
 
 pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
     let content = |reason: String| SourceError::Content { path: place.name().into(), reason };
-    let reader = match open_reader(&place) {
+    // The reader panics on some damaged files.
+    let opened = catch_unwind(AssertUnwindSafe(|| open_reader(&place)));
+    let reader = match opened.unwrap_or_else(|_| Err(ParquetError::General("the table is damaged".into()))) {
         Err(ParquetError::External(error)) => match error.downcast::<io::Error>() {
             Ok(cause) => return Err(SourceError::Io { path: place.name().into(), cause: *cause }),
             Err(error) => return Err(content(error.to_string())),
