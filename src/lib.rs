@@ -16,6 +16,7 @@
 //! - `calibrate`: labelled logits → calibration.json
 //! - `evaluate`: labelled logits → figures, intervals, a report
 //! - `fold`: checkpoint → graph → passes → ONNX, with a proof
+//! - `train`: labelled images → checkpoint
 
 pub mod bundle;
 pub mod classify;
@@ -44,3 +45,5 @@ pub mod score;
 pub mod serve;
 #[cfg(feature = "serve")]
 pub mod shutdown;
+#[cfg(feature = "train")]
+pub mod train;

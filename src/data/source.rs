@@ -12,6 +12,8 @@ use crate::pixels::{DecodeLimits, RgbImage, decode, has_picture_ending};
 
 const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: usize = 3 * CIFAR_SIDE * CIFAR_SIDE;
+/// The first of the files that CIFAR-10's binary version is published in.
+const CIFAR10_BATCH: &str = "data_batch_1.bin";
 
 /// The form of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -20,7 +22,7 @@ pub enum Form {
     Folder,
     /// A text file with `path label` a line; paths are relative to its folder, labels are names or indices
     List,
-    /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes
+    /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes; a file, or the folder of the published five
     Cifar10,
     /// CIFAR-100's binary version: coarse and fine label byte, then 3072 pixel bytes
     Cifar100,
@@ -39,7 +41,9 @@ impl Form {
         let metadata = fs::metadata(path).map_err(|cause| DataError::Read { path: path.to_owned(), cause })?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
         let size = metadata.len() as usize;
-        Ok(if metadata.is_dir() {
+        Ok(if path.join(CIFAR10_BATCH).is_file() {
+            Self::Cifar10
+        } else if metadata.is_dir() {
             Self::Folder
         } else if name.ends_with(".safetensors") {
             Self::Logits
@@ -133,6 +137,17 @@ impl LabelledImages {
             store: self.store.clone(),
             origin: self.origin.clone(),
         })
+    }
+
+    /// What tells the image from the set's others: its path within the set, or where its pixels start.
+    pub fn id(&self, index: usize) -> String {
+        match &self.items[index] {
+            Item::File(path) => {
+                let base = if self.origin.is_dir() { Some(self.origin.as_path()) } else { self.origin.parent() };
+                base.and_then(|base| path.strip_prefix(base).ok()).unwrap_or(path).display().to_string()
+            }
+            Item::Raw { at } => at.to_string(),
+        }
     }
 
     /// The image's path, or its record number.
@@ -270,7 +285,12 @@ fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
 }
 
 fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledImages, DataError> {
-    let bytes = read(path)?;
+    let bytes = if path.is_dir() {
+        let files: Result<Vec<_>, _> = (1..=5).map(|n| read(&path.join(format!("data_batch_{n}.bin")))).collect();
+        files?.concat()
+    } else {
+        read(path)?
+    };
     let record = label_bytes + CIFAR_PIXELS;
     if bytes.is_empty() || !bytes.len().is_multiple_of(record) {
         let reason =

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Family, Overrides};
-use super::{Checkpoint, FoldError, onnx, passes, verify};
+use super::{CLASSES_KEY, Checkpoint, FoldError, PREPROCESSING_KEY, onnx, passes, verify};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
 };
@@ -87,16 +87,32 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         )));
     }
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
-    let side = match (options.input_size, options.preset) {
-        (Some(side), _) => side as usize,
-        (None, Some(preset)) => preset.preprocessing(None, options.exif).crop as usize,
-        (None, None) => architecture::family(&checkpoint)?.default_side(),
+    let stored: Option<Preprocessing> = metadata(&checkpoint, PREPROCESSING_KEY)?;
+    // What the checkpoint was trained with holds unless the command line says otherwise.
+    let stored = stored.filter(|_| options.preset.is_none());
+    let side = match (options.input_size, options.preset, &stored) {
+        (Some(side), ..) => side as usize,
+        (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop as usize,
+        (None, None, Some(stored)) => stored.crop as usize,
+        (None, None, None) => architecture::family(&checkpoint)?.default_side(),
     };
     let network = architecture::build(&checkpoint, side, options.expert_logits, &options.overrides)?;
+    let classes = match (&options.classes, metadata(&checkpoint, CLASSES_KEY)?) {
+        (None, Some(stored)) => fitting(stored, network.classes)?,
+        (path, _) => classes(path.as_deref(), network.classes)?,
+    };
     drop(checkpoint);
-    let classes = classes(options.classes.as_deref(), network.classes)?;
-    let preset = options.preset.unwrap_or_else(|| Preset::guess(network.family, network.classes));
-    let preprocessing = preset.preprocessing(Some(side as u32), options.exif);
+    let preprocessing = match stored {
+        Some(stored) if stored.crop as usize == side => Preprocessing { exif: options.exif, ..stored },
+        Some(stored) => {
+            let shorter_side = (side as u32 * stored.shorter_side).div_ceil(stored.crop);
+            Preprocessing { shorter_side, crop: side as u32, exif: options.exif, ..stored }
+        }
+        None => options
+            .preset
+            .unwrap_or_else(|| Preset::guess(network.family, network.classes))
+            .preprocessing(Some(side as u32), options.exif),
+    };
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
     let folded = passes::fold(network.graph.clone())?;
     let model = onnx::write(&folded);
@@ -131,6 +147,20 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
 fn is_norm(op: &super::graph::Op) -> bool {
     use super::graph::Op;
     matches!(op, Op::BatchNorm(_) | Op::NormalizedBatchNorm { .. })
+}
+
+/// What the checkpoint's metadata says under `key`, where it says something.
+fn metadata<T: serde::de::DeserializeOwned>(checkpoint: &Checkpoint, key: &str) -> Result<Option<T>, FoldError> {
+    let wrong = |error| FoldError::Input(format!("the checkpoint's metadata {key} cannot be read: {error}"));
+    checkpoint.metadata.get(key).map(|text| serde_json::from_str(text).map_err(wrong)).transpose()
+}
+
+fn fitting(classes: Vec<Class>, expected: usize) -> Result<Vec<Class>, FoldError> {
+    if classes.len() == expected {
+        return Ok(classes);
+    }
+    let found = classes.len();
+    Err(FoldError::Input(format!("the checkpoint's {CLASSES_KEY} names {found} classes; its network has {expected}")))
 }
 
 /// Labels from a CSV with the header `label,count` (or `label`), or one label a line; `class 0` … without a file.

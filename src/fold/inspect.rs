@@ -7,6 +7,8 @@ use super::graph::{BatchNorm, Op};
 use super::{Checkpoint, FoldError};
 use crate::bundle::{Group, Manifest};
 
+/// Longer metadata, such as a hundred classes, is for programs.
+const LONGEST_VALUE: usize = 80;
 /// A magnitude below this all but switches the layer off.
 const SMALL_ALPHA: f64 = 1e-3;
 /// An effective weight below this makes a channel constant.
@@ -29,7 +31,7 @@ pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<Stri
         network.arch, network.classes, network.head, network.experts
     );
     let _ = writeln!(out, "tensors     {} with {parameters} values", checkpoint.tensors.len());
-    for (key, value) in &checkpoint.metadata {
+    for (key, value) in checkpoint.metadata.iter().filter(|(_, value)| value.len() <= LONGEST_VALUE) {
         let _ = writeln!(out, "{key:<11} {value}");
     }
     for alpha in &network.alphas {

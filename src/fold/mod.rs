@@ -14,6 +14,11 @@ pub mod passes;
 pub mod reference;
 pub mod verify;
 
+/// Metadata of a checkpoint: its classes, as a JSON list of the manifest's.
+pub const CLASSES_KEY: &str = "nbn.classes";
+/// Metadata of a checkpoint: the preprocessing it was trained with, as the manifest's JSON.
+pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
+
 pub use checkpoint::Checkpoint;
 pub use error::FoldError;
 pub use graph::{FoldedGraph, Graph};

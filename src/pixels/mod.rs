@@ -5,6 +5,8 @@ mod resize;
 
 pub use decode::{DecodeError, DecodeLimits, decode};
 pub use image::RgbImage;
+#[cfg(feature = "train")]
+pub(crate) use resize::{shorter_side_then_centre_crop, stretch};
 
 use std::path::Path;
 

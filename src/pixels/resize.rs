@@ -18,7 +18,7 @@ struct Taps {
 
 /// Resizes so that the shorter side is `shorter_side`, then cuts the central `crop × crop` pixels.
 /// Returns `crop × crop` RGB triples, row by row. Needs `1 ≤ crop ≤ shorter_side`.
-pub(super) fn shorter_side_then_centre_crop(picture: &RgbImage, shorter_side: u32, crop: u32) -> Vec<u8> {
+pub(crate) fn shorter_side_then_centre_crop(picture: &RgbImage, shorter_side: u32, crop: u32) -> Vec<u8> {
     let (width, height) = picture.dimensions();
     let short = width.min(height);
     let scaled = |side: u32| {
@@ -33,6 +33,18 @@ pub(super) fn shorter_side_then_centre_crop(picture: &RgbImage, shorter_side: u3
     let needed = span(&rows);
     let narrow = horizontal(picture, &columns, needed.clone());
     vertical(&narrow, &rows, needed.start, columns.len())
+}
+
+/// Resizes the whole picture to `side × side`, whatever its ratio.
+#[cfg(feature = "train")]
+pub(crate) fn stretch(picture: &RgbImage, side: u32) -> RgbImage {
+    let (width, height) = picture.dimensions();
+    let columns = taps(width, side.into(), side);
+    let rows = taps(height, side.into(), side);
+    let needed = span(&rows);
+    let narrow = horizontal(picture, &columns, needed.clone());
+    RgbImage::from_raw(side, side, vertical(&narrow, &rows, needed.start, columns.len()))
+        .unwrap_or_else(|| RgbImage::new(side, side))
 }
 
 /// Taps of the central `crop` of `scaled` output samples made from `input` samples.

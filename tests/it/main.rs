@@ -13,3 +13,5 @@ mod operations;
 mod pixels;
 mod server;
 mod support;
+#[cfg(feature = "train")]
+mod training;

@@ -26,10 +26,11 @@ pub(crate) struct Export {
     /// Folder of the new bundle: models/NAME/VERSION, with a decimal number for VERSION
     #[arg(long)]
     out: PathBuf,
-    /// Labels: a CSV with the header label,count (training images per class), or one label a line
+    /// Labels: a CSV with the header label,count (training images per class), or one label a line; a checkpoint of
+    /// `fold train` brings its own
     #[arg(long)]
     classes: Option<PathBuf>,
-    /// Evaluation pipeline; guessed from the network when absent
+    /// Evaluation pipeline; the checkpoint's own, or guessed from the network, when absent
     #[arg(long)]
     preprocessing: Option<Preset>,
     /// Side of the network's square input in pixels, when not the pipeline's own

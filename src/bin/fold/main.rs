@@ -4,6 +4,7 @@ mod calibrate;
 mod dataset;
 mod evaluate;
 mod export;
+mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Trains a network with NBN on labelled images, and writes a checkpoint that `export` reads
+    Train(Box<train::Train>),
     /// Merges a checkpoint's NBN, BatchNorm, LR head and experts into a bundle, and proves it equal
     Export(export::Export),
     /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Train(args) => train::run(*args),
         Command::Export(args) => export::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Evaluate(args) => evaluate::run(args),

@@ -1,0 +1,465 @@
+//! `fold train`'s command line.
+
+#[cfg(feature = "train")]
+pub(crate) use with::{Train, run};
+#[cfg(not(feature = "train"))]
+pub(crate) use without::{Train, run};
+
+/// What a build without the engine answers.
+#[cfg(not(feature = "train"))]
+mod without {
+    #[derive(clap::Args)]
+    pub(crate) struct Train {
+        /// Whatever training would take
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        _arguments: Vec<String>,
+    }
+
+    pub(crate) fn run(_: Train) -> anyhow::Result<()> {
+        anyhow::bail!(
+            "this build has no training: build with it, as in \
+             `cargo run --release --features train --bin fold -- train --help`"
+        )
+    }
+}
+
+#[cfg(feature = "train")]
+mod with {
+    use std::io::IsTerminal;
+    use std::path::{Path, PathBuf};
+    use std::process::exit;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use anyhow::{Context, bail, ensure};
+    use burn::tensor::Device;
+    use clap::{Args, ValueEnum};
+    use indicatif::{ProgressBar, ProgressStyle};
+    use nbn::bundle::{Class, Exif};
+    use nbn::data::{Form, LabelledImages, TrainingSet, hold_out, long_tail};
+    use nbn::fold::architecture::{Magnitude, NbnLayers};
+    use nbn::fold::export::Preset;
+    use nbn::train::blueprint::Arch;
+    use nbn::train::recipe::{
+        Augmentation, BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut,
+    };
+    use nbn::train::run::{End, EpochReport, Event, Job, run as train};
+    use nbn::train::state::{Files, replace};
+
+    /// Share of the epochs after which LDAM weighs rare classes more, as its authors do (160 of 200).
+    const LDAM_DEFERRED: f64 = 0.8;
+
+    #[derive(Args)]
+    pub(crate) struct Train {
+        /// Class folders, a list of `path label` lines, or a benchmark's file or folder (CIFAR binary, IDX)
+        #[arg(long, value_name = "SET", help_heading = "Images")]
+        data: PathBuf,
+        /// Form of the set, when it is not guessed right
+        #[arg(long, value_name = "FORM", help_heading = "Images")]
+        dataset: Option<Form>,
+        /// Names of the classes in the order of the logits, one a line
+        #[arg(long, value_name = "FILE", help_heading = "Images")]
+        classes: Option<PathBuf>,
+        /// Images to measure accuracy on; the benchmark's own test set, or the held-out images, when absent
+        #[arg(long, value_name = "SET", help_heading = "Images")]
+        test: Option<PathBuf>,
+        /// Measure accuracy after every so many epochs, and after the last
+        #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Images")]
+        test_every: usize,
+        /// Cut the set to an exponential profile, the first class this many times as large as the last
+        #[arg(long, value_name = "F", help_heading = "Images")]
+        imbalance_factor: Option<f64>,
+        /// Share of each class held out for `fold calibrate`, one image at least
+        #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
+        calibration_fraction: f64,
+        /// Evaluation pipeline; cifar for CIFAR networks, imagenet for others
+        #[arg(long, help_heading = "Images")]
+        preprocessing: Option<Preset>,
+        /// Side of the network's square input in pixels, when not the pipeline's own
+        #[arg(long, value_name = "PX", value_parser = clap::value_parser!(u32).range(8..=4096), help_heading = "Images")]
+        input_size: Option<u32>,
+        /// How training pictures are varied, in this order, with commas; `none` for not at all. Default: crop,flip for
+        /// CIFAR networks, resized-crop,flip,color-jitter for others
+        #[arg(long, value_name = "STEPS", help_heading = "Images")]
+        augment: Option<String>,
+        /// Blend pairs of images by shares from Beta(ALPHA, ALPHA)
+        #[arg(long, value_name = "ALPHA", help_heading = "Images")]
+        mixup: Option<f64>,
+
+        /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
+        #[arg(long, default_value = "resnet20", help_heading = "Network")]
+        arch: Arch,
+        /// The norm of the layers that --nbn-layers names
+        #[arg(long, default_value = "nbn", help_heading = "Network")]
+        norm: Norm,
+        /// Normalised layers: last-stage-outputs, last-stage-all, all, or names with commas
+        #[arg(long, value_name = "LAYERS", help_heading = "Network")]
+        nbn_layers: Option<NbnLayers>,
+        /// Layers that share a magnitude: those of an expert, a stage, or none (layer)
+        #[arg(long, value_name = "OF", default_value = "expert", help_heading = "Network")]
+        magnitude: Magnitude,
+        /// Where the magnitude starts
+        #[arg(long, value_name = "ALPHA", default_value_t = 1.0, help_heading = "Network")]
+        magnitude_start: f32,
+        /// Whether the magnitude learns
+        #[arg(long, value_name = "MODE", default_value = "learned", help_heading = "Network")]
+        magnitude_mode: MagnitudeMode,
+        /// How the bias of a normalised layer starts
+        #[arg(long, value_name = "START", default_value = "normal", help_heading = "Network")]
+        bias_start: BiasStart,
+        /// The classifier
+        #[arg(long, default_value = "lr-plain", help_heading = "Network")]
+        head: Head,
+        /// The shortcut of CIFAR blocks
+        #[arg(long, default_value = "a", help_heading = "Network")]
+        shortcut: Shortcut,
+
+        /// The loss
+        #[arg(long, default_value = "cross-entropy", help_heading = "Loss")]
+        loss: Loss,
+        /// τ of logit adjustment
+        #[arg(long, default_value_t = 1.0, help_heading = "Loss")]
+        tau: f32,
+        /// Margin of LDAM for the rarest class
+        #[arg(long, value_name = "M", default_value_t = 0.5, help_heading = "Loss")]
+        ldam_margin: f32,
+        /// Scale of LDAM's logits; its authors use 30 over a cosine classifier, which these networks have not
+        #[arg(long, value_name = "S", default_value_t = 1.0, help_heading = "Loss")]
+        ldam_scale: f32,
+        /// Share of the target spread over all classes
+        #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Loss")]
+        label_smoothing: f32,
+        /// Epoch (from 0) from which rare classes weigh more; with LDAM, 80 % of the epochs when absent
+        #[arg(long, value_name = "EPOCH", help_heading = "Loss")]
+        reweight_from: Option<usize>,
+
+        /// Epochs
+        #[arg(long, default_value_t = 60, help_heading = "Optimisation")]
+        epochs: usize,
+        /// Images in a step
+        #[arg(long, default_value_t = 64, help_heading = "Optimisation")]
+        batch: usize,
+        /// Learning rate at its highest
+        #[arg(long, default_value_t = 0.05, help_heading = "Optimisation")]
+        lr: f64,
+        /// How it falls
+        #[arg(long, default_value = "cosine", help_heading = "Optimisation")]
+        schedule: Schedule,
+        /// Epochs of its linear rise
+        #[arg(long, value_name = "EPOCHS", default_value_t = 0, help_heading = "Optimisation")]
+        warm_up: usize,
+        /// Epochs at which --schedule step falls, with commas
+        #[arg(long, value_delimiter = ',', help_heading = "Optimisation")]
+        milestones: Vec<usize>,
+        /// Factor of each fall
+        #[arg(long, value_name = "FACTOR", default_value_t = 0.1, help_heading = "Optimisation")]
+        decay_factor: f64,
+        /// Momentum
+        #[arg(long, default_value_t = 0.9, help_heading = "Optimisation")]
+        momentum: f64,
+        /// Nesterov's momentum
+        #[arg(long, help_heading = "Optimisation")]
+        nesterov: bool,
+        /// Weight decay
+        #[arg(long, value_name = "LAMBDA", default_value_t = 5e-4, help_heading = "Optimisation")]
+        weight_decay: f64,
+        /// What decays
+        #[arg(long, value_name = "WHAT", default_value = "weights", help_heading = "Optimisation")]
+        decay: Decay,
+        /// Largest norm of all gradients together
+        #[arg(long, value_name = "NORM", help_heading = "Optimisation")]
+        clip: Option<f64>,
+        /// Measure and save a running mean of the weights with this decay, such as 0.999
+        #[arg(long, value_name = "DECAY", help_heading = "Optimisation")]
+        ema: Option<f64>,
+        /// Seed of everything random
+        #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
+        seed: u64,
+
+        /// The checkpoint, NAME.safetensors; the run's other files lie beside it
+        #[arg(long, value_name = "FILE", help_heading = "Run")]
+        out: PathBuf,
+        /// Go on with the run that is there; a run that has not begun begins
+        #[arg(long, conflicts_with = "overwrite", help_heading = "Run")]
+        resume: bool,
+        /// Begin anew over a run that is there
+        #[arg(long, help_heading = "Run")]
+        overwrite: bool,
+        /// Threads of the network; all processors when 0
+        #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
+        threads: usize,
+        /// Threads that prepare pictures
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), help_heading = "Run")]
+        loaders: u8,
+        /// Where the network is computed; cuda needs a build with --features train,cuda
+        #[arg(long, default_value = "cpu", help_heading = "Run")]
+        device: Place,
+    }
+
+    #[derive(Clone, Copy, PartialEq, ValueEnum)]
+    enum Place {
+        Cpu,
+        Cuda,
+    }
+
+    pub(crate) fn run(args: Train) -> anyhow::Result<()> {
+        ensure!(
+            args.out.extension().is_some_and(|e| e == "safetensors"),
+            "--out is {}; give a name that ends in .safetensors",
+            args.out.display()
+        );
+        let device = device(args.device)?;
+        let recipe = recipe(&args)?;
+        recipe.check()?;
+        let files = Files::of(&args.out);
+        let resume = args.resume && files.state.exists();
+        ensure!(
+            resume || args.overwrite || !(files.state.exists() || args.out.exists()),
+            "{} is there: go on with it (--resume), or begin anew over it (--overwrite)",
+            if args.out.exists() { args.out.display() } else { files.state.display() }
+        );
+        let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        if args.threads > 0 {
+            rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
+        }
+        let job = job(&args, recipe, files, resume, device)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let asked = stop.clone();
+        ctrlc::set_handler(move || {
+            if asked.swap(true, Ordering::Relaxed) {
+                exit(130);
+            }
+            eprintln!("finishing the step, then saving; once more ends at once");
+        })?;
+        let mut view = View::new(job.recipe.epochs, job.training.len());
+        let end = train(&job, &stop, &mut |event| view.show(&event))?;
+        view.bar.finish_and_clear();
+        if end == End::Stopped {
+            eprintln!("stopped     --resume goes on from here");
+        }
+        println!("{}", args.out.display());
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device(place: Place) -> anyhow::Result<Device> {
+        Ok(match place {
+            Place::Cpu => Device::flex(),
+            Place::Cuda => {
+                // The engine panics without a driver; that must not be the message.
+                std::panic::set_hook(Box::new(|_| {}));
+                let device = std::panic::catch_unwind(|| {
+                    let device = Device::cuda(0);
+                    let probe = burn::tensor::Tensor::<1>::ones([1], &device);
+                    let _ = probe.into_data();
+                    device
+                });
+                let _ = std::panic::take_hook();
+                match device {
+                    Ok(device) => device,
+                    Err(_) => {
+                        bail!("--device cuda: no CUDA device can be used here: is there a driver? Or --device cpu")
+                    }
+                }
+            }
+        })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn device(place: Place) -> anyhow::Result<Device> {
+        if place == Place::Cuda {
+            bail!("--device cuda: this build has no CUDA: build with --features train,cuda, or --device cpu");
+        }
+        Ok(Device::flex())
+    }
+
+    fn recipe(args: &Train) -> anyhow::Result<Recipe> {
+        let cifar = args.arch.is_cifar();
+        let multi = matches!(args.arch, Arch::ImageNet { experts, .. } if experts > 1);
+        let augment = match args.augment.as_deref() {
+            Some("none") => Vec::new(),
+            Some(text) => text
+                .split(',')
+                .map(|step| Augmentation::from_str(step.trim(), false).map_err(|_| unknown_step(step)))
+                .collect::<Result<_, _>>()?,
+            None if cifar => vec![Augmentation::Crop, Augmentation::Flip],
+            None => vec![Augmentation::ResizedCrop, Augmentation::Flip, Augmentation::ColorJitter],
+        };
+        let preset = args.preprocessing.unwrap_or(if cifar { Preset::Cifar } else { Preset::Imagenet });
+        let deferred = (args.epochs as f64 * LDAM_DEFERRED) as usize;
+        let layers = if multi { NbnLayers::LastStageAll } else { NbnLayers::LastStageOutputs };
+        Ok(Recipe {
+            arch: args.arch.clone(),
+            norm: args.norm,
+            nbn_layers: args.nbn_layers.clone().unwrap_or(layers),
+            magnitude: args.magnitude,
+            magnitude_start: args.magnitude_start,
+            magnitude_mode: args.magnitude_mode,
+            bias_start: args.bias_start,
+            head: args.head,
+            shortcut: args.shortcut,
+            loss: args.loss,
+            tau: args.tau,
+            ldam_margin: args.ldam_margin,
+            ldam_scale: args.ldam_scale,
+            label_smoothing: args.label_smoothing,
+            reweight_from: args.reweight_from.or((args.loss == Loss::Ldam).then_some(deferred)),
+            epochs: args.epochs,
+            batch: args.batch,
+            learning_rate: args.lr,
+            schedule: args.schedule,
+            warm_up: args.warm_up,
+            milestones: args.milestones.clone(),
+            decay_factor: args.decay_factor,
+            momentum: args.momentum,
+            nesterov: args.nesterov,
+            weight_decay: args.weight_decay,
+            decay: args.decay,
+            clip: args.clip,
+            ema: args.ema,
+            augment,
+            mixup: args.mixup,
+            preprocessing: preset.preprocessing(args.input_size, Exif::Apply),
+            imbalance_factor: args.imbalance_factor,
+            calibration_fraction: args.calibration_fraction,
+            seed: args.seed,
+        })
+    }
+
+    fn unknown_step(step: &str) -> anyhow::Error {
+        let known: Vec<String> = Augmentation::value_variants()
+            .iter()
+            .filter_map(|v| v.to_possible_value().map(|v| v.get_name().to_owned()))
+            .collect();
+        anyhow::anyhow!("--augment: {step:?} is none of {}, none", known.join(", "))
+    }
+
+    fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {
+        let set = TrainingSet::open(&args.data, args.dataset, args.classes.as_deref())?;
+        ensure!(
+            set.labels.len() >= 2,
+            "{} has {} class; a classifier needs at least 2",
+            set.path.display(),
+            set.labels.len()
+        );
+        let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
+        let records = match recipe.imbalance_factor {
+            Some(factor) => long_tail(set.images.labels(), &set.labels, factor, recipe.seed).map_err(refuse)?,
+            None => (0..set.images.len()).collect(),
+        };
+        let (training, held_out) =
+            hold_out(set.images.labels(), &records, &set.labels, recipe.calibration_fraction, recipe.seed)
+                .map_err(refuse)?;
+        let counts = set.counts(&training);
+        let classes: Vec<Class> = set
+            .labels
+            .iter()
+            .zip(&counts)
+            .map(|(label, &count)| Class { label: label.clone(), count: Some(count) })
+            .collect();
+        let test = args.test.clone().or_else(|| set.test.clone());
+        let evaluation = match &test {
+            Some(path) => {
+                let form = args.dataset.filter(|_| path.is_dir() == set.path.is_dir());
+                let form = form.map_or_else(|| Form::guess(path, set.labels.len()), Ok)?;
+                Some((LabelledImages::open(path, form, &set.labels)?, path.display().to_string()))
+            }
+            None if !held_out.is_empty() => Some((set.images.select(&held_out)?, "held-out images".to_owned())),
+            None => None,
+        };
+        let record = |path: &Path, records: &[usize]| -> anyhow::Result<()> {
+            let text = serde_json::json!({ "file": set.path, "seed": recipe.seed, "records": records }).to_string();
+            Ok(replace(path, text.as_bytes(), "")?)
+        };
+        if !resume {
+            record(&files.training, &training)?;
+            record(&files.calibration, &held_out)?;
+        }
+        let (most, least) = (counts.iter().max().unwrap_or(&0), counts.iter().min().unwrap_or(&0));
+        eprintln!(
+            "images      {} of {} classes, {most} to {least} each; {} held out ({})",
+            training.len(),
+            classes.len(),
+            held_out.len(),
+            files.calibration.display()
+        );
+        match &evaluation {
+            Some((images, name)) => eprintln!("measured on {} images: {name}", images.len()),
+            None => eprintln!("measured on nothing: neither --test nor held-out images"),
+        }
+        eprintln!("network     {}, {:?} head, {:?}", recipe.arch, recipe.head, recipe.norm);
+        Ok(Job {
+            training: set.images.select(&training)?,
+            recipe,
+            classes,
+            evaluation,
+            evaluate_every: args.test_every,
+            files,
+            resume,
+            loaders: args.loaders.into(),
+            device,
+        })
+    }
+
+    /// A bar on a terminal, a line per epoch everywhere.
+    struct View {
+        bar: ProgressBar,
+        epochs: usize,
+        images: usize,
+    }
+
+    impl View {
+        fn new(epochs: usize, images: usize) -> Self {
+            let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+            let style = ProgressStyle::with_template("{prefix} {bar:28} {pos}/{len} steps, {msg}, {eta} left");
+            Self { bar: style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style)), epochs, images }
+        }
+
+        fn show(&mut self, event: &Event<'_>) {
+            match event {
+                Event::Start { epoch, step, steps, parameters } => {
+                    eprintln!("learned     {parameters} values; {steps} steps an epoch");
+                    if epoch + step > 0 {
+                        eprintln!("resumed     after {epoch} epochs and {step} steps");
+                    }
+                    self.bar.set_length((self.epochs * steps) as u64);
+                    self.bar.set_position((epoch * steps + step) as u64);
+                    self.bar.reset_eta();
+                    self.bar.set_prefix(format!("epoch {}/{}", epoch + 1, self.epochs));
+                }
+                Event::Step { loss, images_per_second, .. } => {
+                    self.bar.inc(1);
+                    self.bar.set_message(format!("loss {loss:.4}, {images_per_second:.0} images/s"));
+                }
+                Event::Epoch(report) => {
+                    let line = self.line(report);
+                    self.bar.suspend(|| eprintln!("{line}"));
+                    self.bar.set_prefix(format!("epoch {}/{}", (report.epoch + 1).min(self.epochs), self.epochs));
+                }
+            }
+        }
+
+        fn line(&self, report: &EpochReport) -> String {
+            let left = (self.epochs - report.epoch) as f64 * self.images as f64 / report.images_per_second.max(1e-9);
+            let mut line = format!(
+                "epoch {:>3}/{}  loss {:.4}  training {:.1} %  {:.0} images/s",
+                report.epoch,
+                self.epochs,
+                report.loss,
+                100.0 * report.training_accuracy,
+                report.images_per_second
+            );
+            if let Some(accuracy) = &report.evaluation {
+                line += &format!("  top-1 {:.2} %", 100.0 * accuracy.overall);
+                for (group, share) in &accuracy.groups {
+                    line += &format!("  {} {:.1}", group.name(), 100.0 * share);
+                }
+            }
+            if report.epoch < self.epochs {
+                line += &format!("  {} left", humantime::format_duration(std::time::Duration::from_secs(left as u64)));
+            }
+            line
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! A set that is to be trained on: its classes, its long-tailed profile, and what is held out of it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fastrand::Rng;
+
+use super::source::{content, read};
+use super::{DataError, Form, LabelledImages};
+
+/// Files beside a benchmark's own that name its classes.
+const NAMES: [&str; 3] = ["classes.txt", "batches.meta.txt", "fine_label_names.txt"];
+/// What keeps the draws of the profile and of the split apart.
+const PROFILE: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A set to train on.
+#[derive(Debug)]
+pub struct TrainingSet {
+    /// The file or folder that its record numbers count in.
+    pub path: PathBuf,
+    /// Its form.
+    pub form: Form,
+    /// Its classes, in the order of the logits.
+    pub labels: Vec<String>,
+    /// Its images.
+    pub images: LabelledImages,
+    /// The test set that lies beside it, where a benchmark has one.
+    pub test: Option<PathBuf>,
+}
+
+impl TrainingSet {
+    /// Opens the set at `path`: class folders, a list, or a benchmark's file or folder. `classes` names the classes, one a
+    /// line; without it they are the folders, the names in the list, or those that the benchmark brings.
+    ///
+    /// # Errors
+    /// When a file cannot be read or has another form.
+    pub fn open(path: &Path, form: Option<Form>, classes: Option<&Path>) -> Result<Self, DataError> {
+        let (path, test) = benchmark(path);
+        let form = form.map_or_else(|| Form::guess(&path, 0), Ok)?;
+        let labels = match classes {
+            Some(file) => names(file)?,
+            None => discover(&path, form)?,
+        };
+        let images = LabelledImages::open(&path, form, &labels)?;
+        Ok(Self { path, form, labels, images, test })
+    }
+
+    /// Images per class of the `records`.
+    pub fn counts(&self, records: &[usize]) -> Vec<u64> {
+        let mut counts = vec![0; self.labels.len()];
+        records.iter().for_each(|&r| counts[self.images.labels()[r] as usize] += 1);
+        counts
+    }
+}
+
+/// The training and the test file of a folder that holds a benchmark; any other path as it is.
+fn benchmark(path: &Path) -> (PathBuf, Option<PathBuf>) {
+    let pairs = [
+        ("train.bin", "test.bin"),
+        ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+        ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"),
+    ];
+    let test = |name: &str| Some(path.join(name)).filter(|p| p.exists());
+    if path.join("data_batch_1.bin").exists() {
+        return (path.to_owned(), test("test_batch.bin"));
+    }
+    match pairs.iter().find(|(train, _)| path.join(train).is_file()) {
+        Some((train, name)) => (path.join(train), test(name)),
+        None => (path.to_owned(), None),
+    }
+}
+
+fn names(file: &Path) -> Result<Vec<String>, DataError> {
+    let text = String::from_utf8(read(file)?).map_err(|_| content(file, "is not UTF-8 text: one label a line"))?;
+    let labels: Vec<String> = text
+        .trim_start_matches('\u{feff}')
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .map(str::to_owned)
+        .collect();
+    let mut seen = BTreeSet::new();
+    match labels.iter().find(|label| !seen.insert(*label)) {
+        Some(twice) => Err(content(file, &format!("names the class {twice:?} twice; labels must differ"))),
+        None => Ok(labels),
+    }
+}
+
+fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
+    let numbered = |highest: usize| (0..=highest).map(|k| format!("class {k}")).collect();
+    match form {
+        Form::Folder => {
+            let fail = |cause| DataError::Read { path: path.to_owned(), cause };
+            let mut labels = Vec::new();
+            for entry in fs::read_dir(path).map_err(fail)? {
+                let entry = entry.map_err(fail)?;
+                if entry.path().is_dir() {
+                    labels.push(entry.file_name().to_string_lossy().into_owned());
+                }
+            }
+            labels.sort();
+            Ok(labels)
+        }
+        Form::List => {
+            let text = String::from_utf8(read(path)?)
+                .map_err(|_| content(path, "is not UTF-8 text: a list has `path label` a line"))?;
+            let last = |line: &str| line.rsplit_once([' ', '\t']).map(|(_, label)| label.to_owned());
+            let found: BTreeSet<String> = text.lines().map(str::trim).filter_map(last).collect();
+            let indices: Option<Vec<usize>> = found.iter().map(|l| l.parse().ok()).collect();
+            Ok(match indices.and_then(|indices| indices.into_iter().max()) {
+                Some(highest) if highest < (1 << 20) => numbered(highest),
+                _ => found.into_iter().collect(),
+            })
+        }
+        Form::Cifar10 | Form::Cifar100 | Form::Idx => {
+            let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
+            if let Some(file) = NAMES.iter().map(|n| folder.join(n)).find(|p| p.exists()) {
+                return names(&file);
+            }
+            Ok(numbered(if form == Form::Cifar100 { 99 } else { 9 }))
+        }
+        Form::Logits => Err(content(path, "holds logits; training takes images")),
+    }
+}
+
+/// Cuts the set to an exponential profile: class k of K keeps ⌊n·F^(−k/(K−1))⌋ of its images, drawn with `seed`, where n is
+/// the number of images of class 0 (arXiv 1901.05555, section 5.1). Returns record numbers in the set's order.
+///
+/// # Errors
+/// Names the class that has too few images.
+pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Result<Vec<usize>, String> {
+    let largest = labels.iter().filter(|&&l| l == 0).count();
+    let mut rng = Rng::with_seed(seed ^ PROFILE);
+    let mut kept = Vec::new();
+    for (k, name) in names.iter().enumerate() {
+        let share = factor.powf(-(k as f64) / (names.len() - 1).max(1) as f64);
+        // A whole number may come out a little below itself.
+        let count = (largest as f64 * share + 1e-9).floor() as usize;
+        let mut of_class: Vec<usize> = (0..labels.len()).filter(|&r| labels[r] as usize == k).collect();
+        if of_class.len() < count {
+            return Err(format!(
+                "class {k} ({name}) has {} images; --imbalance-factor {factor} needs {count} of it: a higher factor, or classes \
+                 in the order of their size",
+                of_class.len()
+            ));
+        }
+        rng.shuffle(&mut of_class);
+        kept.extend_from_slice(&of_class[..count]);
+    }
+    kept.sort_unstable();
+    Ok(kept)
+}
+
+/// Holds `fraction` of each class out, one image at least, drawn with `seed`. Returns the records to train on and those
+/// held out, in the set's order.
+///
+/// # Errors
+/// Names a class that is empty, or that has too few images to share.
+pub fn hold_out(
+    labels: &[u32],
+    records: &[usize],
+    names: &[String],
+    fraction: f64,
+    seed: u64,
+) -> Result<(Vec<usize>, Vec<usize>), String> {
+    let mut rng = Rng::with_seed(seed);
+    let (mut training, mut held_out) = (Vec::new(), Vec::new());
+    for (k, name) in names.iter().enumerate() {
+        let mut of_class: Vec<usize> = records.iter().copied().filter(|&r| labels[r] as usize == k).collect();
+        if of_class.is_empty() {
+            return Err(format!("class {k} ({name}) has no image: add some, or take the class out"));
+        }
+        let count = if fraction > 0.0 { ((of_class.len() as f64 * fraction).round() as usize).max(1) } else { 0 };
+        if count >= of_class.len() {
+            return Err(format!(
+                "class {k} ({name}) has {} image(s), and --calibration-fraction {fraction} holds {count} out: add images, or \
+                 train without held-out ones (--calibration-fraction 0)",
+                of_class.len()
+            ));
+        }
+        rng.shuffle(&mut of_class);
+        held_out.extend_from_slice(&of_class[..count]);
+        training.extend_from_slice(&of_class[count..]);
+    }
+    training.sort_unstable();
+    held_out.sort_unstable();
+    Ok((training, held_out))
+}

@@ -1,0 +1,305 @@
+//! The tensors of a network that is to be trained, by name and at their random start.
+//!
+//! Only names, shapes and starting values stand here. What the network computes is read off them by
+//! [`crate::fold::architecture`], the same code that reads a checkpoint: what is trained is what is folded.
+
+use std::f64::consts::TAU;
+use std::fmt;
+use std::str::FromStr;
+
+use fastrand::Rng;
+
+use super::TrainError;
+use super::recipe::{BiasStart, Head, Norm, Recipe, Shortcut};
+use crate::fold::Checkpoint;
+use crate::fold::architecture::{
+    self, LAYERS_KEY, MAGNITUDE_KEY, Magnitude, NbnLayers, Network, Overrides, SCALE_FACTOR,
+};
+use crate::fold::checkpoint::Tensor;
+
+/// Length of `scale_factor` in the authors' single networks; element 0 acts.
+const SINGLE_MAGNITUDES: usize = 20;
+/// Length of `scale_factor` in the authors' multi-expert networks; element e acts for expert e.
+const EXPERT_MAGNITUDES: usize = 111;
+/// Depths that name an ImageNet network, with the blocks of its four stages.
+const IMAGENET_DEPTHS: [(usize, [usize; 4]); 5] =
+    [(18, [2, 2, 2, 2]), (34, [3, 4, 6, 3]), (50, [3, 4, 6, 3]), (101, [3, 4, 23, 3]), (152, [3, 8, 36, 3])];
+
+/// A network's name, parsed: `resnet20` (CIFAR, depth 6n+2, `_w8` for another width than 16), `resnet50` (ImageNet),
+/// `resnext50_32x4d`, `wide_resnet50_2`, `resnet50_ride3` (three experts).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Arch {
+    /// Three stages of basic blocks over a 3×3 stem.
+    Cifar {
+        /// 6n + 2.
+        depth: usize,
+        /// Channels of the first stage.
+        width: usize,
+    },
+    /// Four stages over a 7×7 stem.
+    ImageNet {
+        /// 18, 34, 50, 101 or 152.
+        depth: usize,
+        /// Groups of the 3×3 convolutions.
+        groups: usize,
+        /// Channels per group in the first stage: 64 for ResNet.
+        per_group: usize,
+        /// Experts, which share the stem and two stages; 1 is a single network.
+        experts: usize,
+    },
+}
+
+impl FromStr for Arch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "{text:?} is no network that can be trained: resnet20, resnet32, resnet44, resnet56 … (CIFAR, depth 6n+2; \
+                 resnet20_w8 for 8 channels in the first stage), resnet18, resnet34, resnet50, resnet101, resnet152, \
+                 resnext50_32x4d, resnext101_32x8d, wide_resnet50_2, or one of these four-stage networks with _ride3 for \
+                 three experts"
+            )
+        };
+        let number = |t: &str| t.parse::<usize>().ok().filter(|n| (1..=4096).contains(n));
+        let (name, cifar) = text.strip_prefix("cifar_").map_or((text, false), |rest| (rest, true));
+        let (base, experts) = match name.split_once("_ride") {
+            Some((base, n)) => (base, number(n).filter(|n| (2..=10).contains(n)).ok_or_else(wrong)?),
+            None => (name, 1),
+        };
+        let known = |depth: usize| IMAGENET_DEPTHS.iter().any(|(d, _)| *d == depth);
+        if let Some(rest) = base.strip_prefix("resnext") {
+            let (depth, shape) = rest.split_once('_').ok_or_else(wrong)?;
+            let (groups, per_group) = shape.strip_suffix('d').and_then(|s| s.split_once('x')).ok_or_else(wrong)?;
+            let (depth, groups, per_group) = (number(depth), number(groups), number(per_group));
+            let (Some(depth), Some(groups), Some(per_group)) = (depth, groups, per_group) else { return Err(wrong()) };
+            return if known(depth) && depth >= 50 && groups > 1 {
+                Ok(Self::ImageNet { depth, groups, per_group, experts })
+            } else {
+                Err(wrong())
+            };
+        }
+        if let Some(depth) = base.strip_prefix("wide_resnet").and_then(|r| r.strip_suffix("_2")).and_then(number) {
+            return if known(depth) && depth >= 50 {
+                Ok(Self::ImageNet { depth, groups: 1, per_group: 128, experts })
+            } else {
+                Err(wrong())
+            };
+        }
+        let rest = base.strip_prefix("resnet").ok_or_else(wrong)?;
+        let (depth, width) = match rest.split_once("_w") {
+            Some((depth, width)) => (number(depth).ok_or_else(wrong)?, Some(number(width).ok_or_else(wrong)?)),
+            None => (number(rest).ok_or_else(wrong)?, None),
+        };
+        if known(depth) && !cifar && width.is_none() {
+            Ok(Self::ImageNet { depth, groups: 1, per_group: 64, experts })
+        } else if depth % 6 == 2 && depth >= 8 && experts == 1 {
+            Ok(Self::Cifar { depth, width: width.unwrap_or(16) })
+        } else {
+            Err(wrong())
+        }
+    }
+}
+
+impl fmt::Display for Arch {
+    /// As `fold export` names it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Cifar { depth, width: 16 } => write!(f, "cifar_resnet{depth}"),
+            Self::Cifar { depth, width } => write!(f, "cifar_resnet{depth}_w{width}"),
+            Self::ImageNet { depth, groups, per_group, experts } => {
+                match (groups, per_group) {
+                    (1, 64) => write!(f, "resnet{depth}")?,
+                    (1, _) => write!(f, "wide_resnet{depth}_2")?,
+                    _ => write!(f, "resnext{depth}_{groups}x{per_group}d")?,
+                }
+                if experts > 1 { write!(f, "_ride{experts}") } else { Ok(()) }
+            }
+        }
+    }
+}
+
+impl Arch {
+    /// Whether it is of the CIFAR family.
+    pub fn is_cifar(&self) -> bool {
+        matches!(self, Self::Cifar { .. })
+    }
+}
+
+/// A network at its random start: the recipe's, for `classes` classes and inputs of `side` pixels.
+///
+/// # Errors
+/// When the recipe names layers that the network has not.
+pub fn start(recipe: &Recipe, classes: usize, side: usize) -> Result<(Checkpoint, Network), TrainError> {
+    let mut start = Start { checkpoint: Checkpoint::default(), rng: Rng::with_seed(recipe.seed), norms: 0 };
+    match recipe.arch {
+        Arch::Cifar { depth, width } => start.cifar(depth, width, recipe.shortcut),
+        Arch::ImageNet { depth, groups, per_group, experts } => start.imagenet(depth, groups, per_group, experts),
+    }
+    match recipe.arch {
+        Arch::Cifar { width, .. } => start.head("fc", 4 * width, classes, recipe.head),
+        Arch::ImageNet { depth, experts: 1, .. } => start.head("fc", features(depth), classes, recipe.head),
+        Arch::ImageNet { depth, experts, .. } => {
+            (0..experts).for_each(|e| start.head(&format!("linears.{e}"), features(depth), classes, recipe.head))
+        }
+    }
+    let experts = matches!(recipe.arch, Arch::ImageNet { experts, .. } if experts > 1);
+    let Start { mut checkpoint, mut rng, norms } = start;
+    let layers = if recipe.norm == Norm::Nbn { recipe.nbn_layers.clone() } else { NbnLayers::None };
+    if layers != NbnLayers::None {
+        let least = if experts { EXPERT_MAGNITUDES } else { SINGLE_MAGNITUDES };
+        let magnitudes = if recipe.magnitude == Magnitude::Expert { least } else { least.max(norms) };
+        checkpoint.tensors.insert(
+            SCALE_FACTOR.into(),
+            Tensor { shape: vec![magnitudes], values: vec![recipe.magnitude_start; magnitudes] },
+        );
+        checkpoint.metadata.insert(MAGNITUDE_KEY.into(), recipe.magnitude.to_string());
+    }
+    checkpoint.metadata.insert(LAYERS_KEY.into(), layers.to_string());
+    let network = architecture::build(&checkpoint, side, true, &Overrides::default())?;
+    if recipe.bias_start == BiasStart::Normal {
+        for layer in &network.normalized_layers {
+            if let Some(bias) = checkpoint.tensors.get_mut(&format!("{layer}.bias")) {
+                let deviation = (bias.values.len() as f64).powf(-0.5);
+                bias.values.iter_mut().for_each(|b| *b = (deviation * normal(&mut rng)) as f32);
+            }
+        }
+    }
+    Ok((checkpoint, network))
+}
+
+fn features(depth: usize) -> usize {
+    if depth < 50 { 512 } else { 2048 }
+}
+
+/// A draw from the standard normal distribution, by the method of Box and Muller.
+pub(super) fn normal(rng: &mut Rng) -> f64 {
+    (-2.0 * (1.0 - rng.f64()).ln()).sqrt() * (TAU * rng.f64()).cos()
+}
+
+struct Start {
+    checkpoint: Checkpoint,
+    rng: Rng,
+    norms: usize,
+}
+
+impl Start {
+    fn put(&mut self, name: String, shape: &[usize], value: impl FnMut(&mut Rng) -> f64) {
+        let mut value = value;
+        let values = (0..shape.iter().product::<usize>()).map(|_| value(&mut self.rng) as f32).collect();
+        self.checkpoint.tensors.insert(name, Tensor { shape: shape.to_vec(), values });
+    }
+
+    /// He's normal start over the outputs ("fan out"), as torchvision's ResNets have it (arXiv 1502.01852).
+    fn conv(&mut self, name: &str, out: usize, per_group: usize, kernel: usize) {
+        let deviation = (2.0 / (out * kernel * kernel) as f64).sqrt();
+        self.put(format!("{name}.weight"), &[out, per_group, kernel, kernel], |rng| deviation * normal(rng));
+    }
+
+    fn norm(&mut self, name: &str, channels: usize) {
+        for (part, value) in [("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)] {
+            self.put(format!("{name}.{part}"), &[channels], |_| value);
+        }
+        self.norms += 1;
+    }
+
+    fn cifar(&mut self, depth: usize, width: usize, shortcut: Shortcut) {
+        self.conv("conv1", width, 3, 3);
+        self.norm("bn1", width);
+        let mut channels = width;
+        for stage in 1..=3 {
+            let out = width << (stage - 1);
+            for block in 0..(depth - 2) / 6 {
+                let name = format!("layer{stage}.{block}");
+                self.conv(&format!("{name}.conv1"), out, channels, 3);
+                self.norm(&format!("{name}.bn1"), out);
+                self.conv(&format!("{name}.conv2"), out, out, 3);
+                self.norm(&format!("{name}.bn2"), out);
+                if shortcut == Shortcut::B && stage > 1 && block == 0 {
+                    self.projection(&name, channels, out);
+                }
+                channels = out;
+            }
+        }
+    }
+
+    fn projection(&mut self, block: &str, channels: usize, out: usize) {
+        self.conv(&format!("{block}.downsample.0"), out, channels, 1);
+        self.norm(&format!("{block}.downsample.1"), out);
+    }
+
+    fn imagenet(&mut self, depth: usize, groups: usize, per_group: usize, experts: usize) {
+        self.conv("conv1", 64, 3, 7);
+        self.norm("bn1", 64);
+        let blocks = IMAGENET_DEPTHS.iter().find(|(d, _)| *d == depth).map_or([2; 4], |(_, blocks)| *blocks);
+        let shared = if experts > 1 { 2 } else { 4 };
+        let mut channels = 64;
+        for stage in 1..=shared {
+            channels = self.stage(&format!("layer{stage}"), stage, blocks, channels, depth, groups, per_group);
+        }
+        for expert in 0..if experts > 1 { experts } else { 0 } {
+            let mut own = channels;
+            for stage in 3..=4 {
+                own = self.stage(&format!("layer{stage}s.{expert}"), stage, blocks, own, depth, groups, per_group);
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the shape of a stage; one caller")]
+    fn stage(
+        &mut self,
+        prefix: &str,
+        stage: usize,
+        blocks: [usize; 4],
+        mut channels: usize,
+        depth: usize,
+        groups: usize,
+        per_group: usize,
+    ) -> usize {
+        let planes = 64 << (stage - 1);
+        let (bottleneck, stride) = (depth >= 50, if stage > 1 { 2 } else { 1 });
+        let out = if bottleneck { 4 * planes } else { planes };
+        for block in 0..blocks[stage - 1] {
+            let name = format!("{prefix}.{block}");
+            if bottleneck {
+                let width = planes * per_group * groups / 64;
+                self.conv(&format!("{name}.conv1"), width, channels, 1);
+                self.norm(&format!("{name}.bn1"), width);
+                self.conv(&format!("{name}.conv2"), width, width / groups, 3);
+                self.norm(&format!("{name}.bn2"), width);
+                self.conv(&format!("{name}.conv3"), out, width, 1);
+                self.norm(&format!("{name}.bn3"), out);
+            } else {
+                self.conv(&format!("{name}.conv1"), out, channels, 3);
+                self.norm(&format!("{name}.bn1"), out);
+                self.conv(&format!("{name}.conv2"), out, out, 3);
+                self.norm(&format!("{name}.bn2"), out);
+            }
+            if block == 0 && (stride != 1 || channels != out) {
+                self.projection(&name, channels, out);
+            }
+            channels = out;
+        }
+        channels
+    }
+
+    /// A linear layer starts as PyTorch's `nn.Linear`; below logit rectification, whose BatchNorm takes its scale and
+    /// shift away, by He's normal start with no bias.
+    fn head(&mut self, name: &str, features: usize, classes: usize, head: Head) {
+        let bound = (features as f64).powf(-0.5);
+        let uniform = |rng: &mut Rng| bound * (2.0 * rng.f64() - 1.0);
+        if head == Head::Linear {
+            self.put(format!("{name}.weight"), &[classes, features], uniform);
+            self.put(format!("{name}.bias"), &[classes], uniform);
+            return;
+        }
+        let deviation = (2.0 / features as f64).sqrt();
+        self.put(format!("{name}.weight"), &[classes, features], |rng| deviation * normal(rng));
+        self.put(format!("{name}.bias"), &[classes], |_| 0.0);
+        let parts = [("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)];
+        let skipped = if head == Head::LrPlain { 2 } else { 0 };
+        for (part, value) in &parts[skipped..] {
+            self.put(format!("{name}.bn.{part}"), &[classes], |_| *value);
+        }
+    }
+}

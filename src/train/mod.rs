@@ -1,0 +1,82 @@
+//! Trains networks with a normalised BatchNorm: `fold train`. burn is the engine, and the network is the graph that
+//! [`crate::fold`] reads off a checkpoint, so what is trained is what is folded.
+
+pub mod augment;
+pub mod blueprint;
+pub mod evaluation;
+pub mod loader;
+pub mod network;
+pub mod objective;
+pub mod optimizer;
+pub mod recipe;
+pub mod run;
+pub mod state;
+
+use std::path::PathBuf;
+
+/// Why a run cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A flag's value is out of range.
+    #[error("{flag} is {value}; it must be {limit}")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        limit: &'static str,
+    },
+    /// An input does not fit.
+    #[error("{0}")]
+    Input(String),
+    /// A training image cannot be read.
+    #[error("{name}: {reason}: mend it or take it out of the set")]
+    Image {
+        /// Its path or record.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A run goes on with another recipe.
+    #[error("{path} was begun otherwise: {differences}: give the same flags, or begin anew with --overwrite")]
+    OtherRecipe {
+        /// The state file.
+        path: PathBuf,
+        /// The fields that differ.
+        differences: String,
+    },
+    /// The loss is no number any more.
+    #[error(
+        "the loss is {loss} at step {step} of epoch {epoch}: training diverged. Largest norms: {norms}. Try a lower --lr, \
+         --warm-up 5, or --clip 1{kept}"
+    )]
+    Diverged {
+        /// The loss.
+        loss: f64,
+        /// Steps done in the epoch.
+        step: usize,
+        /// The epoch, from 1.
+        epoch: usize,
+        /// The largest parameters' norms.
+        norms: String,
+        /// What is still on disk.
+        kept: String,
+    },
+    /// A file of the run could not be written or read.
+    #[error("{path}: {cause}{kept}")]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+        /// What is still on disk.
+        kept: String,
+    },
+    /// A checkpoint or a network does not fit.
+    #[error(transparent)]
+    Fold(#[from] crate::fold::FoldError),
+    /// A set cannot be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+}

@@ -1,0 +1,286 @@
+//! What a training run is told: everything that decides its result, and nothing else.
+
+use serde::{Deserialize, Serialize};
+
+use super::TrainError;
+use super::blueprint::Arch;
+use crate::bundle::Preprocessing;
+use crate::fold::architecture::{Magnitude, NbnLayers};
+
+/// The norm of the layers that `nbn_layers` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Norm {
+    /// Normalised: weight and bias are unit directions times a learned magnitude
+    Nbn,
+    /// Plain BatchNorm everywhere
+    Bn,
+}
+
+/// The classifier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Head {
+    /// A linear layer
+    Linear,
+    /// Logit rectification: a BatchNorm over the logits, with weight and bias
+    Lr,
+    /// Logit rectification without weight and bias
+    LrPlain,
+}
+
+/// The shortcut of a CIFAR block that changes its shape (arXiv 1512.03385, section 3.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shortcut {
+    /// Every second pixel, with zero channels: no parameters
+    A,
+    /// A 1×1 convolution and a norm
+    B,
+}
+
+/// How the bias of a normalised layer starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum BiasStart {
+    /// A random direction of length about 1
+    Normal,
+    /// Zero, as in the authors' code: the first gradient is then 10^6 times too large, and the direction that it
+    /// sets never moves again
+    Zero,
+}
+
+/// Which magnitudes learn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum MagnitudeMode {
+    /// α learns
+    Learned,
+    /// α stays where it starts
+    Fixed,
+}
+
+/// The loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// Cross-entropy
+    CrossEntropy,
+    /// Balanced Softmax: logits plus log n per class in training (arXiv 2007.10740)
+    BalancedSoftmax,
+    /// Logit adjustment: logits plus tau · log prior in training (arXiv 2007.07314)
+    LogitAdjustment,
+    /// LDAM: margins that grow as classes get rarer (arXiv 1906.07413)
+    Ldam,
+}
+
+/// How the learning rate falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// Half a cosine, from the learning rate to 0
+    Cosine,
+    /// Times --decay-factor at each of --milestones
+    Step,
+    /// Not at all
+    Constant,
+}
+
+/// What decays by weight decay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decay {
+    /// Convolutions and classifiers
+    Weights,
+    /// The weights and biases of plain BatchNorms, too
+    Norms,
+    /// Everything, directions and magnitudes too
+    All,
+}
+
+/// How training pictures are varied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Augmentation {
+    /// A crop of the picture padded by an eighth of its side with black
+    Crop,
+    /// A random part of 8 to 100 % of the area, resized
+    ResizedCrop,
+    /// Left and right swapped, every second time
+    Flip,
+    /// Brightness, contrast and saturation by 0.6 to 1.4
+    ColorJitter,
+    /// AutoAugment's policy for CIFAR (arXiv 1805.09501)
+    AutoAugment,
+    /// One operation at a random strength (arXiv 2103.10158)
+    TrivialAugment,
+    /// A square of half the side set to the mean (arXiv 1708.04552)
+    Cutout,
+}
+
+/// Everything that decides the result of a run. Two runs of one recipe, over the same images and with as many threads,
+/// give the same network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// The network.
+    #[serde(with = "text")]
+    pub arch: Arch,
+    /// Its norm.
+    pub norm: Norm,
+    /// The normalised layers.
+    #[serde(with = "text")]
+    pub nbn_layers: NbnLayers,
+    /// Which of them share a magnitude.
+    #[serde(with = "text")]
+    pub magnitude: Magnitude,
+    /// Where the magnitude starts.
+    pub magnitude_start: f32,
+    /// Whether it learns.
+    pub magnitude_mode: MagnitudeMode,
+    /// Where a normalised bias starts.
+    pub bias_start: BiasStart,
+    /// The classifier.
+    pub head: Head,
+    /// The shortcut, for CIFAR networks.
+    pub shortcut: Shortcut,
+    /// The loss.
+    pub loss: Loss,
+    /// τ of logit adjustment.
+    pub tau: f32,
+    /// Largest margin of LDAM.
+    pub ldam_margin: f32,
+    /// Scale of LDAM's logits.
+    pub ldam_scale: f32,
+    /// Share of the target that is spread over all classes.
+    pub label_smoothing: f32,
+    /// Epoch from which rare classes weigh more; none never.
+    pub reweight_from: Option<usize>,
+    /// Epochs.
+    pub epochs: usize,
+    /// Images in a step.
+    pub batch: usize,
+    /// Learning rate at its highest.
+    pub learning_rate: f64,
+    /// How it falls.
+    pub schedule: Schedule,
+    /// Epochs of its linear rise.
+    pub warm_up: usize,
+    /// Epochs at which it falls, for [`Schedule::Step`].
+    pub milestones: Vec<usize>,
+    /// Factor of each fall.
+    pub decay_factor: f64,
+    /// Momentum.
+    pub momentum: f64,
+    /// Whether it is Nesterov's.
+    pub nesterov: bool,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// What decays.
+    pub decay: Decay,
+    /// Largest norm of all gradients together.
+    pub clip: Option<f64>,
+    /// Decay of the running mean of weights that is evaluated and saved; none saves the weights themselves.
+    pub ema: Option<f64>,
+    /// How pictures are varied, in this order.
+    pub augment: Vec<Augmentation>,
+    /// α of mixup's Beta distribution (arXiv 1710.09412); none does not mix.
+    pub mixup: Option<f64>,
+    /// From a picture to the network's input.
+    pub preprocessing: Preprocessing,
+    /// The exponential profile that the set was cut to.
+    pub imbalance_factor: Option<f64>,
+    /// Share of each class held out for calibration.
+    pub calibration_fraction: f64,
+    /// Seed of everything random.
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// Checks what the types alone cannot hold.
+    ///
+    /// # Errors
+    /// Names the flag, its value and the limit.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let within = |flag: &'static str, value: f64, fits: bool, limit: &'static str| {
+            if fits { Ok(()) } else { Err(TrainError::Flag { flag, value: value.to_string(), limit }) }
+        };
+        let finite = |v: f64| v.is_finite() && v > 0.0;
+        within("--epochs", self.epochs as f64, self.epochs >= 1, "at least 1")?;
+        within("--batch", self.batch as f64, self.batch >= 2, "at least 2: BatchNorm has no variance of one image")?;
+        within("--lr", self.learning_rate, finite(self.learning_rate), "above 0")?;
+        within("--momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
+        let decay = self.weight_decay;
+        within("--weight-decay", decay, decay.is_finite() && decay >= 0.0, "at least 0")?;
+        within("--decay-factor", self.decay_factor, finite(self.decay_factor), "above 0")?;
+        let smoothing = f64::from(self.label_smoothing);
+        within("--label-smoothing", smoothing, (0.0..1.0).contains(&smoothing), "at least 0 and below 1")?;
+        within("--tau", self.tau.into(), finite(self.tau.into()), "above 0")?;
+        within("--ldam-margin", self.ldam_margin.into(), finite(self.ldam_margin.into()), "above 0")?;
+        within("--ldam-scale", self.ldam_scale.into(), finite(self.ldam_scale.into()), "above 0")?;
+        let start = f64::from(self.magnitude_start);
+        within("--magnitude-start", start, start.is_finite() && start.abs() >= 1e-3, "at least 0.001 in size")?;
+        let share = self.calibration_fraction;
+        within("--calibration-fraction", share, (0.0..=0.5).contains(&share), "0 to 0.5")?;
+        if let Some(factor) = self.imbalance_factor {
+            within("--imbalance-factor", factor, factor.is_finite() && factor >= 1.0, "at least 1")?;
+        }
+        if let Some(clip) = self.clip {
+            within("--clip", clip, finite(clip), "above 0")?;
+        }
+        if let Some(ema) = self.ema {
+            within("--ema", ema, (0.0..1.0).contains(&ema), "at least 0 and below 1, such as 0.999")?;
+        }
+        if let Some(alpha) = self.mixup {
+            within("--mixup", alpha, finite(alpha) && alpha <= 1.0, "above 0, at most 1")?;
+        }
+        if self.warm_up >= self.epochs && self.warm_up > 0 {
+            within("--warm-up", self.warm_up as f64, false, "fewer epochs than --epochs")?;
+        }
+        if self.nesterov && self.momentum == 0.0 {
+            within("--momentum", 0.0, false, "above 0 with --nesterov")?;
+        }
+        self.preprocessing.check().map_err(|error| TrainError::Input(error.to_string()))
+    }
+
+    /// How much of the training prior the loss takes out of the logits: 0 none, 1 all; τ for logit adjustment. What
+    /// `fold calibrate` calls κ.
+    pub fn kappa(&self) -> f64 {
+        match self.loss {
+            Loss::BalancedSoftmax => 1.0,
+            Loss::LogitAdjustment => f64::from(self.tau),
+            Loss::CrossEntropy | Loss::Ldam => 0.0,
+        }
+    }
+
+    /// The fields in which `other` differs, as `name: mine, not theirs`.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let fields = |recipe: &Self| match serde_json::to_value(recipe) {
+            Ok(serde_json::Value::Object(map)) => map,
+            _ => serde_json::Map::new(),
+        };
+        let theirs = fields(other);
+        fields(self)
+            .into_iter()
+            .filter(|(name, value)| theirs.get(name) != Some(value))
+            .map(|(name, value)| {
+                format!("{name} is {value}, was {}", theirs.get(&name).unwrap_or(&serde_json::Value::Null))
+            })
+            .collect()
+    }
+}
+
+/// Types that are written as they print.
+mod text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        String::deserialize(from)?.parse().map_err(Error::custom)
+    }
+}

@@ -1,0 +1,369 @@
+//! The loop: epochs of steps, an evaluation, a checkpoint, and so on until the end or a stop.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use serde::Serialize;
+
+use super::TrainError;
+use super::blueprint;
+use super::evaluation::{Accuracy, evaluate, highest};
+use super::loader::{self, Loader};
+use super::network::{Network, State, host};
+use super::objective::Objective;
+use super::optimizer::{Optimizer, learning_rate};
+use super::recipe::Recipe;
+use super::state::{self, Files, Progress, Resumable};
+use crate::bundle::{Class, sha256_hex};
+use crate::data::LabelledImages;
+use crate::fold::architecture;
+
+/// What a run works on and with.
+pub struct Job {
+    /// What decides the result.
+    pub recipe: Recipe,
+    /// The classes, with the number of training images of each.
+    pub classes: Vec<Class>,
+    /// The images to train on.
+    pub training: LabelledImages,
+    /// Images that the network is measured on, and what they are called.
+    pub evaluation: Option<(LabelledImages, String)>,
+    /// Evaluates after every so many epochs, and after the last.
+    pub evaluate_every: usize,
+    /// Where the run is kept.
+    pub files: Files,
+    /// Goes on with a run that is there.
+    pub resume: bool,
+    /// Threads that prepare pictures.
+    pub loaders: usize,
+    /// Where the network is computed.
+    pub device: Device,
+}
+
+/// What happens, for whoever watches.
+pub enum Event<'a> {
+    /// The run begins, or goes on, at this point.
+    Start {
+        /// Whole epochs done.
+        epoch: usize,
+        /// Steps done in the next.
+        step: usize,
+        /// Steps of an epoch.
+        steps: usize,
+        /// Learned values.
+        parameters: usize,
+    },
+    /// A step is done.
+    Step {
+        /// Steps done in this epoch.
+        step: usize,
+        /// Mean loss of the epoch so far.
+        loss: f64,
+        /// Images per second of this epoch in this process.
+        images_per_second: f64,
+    },
+    /// An epoch is done and saved.
+    Epoch(&'a EpochReport),
+}
+
+/// One line of the metrics file.
+#[derive(Debug, Clone, Serialize)]
+pub struct EpochReport {
+    /// Epochs done.
+    pub epoch: usize,
+    /// Mean training loss.
+    pub loss: f64,
+    /// Top-1 accuracy on the varied training pictures, as they were learned from.
+    pub training_accuracy: f64,
+    /// Learning rate of the last step.
+    pub learning_rate: f64,
+    /// Norm of the last step's gradient.
+    pub gradient_norm: f64,
+    /// The acting magnitudes.
+    pub magnitudes: Vec<f32>,
+    /// Training images per second, in this process.
+    pub images_per_second: f64,
+    /// Seconds of training so far, without evaluation.
+    pub seconds: f64,
+    /// What the evaluation gave, where there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<Accuracy>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All epochs are done.
+    Done,
+    /// It was asked to stop, and is saved.
+    Stopped,
+}
+
+/// Trains until the recipe's epochs are done or `stop` is set.
+///
+/// # Errors
+/// Whatever happens, the last good checkpoint and state stay on disk.
+pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<End, TrainError> {
+    job.recipe.check()?;
+    let classes = job.classes.len();
+    let side = job.recipe.preprocessing.crop as usize;
+    let (start, found) = blueprint::start(&job.recipe, classes, side)?;
+    let mut network = Network::new(&found)?;
+    let initial = network.load(&start, &job.device)?;
+    let recipe = Arc::new(job.recipe.clone());
+    let images = Arc::new(job.training.clone());
+    let set = digest(&job.training);
+    let mut run = if job.resume { resume(job, &network, &set)? } else { begin(job, &network, initial, set) };
+    let per_epoch = loader::steps(images.len(), recipe.batch);
+    let counts: Vec<u64> = job.classes.iter().map(|c| c.count.unwrap_or(0)).collect();
+    let objective = Objective::new(&recipe, &counts);
+    keep_metrics(&job.files, run.progress.epoch)?;
+    watch(Event::Start {
+        epoch: run.progress.epoch,
+        step: run.progress.step,
+        steps: per_epoch,
+        parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
+    });
+    while run.progress.epoch < recipe.epochs {
+        let epoch = run.progress.epoch;
+        let begun = Instant::now();
+        let (seconds, seen_before) = (run.progress.seconds, run.progress.seen);
+        let batches = Loader::start(&images, classes, &recipe, epoch, run.progress.step, job.loaders.max(1));
+        let (mut rate, mut gradient_norm) = (0.0, 0.0);
+        for batch in batches {
+            let batch = batch?;
+            rate = learning_rate(&recipe, epoch * per_epoch + run.progress.step, per_epoch);
+            let step = one_step(job, &network, &objective, &mut run, &batch, rate)?;
+            gradient_norm = step.gradient_norm;
+            run.progress.step += 1;
+            run.progress.seconds = seconds + begun.elapsed().as_secs_f64();
+            watch(Event::Step {
+                step: run.progress.step,
+                loss: run.progress.loss / run.progress.seen as f64,
+                images_per_second: (run.progress.seen - seen_before) as f64 / begun.elapsed().as_secs_f64(),
+            });
+            if stop.load(Ordering::Relaxed) && run.progress.step < per_epoch {
+                save(job, &network, &run, per_epoch)?;
+                return Ok(End::Stopped);
+            }
+        }
+        let progress = run.progress.clone();
+        run.progress = Progress { epoch: epoch + 1, step: 0, loss: 0.0, seen: 0, right: 0, ..progress.clone() };
+        let due = (epoch + 1) % job.evaluate_every.max(1) == 0 || epoch + 1 == recipe.epochs;
+        let evaluation = match &job.evaluation {
+            Some((set, name)) if due => Some(evaluate(job, &network, averaged(&run), set, name)?),
+            _ => None,
+        };
+        let report = EpochReport {
+            epoch: epoch + 1,
+            loss: progress.loss / progress.seen as f64,
+            training_accuracy: progress.right as f64 / progress.seen as f64,
+            learning_rate: rate,
+            gradient_norm,
+            magnitudes: magnitudes(&network, &run.state, &found),
+            images_per_second: (progress.seen - seen_before) as f64 / (progress.seconds - seconds),
+            seconds: progress.seconds,
+            evaluation,
+        };
+        append_metrics(job, &report)?;
+        save(job, &network, &run, per_epoch)?;
+        watch(Event::Epoch(&report));
+        if stop.load(Ordering::Relaxed) && epoch + 1 < recipe.epochs {
+            return Ok(End::Stopped);
+        }
+    }
+    Ok(End::Done)
+}
+
+fn begin(job: &Job, network: &Network, state: State, set: String) -> Resumable {
+    Resumable {
+        progress: Progress::new(job.recipe.clone(), set),
+        ema: job.recipe.ema.map(|_| state.clone()),
+        state,
+        optimizer: Optimizer::new(network.parameters().len()),
+    }
+}
+
+fn resume(job: &Job, network: &Network, set: &str) -> Result<Resumable, TrainError> {
+    let path = &job.files.state;
+    // Another network would only be found out by a tensor that does not fit: the recipe says it better.
+    let run = state::load(path, network, &job.device);
+    let begun = match &run {
+        Ok(run) => Some(run.progress.recipe.clone()),
+        Err(_) => state::recipe(path),
+    };
+    let differences = begun.map(|begun| job.recipe.differences(&begun)).unwrap_or_default();
+    if !differences.is_empty() {
+        return Err(TrainError::OtherRecipe { path: path.clone(), differences: differences.join("; ") });
+    }
+    let run = run?;
+    if run.progress.set != set {
+        let differences = "other training images, or in another order".into();
+        return Err(TrainError::OtherRecipe { path: path.clone(), differences });
+    }
+    Ok(run)
+}
+
+/// SHA-256 of the images' names and labels.
+fn digest(images: &LabelledImages) -> String {
+    let mut bytes = Vec::new();
+    for (index, label) in images.labels().iter().enumerate() {
+        bytes.extend_from_slice(images.id(index).as_bytes());
+        bytes.extend_from_slice(&label.to_le_bytes());
+    }
+    sha256_hex(&bytes)
+}
+
+struct Step {
+    gradient_norm: f64,
+}
+
+fn one_step(
+    job: &Job,
+    network: &Network,
+    objective: &Objective,
+    run: &mut Resumable,
+    batch: &loader::Batch,
+    rate: f64,
+) -> Result<Step, TrainError> {
+    let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
+    let images = TensorData::new(batch.images.clone(), [batch.size, 3, side, side]);
+    let images = Tensor::<4>::from_data(images, &job.device);
+    let tracked: Vec<Tensor<1>> =
+        run.state.parameters.iter().map(|p| Tensor::from_inner(p.clone()).require_grad()).collect();
+    let trained = network.train(&tracked, &run.state, images);
+    let terms = objective.terms(&batch.targets, run.progress.epoch);
+    let loss = objective.loss(&trained.logits, &terms, &job.device);
+    let value = f64::from(loss.clone().inner().into_scalar::<f32>());
+    if !value.is_finite() {
+        return Err(diverged(job, network, run, value));
+    }
+    run.progress.right += right(&trained.logits, &batch.targets, classes);
+    run.progress.loss += value * batch.size as f64;
+    run.progress.seen += batch.size;
+    let mut gradients = loss.backward();
+    let gradients = tracked.iter().map(|p| p.grad_remove(&mut gradients)).collect();
+    drop(tracked);
+    let values = &mut run.state.parameters;
+    let gradient_norm = run.optimizer.step(&job.recipe, network.parameters(), values, gradients, rate);
+    run.state.statistics = trained.statistics;
+    if let (Some(ema), Some(decay)) = (&mut run.ema, job.recipe.ema) {
+        let mean = |kept: &Tensor<1>, new: &Tensor<1>| kept.clone() * decay + new.clone() * (1.0 - decay);
+        ema.parameters = ema.parameters.iter().zip(&run.state.parameters).map(|(e, p)| mean(e, p)).collect();
+        let statistics = ema.statistics.iter().zip(&run.state.statistics);
+        ema.statistics = statistics.map(|(e, s)| (mean(&e.0, &s.0), mean(&e.1, &s.1))).collect();
+    }
+    Ok(Step { gradient_norm })
+}
+
+/// Images of a batch whose largest logit, averaged over the experts, is that of the largest target.
+fn right(logits: &[Tensor<2>], targets: &[f32], classes: usize) -> usize {
+    let sum = logits.iter().map(|z| z.clone().inner()).reduce(|a, b| a + b);
+    let values =
+        sum.map(|sum| sum.into_data().convert::<f32>().try_into_vec::<f32>().unwrap_or_default()).unwrap_or_default();
+    let rows = values.chunks_exact(classes).zip(targets.chunks_exact(classes));
+    rows.filter(|(z, t)| highest(z) == highest(t)).count()
+}
+
+fn diverged(job: &Job, network: &Network, run: &Resumable, loss: f64) -> TrainError {
+    let norm = |t: &Tensor<1>| host(t).iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let mut norms: Vec<(f64, &str)> =
+        network.parameters().iter().zip(&run.state.parameters).map(|(p, t)| (norm(t), p.name.as_str())).collect();
+    // NaN sorts above all numbers.
+    norms.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let norms: Vec<String> = norms.iter().take(4).map(|(norm, name)| format!("{name} {norm:.3e}")).collect();
+    TrainError::Diverged {
+        loss,
+        step: run.progress.step + 1,
+        epoch: run.progress.epoch + 1,
+        norms: norms.join(", "),
+        kept: kept(job, run),
+    }
+}
+
+/// What an error can say of the files that are there.
+fn kept(job: &Job, run: &Resumable) -> String {
+    match run.progress.epoch {
+        0 => String::new(),
+        _ if job.files.checkpoint.exists() => {
+            format!("; {} and what --resume needs are intact", job.files.checkpoint.display())
+        }
+        _ => String::new(),
+    }
+}
+
+/// The values to measure and to serve.
+fn averaged(run: &Resumable) -> &State {
+    run.ema.as_ref().unwrap_or(&run.state)
+}
+
+fn magnitudes(network: &Network, state: &State, found: &architecture::Network) -> Vec<f32> {
+    let scale = network.parameters().iter().position(|p| p.name == architecture::SCALE_FACTOR);
+    let values = scale.map(|index| host(&state.parameters[index])).unwrap_or_default();
+    found.alphas.iter().filter_map(|alpha| values.get(alpha.index).copied()).collect()
+}
+
+fn save(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<(), TrainError> {
+    let kept = kept(job, run);
+    state::save(&job.files.state, network, run, &kept)?;
+    let steps = run.progress.epoch * per_epoch + run.progress.step;
+    state::save_checkpoint(&job.files.checkpoint, network, averaged(run), steps, metadata(job, run)?, &kept)
+}
+
+/// What `fold export` and `fold calibrate` want to know of a checkpoint.
+fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, TrainError> {
+    let recipe = &job.recipe;
+    let json = |value: serde_json::Result<String>| value.map_err(|e| TrainError::Input(format!("the metadata: {e}")));
+    let layers = if recipe.norm == super::recipe::Norm::Nbn {
+        recipe.nbn_layers.to_string()
+    } else {
+        architecture::NbnLayers::None.to_string()
+    };
+    Ok(BTreeMap::from(
+        [
+            ("nbn.format", "1".to_owned()),
+            ("nbn.arch", recipe.arch.to_string()),
+            (architecture::LAYERS_KEY, layers),
+            (architecture::MAGNITUDE_KEY, recipe.magnitude.to_string()),
+            ("nbn.norm_epsilon", crate::fold::passes::NORM_EPSILON.to_string()),
+            ("nbn.batch_norm_epsilon", crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
+            ("nbn.kappa", recipe.kappa().to_string()),
+            ("nbn.epoch", run.progress.epoch.to_string()),
+            ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
+            (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),
+            (crate::fold::PREPROCESSING_KEY, json(serde_json::to_string(&recipe.preprocessing))?),
+            ("nbn.recipe", json(serde_json::to_string(recipe))?),
+        ]
+        .map(|(key, value)| (key.to_owned(), value)),
+    ))
+}
+
+/// Drops the lines of epochs that are to be trained again.
+fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
+    let text = match fs::read_to_string(&files.metrics) {
+        Ok(text) if epochs > 0 => text,
+        _ => String::new(),
+    };
+    let lines = text.lines().filter(|line| {
+        let epoch = serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["epoch"].as_u64());
+        epoch.is_some_and(|epoch| epoch as usize <= epochs)
+    });
+    let kept: String = lines.map(|line| format!("{line}\n")).collect();
+    state::replace(&files.metrics, kept.as_bytes(), "")
+}
+
+fn append_metrics(job: &Job, report: &EpochReport) -> Result<(), TrainError> {
+    let path = &job.files.metrics;
+    let line = serde_json::to_string(report).map_err(|e| TrainError::Input(format!("the metrics: {e}")))? + "\n";
+    let mut file = OpenOptions::new().append(true).create(true).open(path);
+    let written = file
+        .as_mut()
+        .map_err(|e| std::io::Error::new(e.kind(), e.to_string()))
+        .and_then(|file| file.write_all(line.as_bytes()));
+    written.map_err(|cause| TrainError::File { path: path.clone(), cause, kept: String::new() })
+}

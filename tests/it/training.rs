@@ -1,0 +1,563 @@
+//! `fold train`: its arithmetic beside PyTorch's and Pillow's (tests/oracle/make_training.py), and whole runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use burn::tensor::module::batch_norm_train;
+use burn::tensor::{Device, Tensor, TensorData};
+use nbn::bundle::Exif;
+use nbn::data::{hold_out, long_tail};
+use nbn::fold::Checkpoint;
+use nbn::fold::architecture::{self, Magnitude, NbnLayers, Overrides};
+use nbn::fold::checkpoint::Tensor as Values;
+use nbn::fold::export::Preset;
+use nbn::fold::reference;
+use nbn::pixels::RgbImage;
+use nbn::train::augment::Operation;
+use nbn::train::blueprint::{self, Arch};
+use nbn::train::network::{Network, host, scaled_direction};
+use nbn::train::objective::Objective;
+use nbn::train::optimizer::{Optimizer, learning_rate};
+use nbn::train::recipe::{BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use super::support::{data, fold, nbn, text};
+
+fn recipe() -> Recipe {
+    Recipe {
+        arch: "resnet8_w4".parse().unwrap(),
+        norm: Norm::Nbn,
+        nbn_layers: NbnLayers::LastStageOutputs,
+        magnitude: Magnitude::Expert,
+        magnitude_start: 1.0,
+        magnitude_mode: MagnitudeMode::Learned,
+        bias_start: BiasStart::Normal,
+        head: Head::LrPlain,
+        shortcut: Shortcut::A,
+        loss: Loss::CrossEntropy,
+        tau: 1.5,
+        ldam_margin: 0.5,
+        ldam_scale: 30.0,
+        label_smoothing: 0.0,
+        reweight_from: None,
+        epochs: 1,
+        batch: 8,
+        learning_rate: 0.05,
+        schedule: Schedule::Constant,
+        warm_up: 0,
+        milestones: Vec::new(),
+        decay_factor: 0.1,
+        momentum: 0.9,
+        nesterov: true,
+        weight_decay: 5e-3,
+        decay: Decay::Weights,
+        clip: None,
+        ema: None,
+        augment: Vec::new(),
+        mixup: None,
+        preprocessing: Preset::Cifar.preprocessing(None, Exif::Apply),
+        imbalance_factor: None,
+        calibration_fraction: 0.0,
+        seed: 3,
+    }
+}
+
+/// A fixture's tensors.
+struct Fixture(Vec<u8>);
+
+impl Fixture {
+    fn open(name: &str) -> Self {
+        Self(fs::read(data("training").join(name)).unwrap())
+    }
+
+    fn values(&self, name: &str) -> (Vec<f32>, Vec<usize>) {
+        let file = SafeTensors::deserialize(&self.0).unwrap();
+        let view = file.tensor(name).unwrap();
+        let values = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        (values, view.shape().to_vec())
+    }
+
+    fn tensor<const D: usize>(&self, name: &str) -> Tensor<D> {
+        let (values, shape) = self.values(name);
+        let shape: [usize; D] = shape.try_into().unwrap();
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+    }
+
+    /// As a leaf whose gradient is kept.
+    fn leaf<const D: usize>(&self, name: &str) -> Tensor<D> {
+        Tensor::from_inner(self.tensor::<D>(name)).require_grad()
+    }
+}
+
+/// ‖found − expected‖ ≤ 1e-4 · ‖expected‖.
+#[track_caller]
+fn assert_near<const D: usize>(found: Tensor<D>, fixture: &Fixture, name: &str) {
+    let found: Vec<f32> = found.into_data().try_into_vec().unwrap();
+    near(&found, &fixture.values(name).0, 1e-4, name);
+}
+
+#[track_caller]
+fn near(found: &[f32], expected: &[f32], tolerance: f64, name: &str) {
+    assert_eq!(found.len(), expected.len(), "{name}");
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(a - b)));
+    let size = norm(&mut expected.iter().map(|v| f64::from(*v)));
+    assert!(difference <= tolerance * size.max(1e-3), "{name}: {difference:e} of {size:e}");
+}
+
+#[test]
+fn gradients_of_the_nbn_layer_equal_pytorchs() {
+    let f = Fixture::open("gradients.safetensors");
+    let (x, weight, bias, alpha) =
+        (f.leaf::<4>("nbn.x"), f.leaf::<1>("nbn.weight"), f.leaf::<1>("nbn.bias"), f.leaf::<1>("nbn.alpha"));
+    let gamma = scaled_direction(weight.clone(), alpha.clone());
+    let beta = scaled_direction(bias.clone(), alpha.clone());
+    let y = batch_norm_train(x.clone(), gamma, beta, 1e-5).output;
+    assert_near(y.clone().inner(), &f, "nbn.y");
+    let gradients = (y * f.tensor::<4>("nbn.r")).sum().backward();
+    assert_near(x.grad(&gradients).unwrap(), &f, "nbn.x_grad");
+    assert_near(weight.grad(&gradients).unwrap(), &f, "nbn.weight_grad");
+    assert_near(bias.grad(&gradients).unwrap(), &f, "nbn.bias_grad");
+    assert_near(alpha.grad(&gradients).unwrap(), &f, "nbn.alpha_grad");
+}
+
+#[test]
+fn a_zero_direction_has_a_finite_gradient_of_a_million() {
+    let v = Tensor::<1>::from_inner(Tensor::zeros([4], &Device::flex())).require_grad();
+    let alpha = Tensor::<1>::ones([1], &Device::flex());
+    let gradients = scaled_direction(v.clone(), alpha).sum().backward();
+    near(&host(&v.grad(&gradients).unwrap()), &[1e6; 4], 1e-4, "gradient at 0");
+}
+
+#[test]
+fn gradients_of_the_lr_head_equal_pytorchs() {
+    let f = Fixture::open("gradients.safetensors");
+    let (x, weight, gamma, beta) =
+        (f.leaf::<2>("lr.x"), f.leaf::<2>("lr.weight"), f.leaf::<1>("lr.bn_weight"), f.leaf::<1>("lr.bn_bias"));
+    let logits = x.clone().matmul(weight.clone().transpose()) + f.tensor::<1>("lr.bias").reshape([1, 5]);
+    let y = batch_norm_train(logits, gamma.clone(), beta.clone(), 1e-5).output;
+    assert_near(y.clone().inner(), &f, "lr.y");
+    let gradients = (y * f.tensor::<2>("lr.r")).sum().backward();
+    assert_near(x.grad(&gradients).unwrap(), &f, "lr.x_grad");
+    assert_near(weight.grad(&gradients).unwrap(), &f, "lr.weight_grad");
+    assert_near(gamma.grad(&gradients).unwrap(), &f, "lr.bn_weight_grad");
+    assert_near(beta.grad(&gradients).unwrap(), &f, "lr.bn_bias_grad");
+}
+
+#[test]
+fn gradients_of_every_loss_equal_pytorchs() {
+    let f = Fixture::open("gradients.safetensors");
+    let mut targets = vec![0.0; 16 * 5];
+    for (row, label) in f.values("labels").0.iter().enumerate() {
+        targets[row * 5 + *label as usize] = 1.0;
+    }
+    let of = |loss, smoothing, reweight_from| Recipe { loss, label_smoothing: smoothing, reweight_from, ..recipe() };
+    for (name, recipe) in [
+        ("cross-entropy", of(Loss::CrossEntropy, 0.0, None)),
+        ("smoothed", of(Loss::CrossEntropy, 0.1, None)),
+        ("balanced-softmax", of(Loss::BalancedSoftmax, 0.0, None)),
+        ("logit-adjustment", of(Loss::LogitAdjustment, 0.0, None)),
+        ("ldam", of(Loss::Ldam, 0.0, Some(0))),
+    ] {
+        let objective = Objective::new(&recipe, &[500, 200, 80, 20, 5]);
+        let logits = f.leaf::<2>("logits");
+        let terms = objective.terms(&targets, 0);
+        let loss = objective.loss(&[logits.clone()], &terms, &Device::flex());
+        assert_near(loss.clone().inner(), &f, &format!("{name}.loss"));
+        let gradients = loss.backward();
+        assert_near(logits.grad(&gradients).unwrap(), &f, &format!("{name}.grad"));
+    }
+}
+
+#[test]
+fn twenty_steps_follow_pytorchs() {
+    for name in ["a", "b"] {
+        let f = Fixture::open(&format!("trajectory-{name}.safetensors"));
+        let checkpoint = |prefix: &str| {
+            let file = SafeTensors::deserialize(&f.0).unwrap();
+            let mut checkpoint = Checkpoint::default();
+            for key in file.names().into_iter().filter(|n| !n.ends_with("tracked")) {
+                if let Some(own) = key.strip_prefix(prefix) {
+                    let (values, shape) = f.values(key);
+                    checkpoint.tensors.insert(own.into(), Values { shape, values });
+                }
+            }
+            checkpoint
+        };
+        let recipe = recipe();
+        let start = checkpoint("start/");
+        let found = architecture::build(&start, 12, true, &Overrides::default()).unwrap();
+        let mut network = Network::new(&found).unwrap();
+        let mut state = network.load(&start, &Device::flex()).unwrap();
+        let mut optimizer = Optimizer::new(network.parameters().len());
+        let objective = Objective::new(&recipe, &[1; 5]);
+        let (images, labels, expected) = (f.values("images").0, f.values("labels").0, f.values("losses").0);
+        for step in 0..20 {
+            let size = 8 * 3 * 12 * 12;
+            let batch = TensorData::new(images[step * size..(step + 1) * size].to_vec(), [8, 3, 12, 12]);
+            let mut targets = vec![0.0; 8 * 5];
+            (0..8).for_each(|row| targets[row * 5 + labels[step * 8 + row] as usize] = 1.0);
+            let tracked: Vec<Tensor<1>> =
+                state.parameters.iter().map(|p| Tensor::from_inner(p.clone()).require_grad()).collect();
+            let trained = network.train(&tracked, &state, Tensor::from_data(batch, &Device::flex()));
+            let loss = objective.loss(&trained.logits, &objective.terms(&targets, 0), &Device::flex());
+            let value: f32 = loss.clone().inner().into_scalar();
+            assert!((value - expected[step]).abs() <= 1e-3, "{name}: step {step}: {value}, PyTorch {}", expected[step]);
+            let mut gradients = loss.backward();
+            let gradients = tracked.iter().map(|p| p.grad_remove(&mut gradients)).collect();
+            optimizer.step(&recipe, network.parameters(), &mut state.parameters, gradients, recipe.learning_rate);
+            state.statistics = trained.statistics;
+        }
+        let end = checkpoint("end/");
+        for (key, tensor) in network.store(&state) {
+            near(&tensor.values, &end.tensors[&key].values, 1e-2, &format!("{name}: {key}"));
+        }
+    }
+}
+
+#[test]
+fn augmentations_equal_pillows() {
+    let bytes = fs::read(data("training/colours.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let picture = |name: &str| {
+        let view = file.tensor(name).unwrap();
+        RgbImage::from_raw(view.shape()[1] as u32, view.shape()[0] as u32, view.data().to_vec()).unwrap()
+    };
+    for (name, operation) in [
+        ("shear-x", Operation::ShearX(0.3)),
+        ("shear-y", Operation::ShearY(-0.2)),
+        ("translate-x", Operation::TranslateX(5.0)),
+        ("translate-y", Operation::TranslateY(-4.0)),
+        ("rotate", Operation::Rotate(27.5)),
+        ("rotate-back", Operation::Rotate(-12.0)),
+        ("brightness", Operation::Brightness(1.37)),
+        ("colour", Operation::Colour(0.45)),
+        ("contrast", Operation::Contrast(1.6)),
+        ("sharpness", Operation::Sharpness(1.9)),
+        ("blur", Operation::Sharpness(0.1)),
+        ("posterize", Operation::Posterize(3)),
+        ("solarize", Operation::Solarize(113.0)),
+        ("auto-contrast", Operation::AutoContrast),
+        ("equalize", Operation::Equalize),
+        ("invert", Operation::Invert),
+    ] {
+        let (found, expected) = (operation.apply(picture("picture")), picture(name));
+        let apart = found.iter().zip(expected.iter()).filter(|(a, b)| a != b).count();
+        assert_eq!(apart, 0, "{name}: {apart} values differ from Pillow's");
+    }
+}
+
+#[test]
+fn every_network_is_what_its_name_says() {
+    for name in [
+        "cifar_resnet8_w4",
+        "cifar_resnet20",
+        "cifar_resnet32",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnext50_32x4d",
+        "wide_resnet50_2",
+        "resnet18_ride3",
+    ] {
+        for shortcut in [Shortcut::A, Shortcut::B] {
+            let recipe = Recipe { arch: name.parse().unwrap(), shortcut, ..recipe() };
+            assert_eq!(recipe.arch.to_string(), name);
+            let (_, network) = blueprint::start(&recipe, 7, 64).unwrap();
+            assert_eq!((network.arch.as_str(), network.classes), (name, 7));
+            network.graph.check("start").unwrap();
+        }
+    }
+    for wrong in ["resnet21", "resnet", "resnet20_ride3", "resnext50", "resnet50_ride11", "vgg16"] {
+        let error = wrong.parse::<Arch>().unwrap_err();
+        assert!(error.contains(wrong) && error.contains("resnet20"), "{error}");
+    }
+}
+
+#[test]
+fn networks_in_training_compute_what_is_folded() {
+    let cases = [
+        ("resnet8_w4", NbnLayers::All, Magnitude::Stage, 16),
+        ("resnext50_32x4d", NbnLayers::LastStageOutputs, Magnitude::Layer, 64),
+        ("resnet18_ride2", NbnLayers::LastStageAll, Magnitude::Expert, 64),
+    ];
+    for (arch, nbn_layers, magnitude, side) in cases {
+        let recipe = Recipe { arch: arch.parse().unwrap(), nbn_layers, magnitude, head: Head::Lr, ..recipe() };
+        let (mut start, _) = blueprint::start(&recipe, 3, side).unwrap();
+        // Every magnitude another, so that a mistaken index shows.
+        let scale = start.tensors.get_mut("scale_factor").unwrap();
+        scale.values.iter_mut().enumerate().for_each(|(at, v)| *v = 1.0 + at as f32 / 4.0);
+        let found = architecture::build(&start, side, true, &Overrides::default()).unwrap();
+        let mut network = Network::new(&found).unwrap();
+        let state = network.load(&start, &Device::flex()).unwrap();
+        let mut rng = fastrand::Rng::with_seed(5);
+        let image: Vec<f32> = (0..3 * side * side).map(|_| 2.0 * rng.f32() - 1.0).collect();
+        let expected = reference::evaluate::<f64>(&found.graph, &image).unwrap();
+        let expected: Vec<f32> = expected[0].iter().map(|v| *v as f32).collect();
+        let input = Tensor::from_data(TensorData::new(image, [1, 3, side, side]), &Device::flex());
+        let logits: Vec<f32> = network.evaluate(&state, input).into_data().try_into_vec().unwrap();
+        near(&logits, &expected, 1e-4, arch);
+    }
+}
+
+#[test]
+fn profiles_and_splits_are_stratified_and_repeatable() {
+    let names: Vec<String> = (0..3).map(|k| format!("c{k}")).collect();
+    let labels: Vec<u32> = [0; 100].into_iter().chain([1; 50]).chain([2; 25]).collect();
+    let kept = long_tail(&labels, &names, 100.0, 7).unwrap();
+    let counts =
+        |records: &[usize]| (0..3).map(|k| records.iter().filter(|&&r| labels[r] == k).count()).collect::<Vec<_>>();
+    assert_eq!(counts(&kept), [100, 10, 1]);
+    assert_eq!(kept, long_tail(&labels, &names, 100.0, 7).unwrap());
+    assert_ne!(kept, long_tail(&labels, &names, 100.0, 8).unwrap());
+    let error = long_tail(&labels, &names, 2.0, 7).unwrap_err();
+    assert!(error.contains("class 1 (c1) has 50 images") && error.contains("needs 70"), "{error}");
+    let all: Vec<usize> = (0..labels.len()).collect();
+    let (training, held_out) = hold_out(&labels, &all, &names, 0.01, 7).unwrap();
+    assert_eq!((counts(&training), counts(&held_out)), (vec![99, 49, 24], vec![1, 1, 1]));
+    let error = hold_out(&labels, &kept, &names, 0.1, 7).unwrap_err();
+    assert!(error.contains("class 2 (c2) has 1 image") && error.contains("--calibration-fraction 0"), "{error}");
+    assert!(hold_out(&labels, &kept, &names, 0.0, 7).is_ok());
+}
+
+#[test]
+fn the_learning_rate_warms_up_and_falls() {
+    let cosine = Recipe { epochs: 10, warm_up: 2, schedule: Schedule::Cosine, learning_rate: 1.0, ..recipe() };
+    let rates: Vec<f64> = [0, 9, 19, 20, 60, 99].iter().map(|&step| learning_rate(&cosine, step, 10)).collect();
+    assert_eq!(&rates[..3], [0.05, 0.5, 1.0]);
+    assert!((rates[3] - 1.0).abs() < 1e-9 && (rates[4] - 0.5).abs() < 1e-9 && rates[5] < 1e-3);
+    let step = Recipe { schedule: Schedule::Step, milestones: vec![4, 8], ..cosine };
+    assert!((learning_rate(&step, 90, 10) - 0.01).abs() < 1e-9);
+}
+
+/// A folder of pictures of three kinds that a small network can tell apart, 24, 12 and 6 of them.
+fn pictures(folder: &Path) -> PathBuf {
+    let set = folder.join("set");
+    let mut rng = fastrand::Rng::with_seed(9);
+    for (class, count) in [("blue", 24), ("green", 12), ("red", 6)] {
+        fs::create_dir_all(set.join(class)).unwrap();
+        for n in 0..count {
+            let picture = RgbImage::from_fn(16, 16, |_, _| {
+                let mut noise = || rng.u8(0..120);
+                let mut pixel = [noise(), noise(), noise()];
+                let channel = ["red", "green", "blue"].iter().position(|c| *c == class).unwrap();
+                pixel[channel] = pixel[channel].saturating_add(60);
+                image::Rgb(pixel)
+            });
+            picture.save(set.join(class).join(format!("{n:02}.png"))).unwrap();
+        }
+    }
+    set
+}
+
+fn arguments<'a>(set: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    let mut all = vec!["train", "--data", set.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    for (flag, value) in [("--arch", "resnet8_w4"), ("--input-size", "16"), ("--batch", "8"), ("--threads", "1")] {
+        if !more.contains(&flag) {
+            all.extend([flag, value]);
+        }
+    }
+    all.extend(more);
+    all
+}
+
+fn train(set: &Path, out: &Path, more: &[&str]) -> Output {
+    fold(&arguments(set, out, more))
+}
+
+#[track_caller]
+fn done(output: Output) {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+#[track_caller]
+fn refused(output: Output, parts: &[&str]) {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    parts.iter().for_each(|part| assert!(stderr.contains(part), "{part:?} is not in: {stderr}"));
+}
+
+/// A run that is to be interrupted, once its metrics say that `epochs` are done.
+fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Child {
+    let child = Command::new(env!("CARGO_BIN_EXE_fold"))
+        .args(arguments(set, out, more))
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let metrics = out.with_extension("metrics.jsonl");
+    let begun = Instant::now();
+    while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < epochs {
+        assert!(begun.elapsed() < Duration::from_secs(120), "no epoch was done in two minutes");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let more = ["--epochs", "6", "--ema", "0.9", "--mixup", "0.5", "--augment", "crop,flip,auto-augment,cutout"];
+    let unbroken = folder.path().join("unbroken.safetensors");
+    done(train(&set, &unbroken, &more));
+    let killed = folder.path().join("killed.safetensors");
+    for epochs in [2, 4] {
+        let resumed = [&more[..], &["--resume"]].concat();
+        let mut child = until(&set, &killed, &resumed, epochs);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let output = train(&set, &killed, &[&more[..], &["--resume"]].concat());
+    assert!(text(&output.stderr).contains("resumed     after"), "{}", text(&output.stderr));
+    done(output);
+    // Not the files: the order of the metadata in a safetensors header is any.
+    assert!(Checkpoint::load(&unbroken).unwrap() == Checkpoint::load(&killed).unwrap(), "the networks differ");
+    let losses = |out: &Path| -> Vec<(Value, Value)> {
+        let text = fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+        lines.map(|line| (line["epoch"].clone(), line["loss"].clone())).collect()
+    };
+    assert_eq!(losses(&unbroken), losses(&killed));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_saves_within_the_epoch_and_exits_0() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let mut child = until(&set, &out, &["--epochs", "400"], 1);
+    // SAFETY: a signal to a child of this test that has not been waited for.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(child.id() as i32, libc::SIGINT);
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let state = fs::read(out.with_extension("state")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&state).unwrap();
+    let progress: Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["nbn.progress"]).unwrap();
+    assert!(progress["epoch"].as_u64().unwrap() < 400);
+    Checkpoint::load(&out).unwrap();
+}
+
+#[test]
+fn the_exported_bundle_is_as_accurate_as_the_trainer_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let test = set.to_str().unwrap();
+    done(train(&set, &out, &["--epochs", "8", "--test", test, "--loss", "balanced-softmax"]));
+    let metrics = fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap();
+    let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+    let right = last["evaluation"]["right"].as_u64().unwrap();
+    assert!(right > 24, "{right} of 42 images: no more than the largest class");
+    let bundle = folder.path().join("models/run/1");
+    done(fold(&["export", out.to_str().unwrap(), "--out", bundle.to_str().unwrap()]));
+    let list = folder.path().join("list.csv");
+    let mut rows = "path,label\n".to_owned();
+    for class in ["blue", "green", "red"] {
+        for file in fs::read_dir(set.join(class)).unwrap() {
+            rows += &format!("{},{class}\n", file.unwrap().path().display());
+        }
+    }
+    fs::write(&list, rows).unwrap();
+    let scored = nbn(&["score", "--model", bundle.to_str().unwrap(), "--top-k", "1", list.to_str().unwrap()]);
+    assert!(scored.status.success(), "{}", text(&scored.stderr));
+    let hits = text(&scored.stdout)
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|row| {
+            let label = row["predictions"][0]["label"].as_str().unwrap();
+            row["path"].as_str().unwrap().contains(&format!("/{label}/"))
+        })
+        .count();
+    assert_eq!(hits as u64, right, "nbn score beside the trainer");
+    let manifest: Value = serde_json::from_slice(&fs::read(bundle.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["classes"][2]["label"], "red");
+    assert_eq!(manifest["preprocessing"]["crop"], 16);
+    let held_out = out.with_extension("calibration.json");
+    let calibrated = fold(&[
+        "calibrate",
+        bundle.to_str().unwrap(),
+        "--data",
+        test,
+        "--records",
+        held_out.to_str().unwrap(),
+        "--training-data",
+        test,
+        "--training-records",
+        out.with_extension("training.json").to_str().unwrap(),
+    ]);
+    let stderr = text(&calibrated.stderr);
+    assert!(calibrated.status.success() && stderr.contains("none of them trained on"), "{stderr}");
+}
+
+#[test]
+fn what_cannot_be_trained_on_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let short = ["--epochs", "1"];
+    fs::create_dir(set.join("yellow")).unwrap();
+    refused(train(&set, &out, &short), &["class 3 (yellow) has no image", "add some"]);
+    fs::copy(set.join("red/00.png"), set.join("yellow/one.png")).unwrap();
+    refused(train(&set, &out, &short), &["class 3 (yellow) has 1 image", "--calibration-fraction 0"]);
+    fs::write(set.join("yellow/two.png"), b"no picture").unwrap();
+    refused(
+        train(&set, &out, &[&short[..], &["--calibration-fraction", "0"]].concat()),
+        &["yellow/two.png", "mend it"],
+    );
+    fs::remove_dir_all(set.join("yellow")).unwrap();
+
+    let one = folder.path().join("one");
+    fs::create_dir_all(one.join("only")).unwrap();
+    fs::copy(set.join("red/00.png"), one.join("only/a.png")).unwrap();
+    refused(train(&one, &out, &short), &["1 class", "at least 2"]);
+    let list = folder.path().join("list.txt");
+    fs::write(&list, "set/red/00.png 0\nset/red/01.png 7\n").unwrap();
+    let names = folder.path().join("names.txt");
+    fs::write(&names, "a\nb\n").unwrap();
+    let named = [&short[..], &["--classes", names.to_str().unwrap()]].concat();
+    refused(train(&list, &out, &named), &["line 2", "label 7", "0 to 1"]);
+    refused(train(&set, &out, &["--lr", "0"]), &["--lr is 0", "above 0"]);
+    refused(train(&set, &out, &["--batch", "1"]), &["--batch is 1", "at least 2"]);
+    refused(train(&set, &out, &["--augment", "flip,spin"]), &["spin", "trivial-augment"]);
+    refused(train(&set, &out, &["--nbn-layers", "layer9.0.bn2"]), &["layer9.0.bn2"]);
+    refused(train(&set, &folder.path().join("run.pth"), &short), &["run.pth", ".safetensors"]);
+    refused(train(&set, &out, &["--device", "cuda"]), &["--device cuda", "--device cpu"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_run_goes_on_only_as_it_was_begun() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    done(train(&set, &out, &["--epochs", "1"]));
+    let before = fs::read(&out).unwrap();
+    refused(train(&set, &out, &["--epochs", "1"]), &["is there", "--resume", "--overwrite"]);
+    refused(train(&set, &out, &["--epochs", "2", "--resume"]), &["epochs is 2, was 1", "--overwrite"]);
+    refused(
+        train(&set, &out, &["--epochs", "1", "--arch", "resnet8_w8", "--resume"]),
+        &["cifar_resnet8_w8", "was \"cifar_resnet8_w4\""],
+    );
+    fs::remove_file(set.join("red/00.png")).unwrap();
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["other training images"]);
+    fs::write(out.with_extension("state"), b"half a file").unwrap();
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["not the state of such a run", "--overwrite"]);
+    assert_eq!(before, fs::read(&out).unwrap(), "the checkpoint was touched");
+}
+
+#[test]
+fn a_diverging_run_says_where_and_keeps_the_last_good_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let wild = ["--epochs", "50", "--lr", "1e8", "--warm-up", "2", "--norm", "bn", "--head", "linear"];
+    refused(train(&set, &out, &wild), &["diverged", "step", "--clip 1", "Largest norms"]);
+}
