@@ -116,7 +116,7 @@ impl Network {
                     groups: *groups,
                 },
                 Op::BatchNorm(norm) => {
-                    let affine = !(is_head(&node.name) && !found.head.ends_with("affine"));
+                    let affine = !is_head(&node.name) || found.head.ends_with("affine");
                     network.norm(&node.name, norm.weight.len(), affine, Role::Norm, None)
                 }
                 Op::NormalizedBatchNorm { directions, .. } => {

@@ -282,7 +282,10 @@ fn diverged(job: &Job, network: &Network, run: &Resumable, loss: f64) -> TrainEr
         step: run.progress.step + 1,
         epoch: run.progress.epoch + 1,
         norms: norms.join(", "),
-        kept: kept(job, run),
+        kept: match run.progress.epoch {
+            0 => String::new(),
+            epoch => format!("; {} holds epoch {epoch}", job.files.checkpoint.display()),
+        },
     }
 }
 
@@ -291,7 +294,10 @@ fn kept(job: &Job, run: &Resumable) -> String {
     match run.progress.epoch {
         0 => String::new(),
         _ if job.files.checkpoint.exists() => {
-            format!("; {} and what --resume needs are intact", job.files.checkpoint.display())
+            format!(
+                "; {} and what --resume needs are intact: make room or mend it, and give --resume",
+                job.files.checkpoint.display()
+            )
         }
         _ => String::new(),
     }

@@ -165,7 +165,7 @@ fn gradients_of_every_loss_equal_pytorchs() {
         let objective = Objective::new(&recipe, &[500, 200, 80, 20, 5]);
         let logits = f.leaf::<2>("logits");
         let terms = objective.terms(&targets, 0);
-        let loss = objective.loss(&[logits.clone()], &terms, &Device::flex());
+        let loss = objective.loss(std::slice::from_ref(&logits), &terms, &Device::flex());
         assert_near(loss.clone().inner(), &f, &format!("{name}.loss"));
         let gradients = loss.backward();
         assert_near(logits.grad(&gradients).unwrap(), &f, &format!("{name}.grad"));
