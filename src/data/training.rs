@@ -125,7 +125,7 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
 }
 
 /// Cuts the set to an exponential profile: class k of K keeps ⌊n·F^(−k/(K−1))⌋ of its images, drawn with `seed`, where n is
-/// the number of images of class 0 (arXiv 1901.05555, section 5.1). Returns record numbers in the set's order.
+/// the number of images of class 0 (arXiv 1901.05555). Returns record numbers in the set's order.
 ///
 /// # Errors
 /// Names the class that has too few images.

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use fastrand::Rng;
 
 use super::TrainError;
-use super::recipe::{BiasStart, Head, Norm, Recipe, Shortcut};
+use super::recipe::{BiasStart, Head, Recipe, Shortcut};
 use crate::fold::Checkpoint;
 use crate::fold::architecture::{
     self, LAYERS_KEY, MAGNITUDE_KEY, Magnitude, NbnLayers, Network, Overrides, SCALE_FACTOR,
@@ -145,7 +145,7 @@ pub fn start(recipe: &Recipe, classes: usize, side: usize) -> Result<(Checkpoint
     }
     let experts = matches!(recipe.arch, Arch::ImageNet { experts, .. } if experts > 1);
     let Start { mut checkpoint, mut rng, norms } = start;
-    let layers = if recipe.norm == Norm::Nbn { recipe.nbn_layers.clone() } else { NbnLayers::None };
+    let layers = recipe.normalized();
     if layers != NbnLayers::None {
         let least = if experts { EXPERT_MAGNITUDES } else { SINGLE_MAGNITUDES };
         let magnitudes = if recipe.magnitude == Magnitude::Expert { least } else { least.max(norms) };

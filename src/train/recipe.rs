@@ -242,6 +242,11 @@ impl Recipe {
         self.preprocessing.check().map_err(|error| TrainError::Input(error.to_string()))
     }
 
+    /// The layers that are normalised in the end: none with plain BatchNorm.
+    pub fn normalized(&self) -> NbnLayers {
+        if self.norm == Norm::Nbn { self.nbn_layers.clone() } else { NbnLayers::None }
+    }
+
     /// How much of the training prior the loss takes out of the logits: 0 none, 1 all; τ for logit adjustment. What
     /// `fold calibrate` calls κ.
     pub fn kappa(&self) -> f64 {

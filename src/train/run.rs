@@ -138,8 +138,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         for batch in batches {
             let batch = batch?;
             rate = learning_rate(&recipe, epoch * per_epoch + run.progress.step, per_epoch);
-            let step = one_step(job, &network, &objective, &mut run, &batch, rate)?;
-            gradient_norm = step.gradient_norm;
+            gradient_norm = one_step(job, &network, &objective, &mut run, batch, rate)?;
             run.progress.step += 1;
             run.progress.seconds = seconds + begun.elapsed().as_secs_f64();
             watch(Event::Step {
@@ -219,20 +218,17 @@ fn digest(images: &LabelledImages) -> String {
     sha256_hex(&bytes)
 }
 
-struct Step {
-    gradient_norm: f64,
-}
-
+/// Learns from `batch` at learning rate `rate`. Returns the norm of the gradient.
 fn one_step(
     job: &Job,
     network: &Network,
     objective: &Objective,
     run: &mut Resumable,
-    batch: &loader::Batch,
+    batch: loader::Batch,
     rate: f64,
-) -> Result<Step, TrainError> {
+) -> Result<f64, TrainError> {
     let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
-    let images = TensorData::new(batch.images.clone(), [batch.size, 3, side, side]);
+    let images = TensorData::new(batch.images, [batch.size, 3, side, side]);
     let images = Tensor::<4>::from_data(images, &job.device);
     let tracked: Vec<Tensor<1>> =
         run.state.parameters.iter().map(|p| Tensor::from_inner(p.clone()).require_grad()).collect();
@@ -258,7 +254,7 @@ fn one_step(
         let statistics = ema.statistics.iter().zip(&run.state.statistics);
         ema.statistics = statistics.map(|(e, s)| (mean(&e.0, &s.0), mean(&e.1, &s.1))).collect();
     }
-    Ok(Step { gradient_norm })
+    Ok(gradient_norm)
 }
 
 /// Images of a batch whose largest logit, averaged over the experts, is that of the largest target.
@@ -325,16 +321,11 @@ fn save(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Resu
 fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, TrainError> {
     let recipe = &job.recipe;
     let json = |value: serde_json::Result<String>| value.map_err(|e| TrainError::Input(format!("the metadata: {e}")));
-    let layers = if recipe.norm == super::recipe::Norm::Nbn {
-        recipe.nbn_layers.to_string()
-    } else {
-        architecture::NbnLayers::None.to_string()
-    };
     Ok(BTreeMap::from(
         [
             ("nbn.format", "1".to_owned()),
             ("nbn.arch", recipe.arch.to_string()),
-            (architecture::LAYERS_KEY, layers),
+            (architecture::LAYERS_KEY, recipe.normalized().to_string()),
             (architecture::MAGNITUDE_KEY, recipe.magnitude.to_string()),
             ("nbn.norm_epsilon", crate::fold::passes::NORM_EPSILON.to_string()),
             ("nbn.batch_norm_epsilon", crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
@@ -353,7 +344,11 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
 fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
     let text = match fs::read_to_string(&files.metrics) {
         Ok(text) if epochs > 0 => text,
-        _ => String::new(),
+        Ok(_) => String::new(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(cause) => {
+            return Err(TrainError::File { path: files.metrics.clone(), cause, kept: String::new() });
+        }
     };
     let lines = text.lines().filter(|line| {
         let epoch = serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["epoch"].as_u64());
@@ -366,10 +361,10 @@ fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
 fn append_metrics(job: &Job, report: &EpochReport) -> Result<(), TrainError> {
     let path = &job.files.metrics;
     let line = serde_json::to_string(report).map_err(|e| TrainError::Input(format!("the metrics: {e}")))? + "\n";
-    let mut file = OpenOptions::new().append(true).create(true).open(path);
-    let written = file
-        .as_mut()
-        .map_err(|e| std::io::Error::new(e.kind(), e.to_string()))
-        .and_then(|file| file.write_all(line.as_bytes()));
-    written.map_err(|cause| TrainError::File { path: path.clone(), cause, kept: String::new() })
+    let file = OpenOptions::new().append(true).create(true).open(path);
+    file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|cause| TrainError::File {
+        path: path.clone(),
+        cause,
+        kept: String::new(),
+    })
 }

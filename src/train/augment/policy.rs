@@ -89,7 +89,7 @@ use Kind::{
     ShearY, Solarize, TranslateX, TranslateY,
 };
 
-/// Pairs of (operation, probability, strength of 0 to 9): AutoAugment's table 7 for CIFAR-10 (arXiv 1805.09501).
+/// Pairs of (operation, probability, strength of 0 to 9): AutoAugment's policy for CIFAR-10 (arXiv 1805.09501).
 const CIFAR: [[(Kind, f32, u32); 2]; 25] = [
     [(Invert, 0.1, 0), (Contrast, 0.2, 6)],
     [(Rotate, 0.7, 2), (TranslateX, 0.3, 9)],

@@ -1,0 +1,67 @@
+//! What a person sees of a run.
+
+use std::io::IsTerminal;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nbn::train::run::{EpochReport, Event};
+
+/// A bar on a terminal, a line per epoch everywhere.
+pub(super) struct View {
+    pub(super) bar: ProgressBar,
+    epochs: usize,
+    images: usize,
+}
+
+impl View {
+    pub(super) fn new(epochs: usize, images: usize) -> Self {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let style = ProgressStyle::with_template("{prefix} {bar:28} {pos}/{len} steps, {msg}, {eta} left");
+        Self { bar: style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style)), epochs, images }
+    }
+
+    pub(super) fn show(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Start { epoch, step, steps, parameters } => {
+                eprintln!("learned     {parameters} values; {steps} steps an epoch");
+                if epoch + step > 0 {
+                    eprintln!("resumed     after {epoch} epochs and {step} steps");
+                }
+                self.bar.set_length((self.epochs * steps) as u64);
+                self.bar.set_position((epoch * steps + step) as u64);
+                self.bar.reset_eta();
+                self.bar.set_prefix(format!("epoch {}/{}", epoch + 1, self.epochs));
+            }
+            Event::Step { loss, images_per_second, .. } => {
+                self.bar.inc(1);
+                self.bar.set_message(format!("loss {loss:.4}, {images_per_second:.0} images/s"));
+            }
+            Event::Epoch(report) => {
+                let line = self.line(report);
+                self.bar.suspend(|| eprintln!("{line}"));
+                self.bar.set_prefix(format!("epoch {}/{}", (report.epoch + 1).min(self.epochs), self.epochs));
+            }
+        }
+    }
+
+    fn line(&self, report: &EpochReport) -> String {
+        let left = (self.epochs - report.epoch) as f64 * self.images as f64 / report.images_per_second.max(1e-9);
+        let mut line = format!(
+            "epoch {:>3}/{}  loss {:.4}  training {:.1} %  {:.0} images/s",
+            report.epoch,
+            self.epochs,
+            report.loss,
+            100.0 * report.training_accuracy,
+            report.images_per_second
+        );
+        if let Some(accuracy) = &report.evaluation {
+            line += &format!("  top-1 {:.2} %", 100.0 * accuracy.overall);
+            for (group, share) in &accuracy.groups {
+                line += &format!("  {} {:.1}", group.name(), 100.0 * share);
+            }
+        }
+        if report.epoch < self.epochs {
+            line += &format!("  {} left", humantime::format_duration(std::time::Duration::from_secs(left as u64)));
+        }
+        line
+    }
+}
