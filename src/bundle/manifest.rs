@@ -204,6 +204,11 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// Whether the network has an output of this name.
+    pub fn has_output(&self, name: &str) -> bool {
+        self.fold.proof.outputs.iter().any(|proof| proof.output == name)
+    }
+
     /// Checks what the types alone cannot hold.
     ///
     /// # Errors

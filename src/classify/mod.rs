@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use ndarray::{Array2, ArrayView4};
+use ndarray::ArrayView4;
 
 use crate::bundle::{Bundle, BundleError, Manifest};
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor, RgbImage};
 use crate::runtime::{
-    Device, Library, NetworkCache, NetworkFile, OnnxModel, Runner, RuntimeError, SessionOptions, Stop,
+    Device, Library, NetworkCache, NetworkFile, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions, Stop,
 };
 use crate::scores::{Logits, LogitsError};
 
@@ -36,6 +36,8 @@ pub enum Input {
 pub struct Prediction {
     /// The network's own output.
     pub logits: Logits,
+    /// What its classifier saw, where it was exported with that.
+    pub features: Option<Vec<f32>>,
     /// Where the time went.
     pub timings: Timings,
 }
@@ -81,7 +83,7 @@ pub enum ClassifyError {
     #[error(transparent)]
     Logits(#[from] LogitsError),
     /// The network gave another number of rows than pictures.
-    #[error("the network gave {found} rows of logits for {pictures} pictures")]
+    #[error("the network gave {found} rows for {pictures} pictures")]
     Rows {
         /// Rows given.
         found: usize,
@@ -266,7 +268,7 @@ impl Classifier {
                     leads_batch: leads_batch && row.is_ok(),
                 };
                 leads_batch &= row.is_err();
-                outcomes[*at] = row.map(|logits| Prediction { logits, timings });
+                outcomes[*at] = row.map(|(logits, features)| Prediction { logits, features, timings });
             }
             done += size;
         }
@@ -280,7 +282,7 @@ impl Classifier {
     pub fn logits(&mut self, picture: &RgbImage) -> Result<Logits, ClassifyError> {
         self.buffer.resize(self.item(), 0.0);
         self.prepare.normalize_into(picture, &mut self.buffer);
-        self.run(0..1, &Stop::default())?.remove(0)
+        Ok(self.run(0..1, &Stop::default())?.remove(0)?.0)
     }
 
     /// Values of one picture's tensor.
@@ -293,21 +295,30 @@ impl Classifier {
         &mut self,
         pictures: Range<usize>,
         stop: &Stop,
-    ) -> Result<Vec<Result<Logits, ClassifyError>>, ClassifyError> {
+    ) -> Result<Vec<Result<Answer, ClassifyError>>, ClassifyError> {
         let (item, side, n) = (self.item(), self.prepare.side(), pictures.len());
         let values = &self.buffer[pictures.start * item..pictures.end * item];
         let view = ArrayView4::from_shape((n, 3, side, side), values);
         let view = view.map_err(|error| RuntimeError::Run(error.to_string()))?;
         let runner = &mut self.runner;
-        let rows: Array2<f32> = catch_unwind(AssertUnwindSafe(|| runner.run(view, stop)))
+        let outputs: Outputs = catch_unwind(AssertUnwindSafe(|| runner.run(view, stop)))
             .unwrap_or_else(|panic| Err(RuntimeError::Run(format!("panicked: {}", panic_text(&*panic)))))?;
-        if rows.nrows() != n {
-            return Err(ClassifyError::Rows { found: rows.nrows(), pictures: n });
+        let Outputs { logits, features } = outputs;
+        for found in [Some(logits.nrows()), features.as_ref().map(|f| f.nrows())].into_iter().flatten() {
+            if found != n {
+                return Err(ClassifyError::Rows { found, pictures: n });
+            }
         }
         let classes = self.manifest.classes.len();
-        Ok(rows.rows().into_iter().map(|row| Ok(Logits::try_new(row.to_vec(), classes)?)).collect())
+        let answer = |(at, row): (usize, ndarray::ArrayView1<'_, f32>)| {
+            Ok((Logits::try_new(row.to_vec(), classes)?, features.as_ref().map(|f| f.row(at).to_vec())))
+        };
+        Ok(logits.rows().into_iter().enumerate().map(answer).collect())
     }
 }
+
+/// The logits of a picture, and its features where the network gives them.
+type Answer = (Logits, Option<Vec<f32>>);
 
 /// The file behind `bundle`'s network.
 pub fn network_file(bundle: &Bundle) -> NetworkFile {

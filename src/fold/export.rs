@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::architecture::{self, Family, Overrides};
+use super::architecture::{self, Extras, Family, Overrides};
 use super::{CLASSES_KEY, Checkpoint, FoldError, PREPROCESSING_KEY, onnx, passes, verify};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
@@ -60,8 +60,8 @@ pub struct ExportOptions {
     pub exif: Exif,
     /// Measured accuracy, JSON, for the model card.
     pub evaluation: Option<PathBuf>,
-    /// Adds the output `expert_logits`.
-    pub expert_logits: bool,
+    /// Outputs beside the logits.
+    pub extras: Extras,
     /// Replaces a bundle that is there.
     pub force: bool,
     /// What overrules names and shapes.
@@ -96,7 +96,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         (None, None, Some(stored)) => stored.crop as usize,
         (None, None, None) => architecture::family(&checkpoint)?.default_side(),
     };
-    let network = architecture::build(&checkpoint, side, options.expert_logits, &options.overrides)?;
+    let network = architecture::build(&checkpoint, side, options.extras, &options.overrides)?;
     let classes = match (&options.classes, metadata(&checkpoint, CLASSES_KEY)?) {
         (None, Some(stored)) => fitting(stored, network.classes)?,
         (path, _) => classes(path.as_deref(), network.classes)?,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::architecture::{self, Overrides};
+use super::architecture::{self, Extras, Overrides};
 use super::graph::{BatchNorm, Op};
 use super::{Checkpoint, FoldError};
 use crate::bundle::{Group, Manifest};
@@ -20,7 +20,7 @@ const DEAD_WEIGHT: f64 = 1e-8;
 /// When the checkpoint is of no known network.
 pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<String, FoldError> {
     let side = architecture::family(checkpoint)?.default_side();
-    let network = architecture::build(checkpoint, side, false, overrides)?;
+    let network = architecture::build(checkpoint, side, Extras::default(), overrides)?;
     let parameters: usize = checkpoint.tensors.values().map(|t| t.values.len()).sum();
     let mut out = String::new();
     let mut warnings = Vec::new();

@@ -12,11 +12,29 @@ pub use stop::Stop;
 
 use ndarray::{Array2, ArrayView4};
 
+/// Name of the network's output that [`Outputs::features`] is read from.
+pub const FEATURES: &str = "features";
+
+/// What a network gives for a batch of N pictures.
+#[derive(Debug, Clone)]
+pub struct Outputs {
+    /// `[N, K]`.
+    pub logits: Array2<f32>,
+    /// What its classifier sees, `[N, D]`, where it was exported with that.
+    pub features: Option<Array2<f32>>,
+}
+
+impl From<Array2<f32>> for Outputs {
+    fn from(logits: Array2<f32>) -> Self {
+        Self { logits, features: None }
+    }
+}
+
 /// Something that turns a batch of pictures into rows of logits.
 pub trait Runner: Send {
-    /// Runs the network on `pictures` `[N, 3, H, W]`. Returns `[N, K]`.
+    /// Runs the network on `pictures` `[N, 3, H, W]`.
     ///
     /// # Errors
     /// When the runtime fails, or was told to end by `stop`.
-    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError>;
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError>;
 }

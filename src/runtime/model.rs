@@ -10,7 +10,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::TensorRef;
 
-use super::{Library, Runner, Stop};
+use super::{FEATURES, Library, Outputs, Runner, Stop};
 
 /// Where a network runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -140,15 +140,15 @@ impl OnnxModel {
     /// # Errors
     /// When the runtime fails or the batch is empty.
     pub fn run_batch(&mut self, images: ArrayView4<'_, f32>) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
-        self.run_until(images, &Stop::default(), usize::MAX)
+        self.run_until(images, &Stop::default(), |_, _| true)
     }
 
-    /// The first `outputs` outputs.
+    /// The outputs of which `wanted` (place, name) is true, in order.
     fn run_until(
         &mut self,
         images: ArrayView4<'_, f32>,
         stop: &Stop,
-        outputs: usize,
+        wanted: impl Fn(usize, &str) -> bool,
     ) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
         if images.shape()[0] == 0 {
             return Err(RuntimeError::Run("the batch is empty".into()));
@@ -159,16 +159,28 @@ impl OnnxModel {
         let found = self.session.run_with_options(ort::inputs!["images" => input], options);
         let found = found.map_err(|error| if stop.asked() { RuntimeError::Stopped } else { fail(error) })?;
         let take = |value: ort::value::ValueRef<'_>| Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned());
-        found.values().take(outputs).map(take).collect()
+        let outputs = found.iter().enumerate().filter(|(place, (name, _))| wanted(*place, name));
+        outputs.map(|(_, (_, value))| take(value)).collect()
     }
 }
 
 impl Runner for OnnxModel {
-    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
-        let logits = self.run_until(pictures, stop, 1)?.pop();
-        let logits = logits.ok_or_else(|| RuntimeError::Run("the network has no output".into()))?;
-        logits.into_dimensionality::<Ix2>().map_err(|_| RuntimeError::Run("the logits are not [N, K]".into()))
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError> {
+        let mut outputs = self.run_until(pictures, stop, |place, name| place == 0 || name == FEATURES)?.into_iter();
+        let logits = outputs.next().ok_or_else(|| RuntimeError::Run("the network has no output".into()))?;
+        Ok(Outputs {
+            logits: rows(logits, "logits")?,
+            features: outputs.next().map(|f| rows(f, FEATURES)).transpose()?,
+        })
     }
+}
+
+/// An output as [N, values].
+fn rows(output: ArrayD<f32>, name: &str) -> Result<Array2<f32>, RuntimeError> {
+    let shape = output.shape().to_vec();
+    output
+        .into_dimensionality::<Ix2>()
+        .map_err(|_| RuntimeError::Run(format!("the output {name} has the shape {shape:?}; it must be [N, values]")))
 }
 
 /// What the driver said, out of the runtime's account of where it heard it.

@@ -13,7 +13,7 @@ use super::TrainError;
 use super::recipe::{BiasStart, Head, Recipe, Shortcut};
 use crate::fold::Checkpoint;
 use crate::fold::architecture::{
-    self, LAYERS_KEY, MAGNITUDE_KEY, Magnitude, NbnLayers, Network, Overrides, SCALE_FACTOR,
+    self, Extras, LAYERS_KEY, MAGNITUDE_KEY, Magnitude, NbnLayers, Network, Overrides, SCALE_FACTOR,
 };
 use crate::fold::checkpoint::Tensor;
 
@@ -156,7 +156,8 @@ pub fn start(recipe: &Recipe, classes: usize, side: usize) -> Result<(Checkpoint
         checkpoint.metadata.insert(MAGNITUDE_KEY.into(), recipe.magnitude.to_string());
     }
     checkpoint.metadata.insert(LAYERS_KEY.into(), layers.to_string());
-    let network = architecture::build(&checkpoint, side, true, &Overrides::default())?;
+    let extras = Extras { expert_logits: true, features: false };
+    let network = architecture::build(&checkpoint, side, extras, &Overrides::default())?;
     if recipe.bias_start == BiasStart::Normal {
         for layer in &network.normalized_layers {
             if let Some(bias) = checkpoint.tensors.get_mut(&format!("{layer}.bias")) {

@@ -15,7 +15,11 @@ use nbn::scores::Prior;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 
-use crate::support::{library, model_options, nbn, picture, shipped, text};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
+use serde_json::Value;
+
+use crate::support::{data, fold, library, model_options, nbn, picture, shipped, text};
 
 fn nbn_score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
@@ -36,6 +40,67 @@ fn rows(folder: &Path, words: &str) -> Vec<String> {
         .iter()
         .flat_map(|part| fs::read_to_string(part).unwrap().lines().map(str::to_owned).collect::<Vec<_>>())
         .collect()
+}
+
+#[test]
+fn features_are_told_in_every_form_of_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images");
+    fs::create_dir(&images).unwrap();
+    pictures(&images, 2);
+    fs::write(images.join("broken.png"), "no picture").unwrap();
+    let checkpoint = data("checkpoints/cifar_bn.pth.tar");
+    let model = |name: &str, more: &[&str]| {
+        let out = folder.path().join(name);
+        let at = out.join("1");
+        let made = fold(&[&["export", checkpoint.to_str().unwrap(), "--out", at.to_str().unwrap()], more].concat());
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        out
+    };
+    let (with, without) = (model("with", &["--features"]), model("without", &[]));
+    let run = |model: &Path, format: &str, more: &[&str]| {
+        let args = ["score", "--model", model.to_str().unwrap(), "--features", "--format", format];
+        nbn(&[&args[..], more, &[images.to_str().unwrap()]].concat())
+    };
+    let refused = run(&without, "jsonl", &[]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("has no output features: make the bundle with `fold export --features`"));
+
+    let lines = text(&run(&with, "jsonl", &[]).stdout);
+    let features: Vec<Option<Vec<f32>>> = lines
+        .lines()
+        .map(|line| serde_json::from_value(serde_json::from_str::<Value>(line).unwrap()["features"].clone()).unwrap())
+        .collect();
+    let width = features[0].as_ref().unwrap().len();
+    assert_eq!(features.iter().map(|f| f.as_ref().map(Vec::len)).collect::<Vec<_>>(), [Some(width), Some(width), None]);
+    assert_ne!(features[0], features[1]);
+
+    let table = run(&with, "csv", &[]).stdout;
+    let mut table = csv::Reader::from_reader(&table[..]);
+    let column = table.headers().unwrap().iter().position(|name| name == "features").unwrap();
+    for (row, features) in table.records().zip(&features) {
+        let text = row.unwrap()[column].to_owned();
+        assert_eq!(serde_json::from_str(&text).ok(), *features, "{text}");
+    }
+    let path = folder.path().join("rows.parquet");
+    run(&with, "parquet", &["--output", path.to_str().unwrap()]);
+    let reader = SerializedFileReader::new(fs::File::open(&path).unwrap()).unwrap();
+    for (row, features) in reader.get_row_iter(None).unwrap().zip(&features) {
+        let row = row.unwrap();
+        let (_, field) = row.get_column_iter().find(|(name, _)| *name == "features").unwrap();
+        let found = match field {
+            Field::ListInternal(list) => Some(list.elements().iter().map(float).collect::<Vec<f32>>()),
+            _ => None,
+        };
+        assert_eq!(found, *features);
+    }
+}
+
+fn float(field: &Field) -> f32 {
+    match field {
+        Field::Float(value) => *value,
+        other => panic!("{other} is no float"),
+    }
 }
 
 #[test]
@@ -131,7 +196,7 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
     let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
     let inputs: Vec<_> = inputs.iter().map(|input| input.into()).collect();
     let source = Source::open(&inputs, options, stdin).unwrap();
-    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false };
+    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false, features: false };
     let (manifest, scorer) = (&model.manifest, &model.scorer);
     let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
     let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };

@@ -6,19 +6,19 @@ use std::time::{Duration, Instant};
 use nbn::classify::{Classifier, ClassifyError, Input, Prepare, StageTimes};
 use nbn::engine::{Budget, Engine, Refused};
 use nbn::pixels::{DecodeError, DecodeLimits, RgbImage};
-use nbn::runtime::{NetworkCache, Runner, RuntimeError, SessionOptions, Stop};
+use nbn::runtime::{NetworkCache, Outputs, Runner, RuntimeError, SessionOptions, Stop};
 use ndarray::{Array2, ArrayView4};
 use serde_json::json;
 
 use crate::support::{Endless, Server, library, model_of, picture, shipped};
 
-/// Gives each picture's first value back as its first logit.
+/// Gives each picture's first value back as its first logit and its only feature.
 struct Marking {
     random: fastrand::Rng,
 }
 
 impl Runner for Marking {
-    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
+    fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError> {
         std::thread::sleep(Duration::from_micros(self.random.u64(0..400)));
         if stop.asked() {
             return Err(RuntimeError::Stopped);
@@ -27,7 +27,12 @@ impl Runner for Marking {
             // Its pictures must then be tried one by one.
             return Err(RuntimeError::Run("on purpose".into()));
         }
-        Ok(Array2::from_shape_fn((pictures.shape()[0], 10), |(n, k)| if k == 0 { pictures[[n, 0, 0, 0]] } else { 0.0 }))
+        let mark = |n: usize| pictures[[n, 0, 0, 0]];
+        let logits = |(n, k)| if k == 0 { mark(n) } else { 0.0 };
+        Ok(Outputs {
+            logits: Array2::from_shape_fn((pictures.shape()[0], 10), logits),
+            features: Some(Array2::from_shape_fn((pictures.shape()[0], 1), |(n, _)| mark(n))),
+        })
     }
 }
 
@@ -72,7 +77,10 @@ async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancella
                     continue;
                 }
                 match ticket.await.expect("an answer") {
-                    Ok(prediction) => assert_eq!(prediction.logits.values()[0], mark, "seed {seed}"),
+                    Ok(prediction) => {
+                        assert_eq!(prediction.logits.values()[0], mark, "seed {seed}");
+                        assert_eq!(prediction.features, Some(vec![mark]), "seed {seed}");
+                    }
                     Err(ClassifyError::Deadline) => {}
                     Err(error) => panic!("seed {seed}, mark {mark}: {error}"),
                 }

@@ -5,10 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use nbn::bundle::{Bundle, Exif};
-use nbn::fold::architecture::{self, NbnLayers, Overrides};
+use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::{Checkpoint, FoldError, passes};
-use nbn::runtime::{OnnxModel, SessionOptions};
+use nbn::runtime::{OnnxModel, Runner, SessionOptions, Stop};
 use ndarray::ArrayView4;
 use safetensors::SafeTensors;
 
@@ -23,7 +23,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         input_size: Some(side),
         exif: Exif::Apply,
         evaluation: None,
-        expert_logits: false,
+        extras: Extras::default(),
         force: false,
         overrides: Overrides::default(),
     }
@@ -103,8 +103,8 @@ fn a_pickle_with_a_foreign_call_is_read_and_nothing_runs() {
 fn expert_logits_are_a_second_output_whose_mean_is_the_first() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("ride/1");
-    let with_experts =
-        ExportOptions { expert_logits: true, ..options(&data("checkpoints/ride_nbn.pth.tar"), &out, 64) };
+    let extras = Extras { expert_logits: true, features: false };
+    let with_experts = ExportOptions { extras, ..options(&data("checkpoints/ride_nbn.pth.tar"), &out, 64) };
     export(&with_experts, library()).unwrap();
     let bundle = Bundle::load(&out).unwrap();
     let mut model = OnnxModel::open(library(), bundle.network.bytes().unwrap(), SessionOptions::default()).unwrap();
@@ -117,11 +117,50 @@ fn expert_logits_are_a_second_output_whose_mean_is_the_first() {
     }
 }
 
+#[test]
+fn features_are_what_the_classifier_sees() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, side, heads) in [
+        ("cifar_bn", 32, &["fc"][..]),
+        ("resnet50", 64, &["fc"]),
+        ("ride", 64, &["linears.0", "linears.1", "linears.2"]),
+    ] {
+        let path = data(&format!("checkpoints/{name}.pth.tar"));
+        let out = folder.path().join(name).join("1");
+        let extras = Extras { expert_logits: false, features: true };
+        let manifest = export(&ExportOptions { extras, ..options(&path, &out, side) }, library()).unwrap();
+        assert!(manifest.has_output("features") && !manifest.has_output("expert_logits"));
+        let bundle = Bundle::load(&out).unwrap();
+        let mut model = OnnxModel::open(library(), bundle.network.bytes().unwrap(), SessionOptions::default()).unwrap();
+        let side = side as usize;
+        let images: Vec<f32> = (0..2 * 3 * side * side).map(|n| (n % 17) as f32 / 8.0 - 1.0).collect();
+        let images = ArrayView4::from_shape((2, 3, side, side), &images).unwrap();
+        let outputs = model.run(images, &Stop::default()).unwrap();
+        let features = outputs.features.unwrap();
+        let checkpoint = Checkpoint::load(&path).unwrap();
+        let width = features.ncols() / heads.len();
+        for (logits, features) in outputs.logits.rows().into_iter().zip(features.rows()) {
+            for (k, logit) in logits.iter().enumerate() {
+                let of_expert = |(head, features): (&&str, &[f32])| {
+                    let (weight, bias) =
+                        (&checkpoint.tensors[&format!("{head}.weight")], &checkpoint.tensors[&format!("{head}.bias")]);
+                    assert_eq!(weight.shape, [logits.len(), width], "{name}");
+                    let products = weight.values[k * width..(k + 1) * width].iter().zip(features).map(|(w, f)| w * f);
+                    products.sum::<f32>() + bias.values[k]
+                };
+                let features = features.to_slice().unwrap().chunks_exact(width);
+                let mean = heads.iter().zip(features).map(of_expert).sum::<f32>() / heads.len() as f32;
+                assert!((mean - logit).abs() < 1e-3 * logit.abs().max(1.0), "{name}: {mean} {logit}");
+            }
+        }
+    }
+}
+
 /// What building and folding a changed copy of a fixture says.
 fn refusal(name: &str, change: impl FnOnce(&mut Checkpoint)) -> FoldError {
     let mut checkpoint = Checkpoint::load(&data(&format!("checkpoints/{name}.pth.tar"))).unwrap();
     change(&mut checkpoint);
-    match architecture::build(&checkpoint, 64, false, &Overrides::default()) {
+    match architecture::build(&checkpoint, 64, Extras::default(), &Overrides::default()) {
         Err(error) => error,
         Ok(network) => passes::fold(network.graph).unwrap_err(),
     }
@@ -156,11 +195,11 @@ fn a_wrong_checkpoint_is_refused_by_name() {
 fn a_zero_bias_direction_folds_to_zero_and_only_the_acting_alpha_counts() {
     let mut checkpoint = Checkpoint::load(&data("checkpoints/resnet50_nbn.pth.tar")).unwrap();
     checkpoint.tensors.get_mut("layer4.0.bn3.bias").unwrap().values.fill(0.0);
-    let network = architecture::build(&checkpoint, 64, false, &Overrides::default()).unwrap();
+    let network = architecture::build(&checkpoint, 64, Extras::default(), &Overrides::default()).unwrap();
     assert_eq!(network.alphas.len(), 1);
     let scale = checkpoint.tensors.get_mut("scale_factor").unwrap();
     scale.values[1..].fill(77.0);
-    let again = architecture::build(&checkpoint, 64, false, &Overrides::default()).unwrap();
+    let again = architecture::build(&checkpoint, 64, Extras::default(), &Overrides::default()).unwrap();
     assert_eq!(network.graph, again.graph);
     passes::fold(network.graph).unwrap();
 }
@@ -170,7 +209,7 @@ fn nbn_layers_can_be_overruled_and_are_held_to_the_checkpoint() {
     let load = |name: &str| Checkpoint::load(&data(&format!("checkpoints/{name}.pth.tar"))).unwrap();
     let build = |name, layers: NbnLayers| {
         let overrides = Overrides { nbn_layers: Some(layers), arch: None };
-        architecture::build(&load(name), 64, false, &overrides)
+        architecture::build(&load(name), 64, Extras::default(), &overrides)
     };
     assert_eq!(build("resnet50_nbn", NbnLayers::LastStageAll).unwrap().normalized_layers.len(), 7);
     assert_eq!(
@@ -181,7 +220,7 @@ fn nbn_layers_can_be_overruled_and_are_held_to_the_checkpoint() {
     assert!(build("resnet50_nbn", "layer7.bn1".parse().unwrap()).unwrap_err().to_string().contains("layer7.bn1"));
     assert!(build("resnet50", NbnLayers::All).unwrap_err().to_string().contains("scale_factor"));
     let overrides = Overrides { arch: Some("resnet50".into()), nbn_layers: None };
-    let error = architecture::build(&load("resnext50"), 64, false, &overrides).unwrap_err().to_string();
+    let error = architecture::build(&load("resnext50"), 64, Extras::default(), &overrides).unwrap_err().to_string();
     assert!(error.contains("resnext17_2x1d"), "{error}");
 }
 

@@ -11,7 +11,7 @@ use nbn::classify::{Classifier, Scorer};
 use nbn::engine::{Budget, Engine};
 use nbn::pixels::DecodeLimits;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions, RequestStats, ServedModel};
-use nbn::runtime::{Device, Library, NetworkCache, Runner, RuntimeError, SessionOptions, Stop};
+use nbn::runtime::{Device, Library, NetworkCache, Outputs, Runner, RuntimeError, SessionOptions, Stop};
 use nbn::serve::{self, Ended, Listeners, RequestLimits, ServeOptions};
 use ndarray::{Array2, ArrayView4};
 use serde_json::{Value, json};
@@ -255,7 +255,7 @@ pub(crate) struct Gated {
 }
 
 impl Runner for Gated {
-    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Array2<f32>, RuntimeError> {
+    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Outputs, RuntimeError> {
         self.entered.send(()).unwrap();
         self.gate.recv().map(row).map_err(|_| RuntimeError::Run("the gate was closed".into()))
     }
@@ -265,13 +265,13 @@ impl Runner for Gated {
 pub(crate) struct Faulty(pub(crate) fn() -> Result<Vec<f32>, RuntimeError>);
 
 impl Runner for Faulty {
-    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Array2<f32>, RuntimeError> {
+    fn run(&mut self, _: ArrayView4<'_, f32>, _: &Stop) -> Result<Outputs, RuntimeError> {
         self.0().map(row)
     }
 }
 
-fn row(logits: Vec<f32>) -> Array2<f32> {
-    Array2::from_shape_vec((1, logits.len()), logits).unwrap()
+fn row(logits: Vec<f32>) -> Outputs {
+    Array2::from_shape_vec((1, logits.len()), logits).unwrap().into()
 }
 
 /// Runs until it is told to stop.
@@ -280,7 +280,7 @@ pub(crate) struct Endless {
 }
 
 impl Runner for Endless {
-    fn run(&mut self, _: ArrayView4<'_, f32>, stop: &Stop) -> Result<Array2<f32>, RuntimeError> {
+    fn run(&mut self, _: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError> {
         self.entered.send(()).unwrap();
         while !stop.asked() {
             std::thread::sleep(Duration::from_millis(1));

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use nbn::bundle::Exif;
 use nbn::data::{hold_out, long_tail};
 use nbn::fold::Checkpoint;
-use nbn::fold::architecture::{self, Magnitude, NbnLayers, Overrides};
+use nbn::fold::architecture::{self, Extras, Magnitude, NbnLayers, Overrides};
 use nbn::fold::checkpoint::Tensor as Values;
 use nbn::fold::export::Preset;
 use nbn::fold::reference;
@@ -189,7 +189,9 @@ fn twenty_steps_follow_pytorchs() {
         };
         let recipe = recipe();
         let start = checkpoint("start/");
-        let found = architecture::build(&start, 12, true, &Overrides::default()).unwrap();
+        let found =
+            architecture::build(&start, 12, Extras { expert_logits: true, features: false }, &Overrides::default())
+                .unwrap();
         let mut network = Network::new(&found).unwrap();
         let mut state = network.load(&start, &Device::flex()).unwrap();
         let mut optimizer = Optimizer::new(network.parameters().len());
@@ -290,7 +292,9 @@ fn networks_in_training_compute_what_is_folded() {
         // Every magnitude another, so that a mistaken index shows.
         let scale = start.tensors.get_mut("scale_factor").unwrap();
         scale.values.iter_mut().enumerate().for_each(|(at, v)| *v = 1.0 + at as f32 / 4.0);
-        let found = architecture::build(&start, side, true, &Overrides::default()).unwrap();
+        let found =
+            architecture::build(&start, side, Extras { expert_logits: true, features: false }, &Overrides::default())
+                .unwrap();
         let mut network = Network::new(&found).unwrap();
         let state = network.load(&start, &Device::flex()).unwrap();
         let mut rng = fastrand::Rng::with_seed(5);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use nbn::bundle::Exif;
-use nbn::fold::architecture::{NbnLayers, Overrides};
+use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, Preset, export};
 use nbn::fold::inspect;
 use nbn::runtime::Library;
@@ -45,6 +45,9 @@ pub(crate) struct Export {
     /// Add the output expert_logits [N, experts, K]
     #[arg(long)]
     expert_logits: bool,
+    /// Add the output features [N, D], what the classifier sees, for `nbn score --features`
+    #[arg(long)]
+    features: bool,
     /// Replace a bundle that is already there
     #[arg(long)]
     force: bool,
@@ -76,7 +79,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
             ExifArg::Ignore => Exif::Ignore,
         },
         evaluation: args.evaluation,
-        expert_logits: args.expert_logits,
+        extras: Extras { expert_logits: args.expert_logits, features: args.features },
         force: args.force,
         overrides: args.overrides.into(),
     };

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use nbn::bundle::{Bundle, Class};
 use nbn::classify::{Abstention, ScoreRequest};
 use nbn::engine::Budget;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
-use nbn::runtime::Library;
+use nbn::runtime::{FEATURES, Library};
 use nbn::score::{
     self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped,
     Stores, Summary, WriteError,
@@ -82,6 +82,9 @@ struct RowArgs {
     /// Add the network's own output
     #[arg(long)]
     logits: bool,
+    /// Add what the network's classifier sees, of a bundle that `fold export --features` made
+    #[arg(long)]
+    features: bool,
 }
 
 #[derive(Args)]
@@ -178,12 +181,19 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     let source = Source::open(inputs, &options, BufReader::new(io::stdin()))?;
     let model = open(&args)?;
     let classes = &model.manifest.classes;
+    if args.rows.features && !model.manifest.has_output(FEATURES) {
+        bail!(
+            "--features: the network of {} has no output {FEATURES}: make the bundle with `fold export --features`",
+            args.model.display()
+        );
+    }
     let columns = Columns {
         top_k: (args.rows.top_k as usize).min(classes.len()),
         label: source.has_labels(),
         set: args.scores.alpha.is_some(),
         probabilities: args.rows.probabilities,
         logits: args.rows.logits,
+        features: args.rows.features,
     };
     let rule = model.scorer.rule(args.scores.request(classes)?, &Prior::default())?;
     let min_score = args.scores.min_score.unwrap_or(0.0);

@@ -8,8 +8,9 @@ use ndarray::{Array2, Array4};
 use super::super::checkpoint::Tensor;
 use super::super::graph::{BatchNorm, NodeId, Op};
 use super::super::{Checkpoint, FoldError, Graph};
-use super::{Family, Magnitude, NbnLayers, SCALE_FACTOR, count};
+use super::{Extras, Family, Magnitude, NbnLayers, SCALE_FACTOR, count};
 use crate::bundle::Alpha;
+use crate::runtime::FEATURES;
 
 /// Where a norm stands, which decides whether it is normalised.
 #[derive(Clone, Copy)]
@@ -57,7 +58,7 @@ impl<'a> Builder<'a> {
         &mut self,
         family: Family,
         experts: usize,
-        stack: bool,
+        extras: Extras,
     ) -> Result<(&'static str, usize), FoldError> {
         let stem = Place { last_stage: false, stage: 0, residual_output: false, expert: 0 };
         let kernel = if family == Family::Cifar { 3 } else { 7 };
@@ -78,9 +79,12 @@ impl<'a> Builder<'a> {
             x = self.built.graph.push("avgpool", Op::GlobalAveragePool, &[x]);
             let (logits, head, classes) = self.head("fc", x, channels)?;
             self.built.graph.outputs.push(("logits".into(), logits));
+            if extras.features {
+                self.built.graph.outputs.push((FEATURES.into(), x));
+            }
             return Ok((head, classes));
         }
-        let mut logits = Vec::new();
+        let (mut logits, mut features) = (Vec::new(), Vec::new());
         let mut kind = None;
         for expert in 0..experts {
             let (mut y, mut width) = (x, channels);
@@ -99,12 +103,17 @@ impl<'a> Builder<'a> {
                 });
             }
             logits.push(z);
+            features.push(y);
         }
         let mean = self.built.graph.push("experts.mean", Op::Mean, &logits);
         self.built.graph.outputs.push(("logits".into(), mean));
-        if stack {
+        if extras.expert_logits {
             let stacked = self.built.graph.push("experts.stack", Op::Stack, &logits);
             self.built.graph.outputs.push(("expert_logits".into(), stacked));
+        }
+        if extras.features {
+            let all = self.built.graph.push("experts.features", Op::Concat, &features);
+            self.built.graph.outputs.push((FEATURES.into(), all));
         }
         Ok(kind.unwrap_or(("linear", 0)))
     }

@@ -169,15 +169,23 @@ pub fn family(checkpoint: &Checkpoint) -> Result<Family, FoldError> {
     }
 }
 
-/// Builds the graph for square inputs of `side` pixels. With `expert_logits`, a second output of that name gives
-/// `[N, experts, K]`.
+/// Outputs beside the logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// `expert_logits` `[N, experts, K]`, of a network with experts.
+    pub expert_logits: bool,
+    /// `features` `[N, D]`: what the classifier sees, of all experts one after the other.
+    pub features: bool,
+}
+
+/// Builds the graph for square inputs of `side` pixels.
 ///
 /// # Errors
 /// Names the tensor that is missing, left over, of the wrong shape or out of range.
 pub fn build(
     checkpoint: &Checkpoint,
     side: usize,
-    expert_logits: bool,
+    extras: Extras,
     overrides: &Overrides,
 ) -> Result<Network, FoldError> {
     let family = family(checkpoint)?;
@@ -195,7 +203,7 @@ pub fn build(
         None => Magnitude::default(),
     };
     let mut builder = Builder::new(checkpoint, &arch, &layers, magnitude, side);
-    let (head, classes) = builder.network(family, experts, expert_logits)?;
+    let (head, classes) = builder.network(family, experts, extras)?;
     let built = builder.finish()?;
     Ok(Network {
         graph: built.graph,

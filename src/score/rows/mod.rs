@@ -20,9 +20,9 @@ pub(super) use self::text::{keys_in_csv, keys_in_json_lines};
 pub enum Format {
     /// One JSON object a line.
     Jsonl,
-    /// A header, then one record per image; the set, the probabilities and the logits are JSON lists.
+    /// A header, then one record per image; what has many values is a JSON list.
     Csv,
-    /// Apache Parquet; predictions, sets, probabilities and logits are lists.
+    /// Apache Parquet; what has many values is a list.
     Parquet,
 }
 
@@ -50,6 +50,8 @@ pub struct Columns {
     pub probabilities: bool,
     /// The network's own output.
     pub logits: bool,
+    /// What its classifier sees.
+    pub features: bool,
 }
 
 /// One picture's row.
@@ -76,6 +78,8 @@ pub struct Scores {
     pub probabilities: Option<Vec<f64>>,
     /// The network's own output.
     pub logits: Option<Vec<f32>>,
+    /// What its classifier sees.
+    pub features: Option<Vec<f32>>,
 }
 
 impl Scores {
@@ -112,7 +116,8 @@ impl Scoring<'_> {
         let set = scored.set.map(|set| set.members.into_iter().map(|(class, _)| class).collect());
         let probabilities = self.columns.probabilities.then(|| scored.probabilities.values().to_vec());
         let logits = self.columns.logits.then(|| prediction.logits.values().to_vec());
-        (Scores { top, set, abstained, probabilities, logits }, best)
+        let features = prediction.features.clone().filter(|_| self.columns.features);
+        (Scores { top, set, abstained, probabilities, logits, features }, best)
     }
 }
 

@@ -68,6 +68,9 @@ fn schema(columns: Columns) -> String {
     if columns.logits {
         fields.push(list("logits", "required float element;"));
     }
+    if columns.features {
+        fields.push(list("features", "required float element;"));
+    }
     format!("message nbn {{ {} }}", fields.join(" "))
 }
 
@@ -82,7 +85,8 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
     pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
         let Columns { top_k, probabilities, logits, set, .. } = self.columns;
         let all = usize::from(probabilities) + usize::from(logits) + usize::from(set);
-        self.values += top_k + all * self.classes.len();
+        let features = scores(row).and_then(|s| s.features.as_ref()).map_or(0, Vec::len);
+        self.values += top_k + all * self.classes.len() + features;
         self.rows.push(row.clone());
         if self.rows.len() >= GROUP_ROWS || self.values >= GROUP_VALUES {
             self.write_group()?;
@@ -122,6 +126,10 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
         if columns.logits {
             let all = rows.iter().map(|row| scores(row)?.logits.as_deref());
             list::<FloatType, _>(out, all, 2, |&z| Some(z))?;
+        }
+        if columns.features {
+            let all = rows.iter().map(|row| scores(row)?.features.as_deref());
+            list::<FloatType, _>(out, all, 2, |&v| Some(v))?;
         }
         group_writer.close()?;
         Ok(())

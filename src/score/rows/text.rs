@@ -28,6 +28,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     logits: Option<&'a [f32]>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    features: Option<&'a [f32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     decision: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'a str>,
@@ -65,6 +67,7 @@ impl<'a, W: Write> JsonLines<'a, W> {
             set: scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect())),
             probabilities: scores.and_then(|s| s.probabilities.as_deref()),
             logits: scores.and_then(|s| s.logits.as_deref()),
+            features: scores.and_then(|s| s.features.as_deref()),
             decision: scores.map(Scores::decision),
             reason: scores.and_then(|s| s.abstained.as_deref()),
             error: row.outcome.as_ref().err().map(String::as_str),
@@ -100,6 +103,7 @@ impl<'a, W: Write> Csv<'a, W> {
         header.extend(optional(columns.set, "set"));
         header.extend(optional(columns.probabilities, "probabilities"));
         header.extend(optional(columns.logits, "logits"));
+        header.extend(optional(columns.features, "features"));
         header.extend((1..=columns.top_k).flat_map(|k| [format!("label_{k}"), format!("score_{k}")]));
         output.write_record(&header).map_err(csv_error)?;
         Ok(Self { output, columns, classes })
@@ -124,6 +128,9 @@ impl<'a, W: Write> Csv<'a, W> {
         }
         if columns.logits {
             record.push(json(scores.and_then(|s| s.logits.as_ref()))?);
+        }
+        if columns.features {
+            record.push(json(scores.and_then(|s| s.features.as_ref()))?);
         }
         let width = record.len() + 2 * columns.top_k;
         for &(class, score) in scores.iter().flat_map(|s| &s.top) {
