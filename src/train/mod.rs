@@ -4,6 +4,7 @@
 pub mod augment;
 pub mod blueprint;
 pub mod evaluation;
+pub mod kernels;
 pub mod loader;
 pub mod network;
 pub mod objective;

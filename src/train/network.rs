@@ -7,6 +7,7 @@ use burn::tensor::ops::{ConvOptions, MaxPoolOptions};
 use burn::tensor::{Device, Tensor, TensorData, activation, s};
 
 use super::TrainError;
+use super::kernels::{self, Convolution, convolve};
 use crate::fold::architecture::{self, SCALE_FACTOR};
 use crate::fold::checkpoint::Tensor as Values;
 use crate::fold::graph::{BATCH_NORM_EPSILON, Graph, Op};
@@ -261,6 +262,7 @@ impl Network {
         images: Tensor<4>,
         mut norm: impl FnMut(usize, Value, Tensor<1>, Tensor<1>) -> Value,
     ) -> Vec<Tensor<2>> {
+        let on_processor = kernels::on_processor(&images.device());
         let mut images = Some(images);
         let mut readers = self.readers.clone();
         let mut values: Vec<Option<Value>> = Vec::with_capacity(self.steps.len());
@@ -279,8 +281,13 @@ impl Network {
             let value = match step {
                 Step::Input => Value::Map(images.take().unwrap_or_else(|| unreachable!("a graph has one input"))),
                 Step::Conv { weight, stride, padding, groups } => {
-                    let options = ConvOptions::new([*stride; 2], [*padding; 2], [1; 2], *groups);
-                    Value::Map(conv2d(take(0).map(), shaped(*weight), None, options))
+                    let (x, weight) = (take(0).map(), shaped(*weight));
+                    let (stride, padding, groups) = (*stride, *padding, *groups);
+                    Value::Map(if on_processor {
+                        convolve(x, weight, Convolution { stride, padding, groups })
+                    } else {
+                        conv2d(x, weight, None, ConvOptions::new([stride; 2], [padding; 2], [1; 2], groups))
+                    })
                 }
                 Step::Norm { affine, statistics, channels, magnitude } => {
                     let x = take(0);
@@ -397,6 +404,10 @@ impl Value {
     /// By the batch's own statistics; returns them, the variance biased.
     fn normalize(self, gamma: Tensor<1>, beta: Tensor<1>) -> (Self, Tensor<1>, Tensor<1>) {
         match self {
+            Self::Map(x) if kernels::on_processor(&x.device()) => {
+                let (y, mean, variance) = kernels::normalize(x, gamma, beta, BATCH_NORM_EPSILON);
+                (Self::Map(y), mean, variance)
+            }
             Self::Map(x) => {
                 let result = batch_norm_train(x, gamma, beta, BATCH_NORM_EPSILON);
                 (Self::Map(result.output), result.mean, result.variance)

@@ -9,6 +9,8 @@ mod engine;
 mod export;
 mod fold_properties;
 mod imports;
+#[cfg(feature = "train")]
+mod kernels;
 mod operations;
 mod pixels;
 mod server;

@@ -1,0 +1,337 @@
+//! Convolution as matrix products of the filters with the patches that they see, image by image on all threads.
+
+use std::ops::Range;
+
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2};
+use rayon::prelude::*;
+
+/// Images whose weight gradients are summed before the sums are, so that a result does not hang on the number of threads.
+const IMAGES_PER_SUM: usize = 4;
+/// Bytes of patches that are worked on at once: they should stay in a core's own cache.
+const PATCH_BYTES: usize = 96 << 10;
+/// Fewer columns than these make poor matrix products.
+const MIN_COLUMNS: usize = 64;
+
+/// Extents of a convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Convolution {
+    /// Step between patches, in both directions.
+    pub stride: usize,
+    /// Zeros around the image, on every side.
+    pub padding: usize,
+    /// Groups of channels that see only each other.
+    pub groups: usize,
+}
+
+/// All extents. A patch is what one output value of a group sees: [C ÷ groups, KH, KW].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Extents {
+    images: usize,
+    channels: usize,
+    height: usize,
+    width: usize,
+    filters: usize,
+    kernel: [usize; 2],
+    /// Output rows.
+    rows: usize,
+    /// Output columns.
+    columns: usize,
+    options: Convolution,
+}
+
+impl Extents {
+    /// Of images [N, C, H, W] and filters [F, C ÷ groups, KH, KW].
+    pub(super) fn new(x: &[usize], weight: &[usize], options: Convolution) -> Self {
+        let along =
+            |extent: usize, kernel: usize| (extent + 2 * options.padding).saturating_sub(kernel) / options.stride + 1;
+        Self {
+            images: x[0],
+            channels: x[1],
+            height: x[2],
+            width: x[3],
+            filters: weight[0],
+            kernel: [weight[2], weight[3]],
+            rows: along(x[2], weight[2]),
+            columns: along(x[3], weight[3]),
+            options,
+        }
+    }
+
+    pub(super) fn output_shape(&self) -> [usize; 4] {
+        [self.images, self.filters, self.rows, self.columns]
+    }
+
+    /// Values of a patch.
+    fn patch(&self) -> usize {
+        self.channels / self.options.groups * self.kernel[0] * self.kernel[1]
+    }
+
+    fn group_filters(&self) -> usize {
+        self.filters / self.options.groups
+    }
+
+    /// Values of one image, of one of its groups, and of one group's output.
+    fn extents(&self) -> (usize, usize, usize) {
+        let image = self.channels * self.height * self.width;
+        (image, image / self.options.groups, self.group_filters() * self.rows * self.columns)
+    }
+
+    /// Whether patches are the image itself.
+    fn is_pointwise(&self) -> bool {
+        self.kernel == [1, 1] && self.options.stride == 1 && self.options.padding == 0
+    }
+
+    /// Output rows that are worked on at once.
+    fn band(&self) -> usize {
+        if self.is_pointwise() {
+            return self.rows;
+        }
+        let fitting = PATCH_BYTES / (size_of::<f32>() * self.patch() * self.columns).max(1);
+        fitting.max(MIN_COLUMNS.div_ceil(self.columns)).clamp(1, self.rows)
+    }
+
+    /// Calls `work` with the first output row and the number of rows of each band.
+    fn bands(&self) -> impl Iterator<Item = (usize, usize)> {
+        let (rows, band) = (self.rows, self.band());
+        (0..rows).step_by(band).map(move |first| (first, band.min(rows - first)))
+    }
+
+    /// The part of a row of patches, offset by `offset` in the kernel, that lies in an image row of `width`: the first
+    /// column, the one after the last, and the image's column of the first.
+    fn inside(&self, offset: usize) -> (usize, usize, usize) {
+        let Convolution { stride, padding, .. } = self.options;
+        let first = padding.saturating_sub(offset).div_ceil(stride).min(self.columns);
+        let end = (self.width + padding).saturating_sub(offset).div_ceil(stride).clamp(first, self.columns);
+        (first, end, (first * stride + offset).saturating_sub(padding))
+    }
+
+    /// Calls `line(row of patches' values, band row, image row if there is one, kernel column)` for all of a band.
+    fn lines(&self, (first, count): (usize, usize), mut line: impl FnMut(Range<usize>, Option<Range<usize>>, usize)) {
+        let Convolution { stride, padding, groups } = self.options;
+        let mut at = 0;
+        for channel in 0..self.channels / groups {
+            for ky in 0..self.kernel[0] {
+                for kx in 0..self.kernel[1] {
+                    for row in first..first + count {
+                        let source = (row * stride + ky).checked_sub(padding).filter(|y| *y < self.height);
+                        let source = source.map(|y| {
+                            let begin = (channel * self.height + y) * self.width;
+                            begin..begin + self.width
+                        });
+                        line(at..at + self.columns, source, kx);
+                        at += self.columns;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a patch's value of all outputs is the image, shifted: the output is as large, and every step one pixel.
+    fn is_shift(&self) -> bool {
+        self.options.stride == 1 && (self.rows, self.columns) == (self.height, self.width)
+    }
+
+    /// Calls `shift(values of a band of patches, channel's values there, kernel column)` for all of a band, where
+    /// [`Self::is_shift`]. Both ranges are of one length; what the first does not cover of its row of patches, which the
+    /// fourth argument holds, lies outside the image, as does what [`Self::inside`] says of each image row.
+    fn shifts(
+        &self,
+        (first, count): (usize, usize),
+        mut shift: impl FnMut(Range<usize>, Range<usize>, usize, Range<usize>),
+    ) {
+        let Convolution { padding, groups, .. } = self.options;
+        let (width, plane, values) = (self.width, self.height * self.width, count * self.width);
+        let mut at = 0;
+        for channel in 0..self.channels / groups {
+            for ky in 0..self.kernel[0] {
+                for kx in 0..self.kernel[1] {
+                    // The band's first value is that of the plane at `ahead − behind`.
+                    let (ahead, behind) = ((first + ky) * width + kx, padding * width + padding);
+                    let skipped = behind.saturating_sub(ahead).min(values);
+                    let begin = (ahead + skipped).saturating_sub(behind).min(plane);
+                    let length = (values - skipped).min(plane - begin);
+                    let from = channel * plane + begin;
+                    shift(at + skipped..at + skipped + length, from..from + length, kx, at..at + values);
+                    at += values;
+                }
+            }
+        }
+    }
+
+    /// The patches of a band of a group's `image`, [patch, rows × columns].
+    fn gather(&self, image: &[f32], band: (usize, usize), patches: &mut [f32]) {
+        let stride = self.options.stride;
+        if self.is_shift() {
+            return self.shifts(band, |to, from, kx, all| {
+                patches[all.start..to.start].fill(0.0);
+                patches[to.end..all.end].fill(0.0);
+                patches[to].copy_from_slice(&image[from]);
+                self.clear_outside(&mut patches[all], kx);
+            });
+        }
+        self.lines(band, |to, from, kx| {
+            let out = &mut patches[to];
+            let Some(from) = from else { return out.fill(0.0) };
+            let (first, end, begin) = self.inside(kx);
+            out[..first].fill(0.0);
+            out[end..].fill(0.0);
+            let out = &mut out[first..end];
+            let source = &image[from][begin..];
+            match stride {
+                1 => out.copy_from_slice(&source[..out.len()]),
+                _ => out.iter_mut().zip(source.iter().step_by(stride)).for_each(|(o, s)| *o = *s),
+            }
+        });
+    }
+
+    /// Sets what lies left and right of the image to 0, in rows of patches.
+    fn clear_outside(&self, rows: &mut [f32], kx: usize) {
+        let (first, end, _) = self.inside(kx);
+        if first > 0 || end < self.columns {
+            for row in rows.chunks_exact_mut(self.columns) {
+                row[..first].fill(0.0);
+                row[end..].fill(0.0);
+            }
+        }
+    }
+
+    /// Adds what [`Self::gather`] took to where it came from.
+    fn scatter(&self, patches: &mut [f32], band: (usize, usize), image: &mut [f32]) {
+        let stride = self.options.stride;
+        if self.is_shift() {
+            return self.shifts(band, |from, to, kx, all| {
+                self.clear_outside(&mut patches[all], kx);
+                image[to].iter_mut().zip(&patches[from]).for_each(|(o, s)| *o += *s);
+            });
+        }
+        self.lines(band, |from, to, kx| {
+            let Some(to) = to else { return };
+            let (first, end, begin) = self.inside(kx);
+            let source = &patches[from][first..end];
+            let out = &mut image[to][begin..];
+            match stride {
+                1 => out.iter_mut().zip(source).for_each(|(o, s)| *o += *s),
+                _ => out.iter_mut().step_by(stride).zip(source).for_each(|(o, s)| *o += *s),
+            }
+        });
+    }
+
+    /// One band of a group's output or its gradient, [filters of the group, rows × columns], in place.
+    fn band_of<'a>(&self, group: &'a [f32], (first, count): (usize, usize)) -> ArrayView2<'a, f32> {
+        let plane = self.rows * self.columns;
+        matrix(group, self.group_filters(), plane)
+            .slice_move(ndarray::s![.., first * self.columns..(first + count) * self.columns])
+    }
+
+    fn scratch(&self) -> Vec<f32> {
+        let values = if self.is_pointwise() { 0 } else { self.patch() * self.band() * self.columns };
+        vec![0.0; values]
+    }
+
+    pub(super) fn output(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let (image, group_image, group_output) = self.extents();
+        let mut output = vec![0.0; self.images * self.filters * self.rows * self.columns];
+        let images = output.par_chunks_exact_mut(self.filters * self.rows * self.columns);
+        images.zip(x.par_chunks_exact(image)).for_each_init(
+            || self.scratch(),
+            |scratch, (output, x)| {
+                let filters = weight.chunks_exact(self.group_filters() * self.patch());
+                for ((output, x), filters) in
+                    output.chunks_exact_mut(group_output).zip(x.chunks_exact(group_image)).zip(filters)
+                {
+                    let filters = matrix(filters, self.group_filters(), self.patch());
+                    for band in self.bands() {
+                        let patches = self.patches(x, band, scratch);
+                        let plane = self.rows * self.columns;
+                        let columns = band.0 * self.columns..(band.0 + band.1) * self.columns;
+                        let mut out =
+                            matrix_mut(output, self.group_filters(), plane).slice_move(ndarray::s![.., columns]);
+                        general_mat_mul(1.0, &filters, &patches, 0.0, &mut out);
+                    }
+                }
+            },
+        );
+        output
+    }
+
+    /// The band's patches, in `scratch` or as they lie in `x`.
+    fn patches<'a>(&self, x: &'a [f32], band: (usize, usize), scratch: &'a mut [f32]) -> ArrayView2<'a, f32> {
+        let columns = band.1 * self.columns;
+        if self.is_pointwise() {
+            return matrix(x, self.patch(), columns);
+        }
+        let scratch = &mut scratch[..self.patch() * columns];
+        self.gather(x, band, scratch);
+        matrix(scratch, self.patch(), columns)
+    }
+
+    pub(super) fn input_gradient(&self, weight: &[f32], gradient: &[f32]) -> Vec<f32> {
+        let (image, group_image, group_output) = self.extents();
+        let mut result = vec![0.0; self.images * image];
+        let images = result.par_chunks_exact_mut(image);
+        images.zip(gradient.par_chunks_exact(group_output * self.options.groups)).for_each_init(
+            || self.scratch(),
+            |scratch, (result, gradient)| {
+                let filters = weight.chunks_exact(self.group_filters() * self.patch());
+                for ((result, gradient), filters) in
+                    result.chunks_exact_mut(group_image).zip(gradient.chunks_exact(group_output)).zip(filters)
+                {
+                    let filters = matrix(filters, self.group_filters(), self.patch());
+                    for band in self.bands() {
+                        let columns = band.1 * self.columns;
+                        let gradient = self.band_of(gradient, band);
+                        let pointwise = self.is_pointwise();
+                        let to = if pointwise { &mut *result } else { &mut scratch[..self.patch() * columns] };
+                        let mut patches = matrix_mut(to, self.patch(), columns);
+                        general_mat_mul(1.0, &filters.t(), &gradient, 0.0, &mut patches);
+                        if !pointwise {
+                            self.scatter(&mut scratch[..self.patch() * columns], band, result);
+                        }
+                    }
+                }
+            },
+        );
+        result
+    }
+
+    pub(super) fn weight_gradient(&self, x: &[f32], gradient: &[f32]) -> Vec<f32> {
+        let (image, group_image, group_output) = self.extents();
+        let of_group = self.group_filters() * self.patch();
+        let sums: Vec<Vec<f32>> = x
+            .par_chunks(image * IMAGES_PER_SUM)
+            .zip(gradient.par_chunks(group_output * self.options.groups * IMAGES_PER_SUM))
+            .map_init(
+                || self.scratch(),
+                |scratch, (x, gradient)| {
+                    let mut sum = vec![0.0; of_group * self.options.groups];
+                    let groups = x.chunks_exact(group_image).zip(gradient.chunks_exact(group_output));
+                    for (at, (x, gradient)) in groups.enumerate() {
+                        let group = at % self.options.groups;
+                        let sum = &mut sum[group * of_group..(group + 1) * of_group];
+                        let mut sum = matrix_mut(sum, self.group_filters(), self.patch());
+                        for band in self.bands() {
+                            let patches = self.patches(x, band, scratch);
+                            general_mat_mul(1.0, &self.band_of(gradient, band), &patches.t(), 1.0, &mut sum);
+                        }
+                    }
+                    sum
+                },
+            )
+            .collect();
+        let mut sums = sums.into_iter();
+        let mut result = sums.next().unwrap_or_else(|| vec![0.0; of_group * self.options.groups]);
+        for sum in sums {
+            result.iter_mut().zip(sum).for_each(|(r, s)| *r += s);
+        }
+        result
+    }
+}
+
+fn matrix(values: &[f32], rows: usize, columns: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((rows, columns), values).unwrap_or_else(|_| unreachable!("extents come from the shape"))
+}
+
+fn matrix_mut(values: &mut [f32], rows: usize, columns: usize) -> ArrayViewMut2<'_, f32> {
+    ArrayViewMut2::from_shape((rows, columns), values).unwrap_or_else(|_| unreachable!("extents come from the shape"))
+}
