@@ -112,7 +112,7 @@ impl<'a> Builder<'a> {
             self.built.graph.outputs.push(("expert_logits".into(), stacked));
         }
         if extras.features {
-            let all = self.built.graph.push("experts.features", Op::Concat, &features);
+            let all = self.built.graph.push(FEATURES, Op::Concat, &features);
             self.built.graph.outputs.push((FEATURES.into(), all));
         }
         Ok(kind.unwrap_or(("linear", 0)))

@@ -6,7 +6,9 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-/// Images whose weight gradients are summed before the sums are, so that a result does not hang on the number of threads.
+/// A weight gradient is summed in at most so many parts of at least so many images, whatever the threads, so that a result
+/// does not hang on their number, nor memory on the batch.
+const MOST_SUMS: usize = 16;
 const IMAGES_PER_SUM: usize = 4;
 /// Bytes of patches that are worked on at once: they should stay in a core's own cache.
 const PATCH_BYTES: usize = 96 << 10;
@@ -42,7 +44,17 @@ pub(super) struct Extents {
 
 impl Extents {
     /// Of images [N, C, H, W] and filters [F, C ÷ groups, KH, KW].
+    ///
+    /// # Panics
+    /// When these do not fit each other; a checked graph has none such.
     pub(super) fn new(x: &[usize], weight: &[usize], options: Convolution) -> Self {
+        let fits = options.stride > 0
+            && options.groups > 0
+            && weight[1] * options.groups == x[1]
+            && weight[0].is_multiple_of(options.groups)
+            && x[1..].iter().chain(weight).all(|extent| *extent > 0)
+            && (2..4).all(|axis| weight[axis] <= x[axis] + 2 * options.padding);
+        assert!(fits, "filters {weight:?} do not fit images {x:?} with {options:?}");
         let along =
             |extent: usize, kernel: usize| (extent + 2 * options.padding).saturating_sub(kernel) / options.stride + 1;
         Self {
@@ -103,10 +115,10 @@ impl Extents {
         let Convolution { stride, padding, .. } = self.options;
         let first = padding.saturating_sub(offset).div_ceil(stride).min(self.columns);
         let end = (self.width + padding).saturating_sub(offset).div_ceil(stride).clamp(first, self.columns);
-        (first, end, (first * stride + offset).saturating_sub(padding))
+        (first, end, (first * stride + offset).saturating_sub(padding).min(self.width))
     }
 
-    /// Calls `line(row of patches' values, band row, image row if there is one, kernel column)` for all of a band.
+    /// Calls `line(row of patches' values, image row if there is one, kernel column)` for all of a band.
     fn lines(&self, (first, count): (usize, usize), mut line: impl FnMut(Range<usize>, Option<Range<usize>>, usize)) {
         let Convolution { stride, padding, groups } = self.options;
         let mut at = 0;
@@ -298,9 +310,10 @@ impl Extents {
     pub(super) fn weight_gradient(&self, x: &[f32], gradient: &[f32]) -> Vec<f32> {
         let (image, group_image, group_output) = self.extents();
         let of_group = self.group_filters() * self.patch();
+        let each = IMAGES_PER_SUM.max(self.images.div_ceil(MOST_SUMS));
         let sums: Vec<Vec<f32>> = x
-            .par_chunks(image * IMAGES_PER_SUM)
-            .zip(gradient.par_chunks(group_output * self.options.groups * IMAGES_PER_SUM))
+            .par_chunks(image * each)
+            .zip(gradient.par_chunks(group_output * self.options.groups * each))
             .map_init(
                 || self.scratch(),
                 |scratch, (x, gradient)| {

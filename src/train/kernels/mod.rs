@@ -26,11 +26,15 @@ pub fn on_processor(device: &Device) -> bool {
 }
 
 /// `x` [N, C, H, W] convolved with `weight` [F, C ÷ groups, KH, KW]: [N, F, H', W'].
+///
+/// # Panics
+/// When these do not fit each other.
 pub fn convolve(x: Tensor<4>, weight: Tensor<4>, options: Convolution) -> Tensor<4> {
     Tensor::from_dispatch(<Dispatch as Kernels>::convolve(x.into_dispatch(), weight.into_dispatch(), options))
 }
 
-/// BatchNorm of `x` [N, C, H, W] by its own statistics: the output, their mean [C] and their biased variance [C].
+/// BatchNorm of `x` [N, C, H, W] by its own statistics: the output, and their mean [C] and biased variance [C], which are not
+/// tracked.
 pub fn normalize(x: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, epsilon: f64) -> (Tensor<4>, Tensor<1>, Tensor<1>) {
     let (gamma, beta) = (gamma.into_dispatch(), beta.into_dispatch());
     let (y, mean, variance) = <Dispatch as Kernels>::normalize(x.into_dispatch(), gamma, beta, epsilon);
