@@ -150,17 +150,37 @@ impl Classifier {
         cache: &NetworkCache,
         workers: usize,
     ) -> Result<(Vec<Self>, Device), ClassifyError> {
-        let models = if options.device == Device::Cpu {
-            let read = || Ok::<_, ClassifyError>(bundle.network.bytes()?);
-            cache.open(library, &network_file(bundle), read, options, workers)?
-        } else {
-            let bytes = bundle.network.bytes()?;
-            (0..workers).map(|_| OnnxModel::open(library, bytes, options)).collect::<Result<_, _>>()?
-        };
-        let device = models.first().map_or(options.device, OnnxModel::device);
+        let (mut classifiers, mut found) = (Vec::with_capacity(workers), options.device);
+        Self::open_each(bundle, library, options, limits, cache, workers, |classifier, device| {
+            classifiers.push(classifier);
+            found = device;
+            Ok(())
+        })?;
+        Ok((classifiers, found))
+    }
+
+    /// As [`Self::open_many`], but hands each classifier and where it runs to `opened` before the next is opened.
+    ///
+    /// # Errors
+    /// `opened`'s, too.
+    pub fn open_each(
+        bundle: &Bundle,
+        library: &Library,
+        options: SessionOptions,
+        limits: DecodeLimits,
+        cache: &NetworkCache,
+        workers: usize,
+        mut opened: impl FnMut(Self, Device) -> Result<(), ClassifyError>,
+    ) -> Result<(), ClassifyError> {
         let manifest = Arc::new(bundle.manifest.clone());
-        let of = |model| Self::new(manifest.clone(), limits, Box::new(model));
-        Ok((models.into_iter().map(of).collect(), device))
+        let opened = |model: OnnxModel| {
+            let device = model.device();
+            opened(Self::new(manifest.clone(), limits, Box::new(model)), device)
+        };
+        // What CUDA makes of a network is not kept.
+        let no_cache = NetworkCache::none();
+        let cache = if options.device == Device::Cpu { cache } else { &no_cache };
+        cache.open(library, &network_file(bundle), || Ok(bundle.network.bytes()?), options, workers, opened)
     }
 
     /// Lets up to `max_batch` pictures into one run of the network: 1, 2, 4 … and `max_batch` itself.

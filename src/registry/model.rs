@@ -85,26 +85,35 @@ impl ServedModel {
             cause: Box::new(cause),
         };
         let ModelOptions { workers, session, limits, queue, batch, ref cache } = *options;
-        let (mut classifiers, device) =
-            Classifier::open_many(&bundle, library, session, limits, cache, workers).map_err(failed)?;
-        // The processor's sessions are kept; what CUDA makes of a network is not.
         let no_cache = NetworkCache::none();
-        let notes = if device == Device::Cpu { cache } else { &no_cache };
-        let max_batch = match (batch, classifiers.first_mut()) {
-            (BatchChoice::Fixed(n), _) => n,
-            (BatchChoice::Measured, Some(first)) => measured(&bundle, first, notes, session.threads).map_err(failed)?,
-            (BatchChoice::Measured, None) => 1,
-        };
-        let warmed: Vec<Result<Classifier, ClassifyError>> = thread::scope(|scope| {
-            let warm = |classifier: Classifier| {
-                let mut classifier = classifier.with_max_batch(max_batch);
-                classifier.warm().map(|()| classifier)
-            };
-            let threads: Vec<_> = classifiers.into_iter().map(|c| scope.spawn(move || warm(c))).collect();
+        let (mut device, mut max_batch) = (session.device, None);
+        let warmed = thread::scope(|scope| {
+            let mut warming = Vec::with_capacity(workers);
+            // One is warmed while the next is opened.
+            let opened =
+                Classifier::open_each(&bundle, library, session, limits, cache, workers, |mut classifier, runs_on| {
+                    device = runs_on;
+                    let max_batch = match (batch, max_batch) {
+                        (BatchChoice::Fixed(n), _) | (BatchChoice::Measured, Some(n)) => n,
+                        (BatchChoice::Measured, None) => {
+                            let notes = if device == Device::Cpu { cache } else { &no_cache };
+                            *max_batch.insert(measured(&bundle, &mut classifier, notes, session.threads)?)
+                        }
+                    };
+                    warming.push(scope.spawn(move || {
+                        let mut classifier = classifier.with_max_batch(max_batch);
+                        classifier.warm().map(|()| classifier)
+                    }));
+                    Ok(())
+                });
             let died = |_| Err(ClassifyError::Panic("while warming the model".into()));
-            threads.into_iter().map(|t| t.join().unwrap_or_else(died)).collect()
+            // All are joined, whatever failed: a scope panics with the threads that it has to join itself.
+            let warmed: Vec<Result<Classifier, ClassifyError>> =
+                warming.into_iter().map(|t| t.join().unwrap_or_else(died)).collect();
+            opened.and_then(|()| warmed.into_iter().collect::<Result<Vec<_>, _>>())
         });
-        let classifiers = warmed.into_iter().collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        let classifiers = warmed.map_err(failed)?;
+        let max_batch = classifiers.first().map_or(1, Classifier::max_batch);
         let engine = Engine::start(classifiers, queue, budget)?;
         let Bundle { name, version, manifest, calibration, evaluation, .. } = bundle;
         let manifest = Arc::new(manifest);
