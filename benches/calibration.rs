@@ -56,7 +56,7 @@ fn logits(classes: usize, images: usize) -> anyhow::Result<LabelledLogits> {
 
 fn options() -> Options {
     let command = String::new();
-    Options { kappa: Kappa::Learned, rung: None, seed: 0, training_overlap: TrainingOverlap::NotChecked, command }
+    Options { kappa: Some(Kappa::Learned), rung: None, seed: 0, training_overlap: TrainingOverlap::NotChecked, command }
 }
 
 fn serving(shipped: &Manifest, classes: usize) -> anyhow::Result<()> {

@@ -41,6 +41,8 @@ pub struct Calibration {
 pub enum KappaSource {
     /// From the command line: the loss is known.
     Given,
+    /// From the checkpoint, which says what loss it was trained with.
+    Checkpoint,
     /// 0 or 1, which cross-validation preferred.
     Chosen,
     /// Fitted.

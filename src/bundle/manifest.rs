@@ -113,6 +113,9 @@ pub struct FoldReport {
     pub by: String,
     /// `linear`, `lr-affine` or `lr-plain`.
     pub head: String,
+    /// κ: how much of the training prior the loss took out of the logits, where the checkpoint says so; 0 none, 1 all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kappa: Option<f64>,
     /// Experts whose logits are averaged; 1 for a single network.
     pub experts: usize,
     /// Names of the BatchNorm layers whose weight and bias were normalised.
@@ -183,6 +186,9 @@ pub enum ManifestError {
     /// Two classes of one name.
     #[error("class label {0:?} appears twice; labels must differ")]
     Duplicate(String),
+    /// κ out of range.
+    #[error("kappa is {0}; it must lie in 0..=10")]
+    Kappa(f64),
     /// Sizes out of range.
     #[error(
         "shorter_side {shorter_side} and crop {crop}; both must lie in 1..=4096 and crop may not exceed shorter_side"
@@ -223,6 +229,9 @@ impl Manifest {
         let mut seen = std::collections::HashSet::new();
         if let Some(twice) = self.classes.iter().find(|class| !seen.insert(&class.label)) {
             return Err(ManifestError::Duplicate(twice.label.clone()));
+        }
+        if let Some(kappa) = self.fold.kappa.filter(|kappa| !(0.0..=10.0).contains(kappa)) {
+            return Err(ManifestError::Kappa(kappa));
         }
         self.preprocessing.check()
     }

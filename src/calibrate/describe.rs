@@ -38,6 +38,7 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     }
     let source = match calibration.kappa_source {
         KappaSource::Given => "given",
+        KappaSource::Checkpoint => "the checkpoint's loss",
         KappaSource::Chosen => "chosen",
         KappaSource::Learned => "learned",
     };

@@ -32,8 +32,9 @@ const LEAST_FITTED: u64 = 10;
 /// How to calibrate.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Whether the prior was taken out of the logits.
-    pub kappa: Kappa,
+    /// Whether the prior was taken out of the logits. When absent, what the checkpoint says of its loss; learned where that
+    /// says nothing or a logit-rectification head stands behind it.
+    pub kappa: Option<Kappa>,
     /// The rung to take instead of the one that cross-validation chooses; a higher one than the samples allow is refused.
     pub rung: Option<Rung>,
     /// Seed of the folds.
@@ -123,7 +124,13 @@ pub fn calibrate(
     let cross_validate = |kappa: Kappa, highest: Rung| {
         CrossValidation::run(logits, options.seed, &|rows| problem(kappa, rows), highest, progress)
     };
-    let kappa = match options.kappa {
+    let known = manifest.fold.kappa.filter(|_| manifest.fold.head == "linear");
+    let (asked, source) = match (options.kappa, known) {
+        (Some(kappa), _) => (kappa, KappaSource::Given),
+        (None, Some(kappa)) => (Kappa::Fixed(kappa), KappaSource::Checkpoint),
+        (None, None) => (Kappa::Learned, KappaSource::Learned),
+    };
+    let kappa = match asked {
         Kappa::Fixed(kappa) => Kappa::Fixed(kappa),
         Kappa::Learned => {
             progress("κ: 0, 1 or learned");
@@ -133,8 +140,8 @@ pub fn calibrate(
             CrossValidation::choose_kappa(&candidates).unwrap_or(Kappa::Learned)
         }
     };
-    let source = match (options.kappa, kappa) {
-        (Kappa::Fixed(_), _) => KappaSource::Given,
+    let source = match (asked, kappa) {
+        (Kappa::Fixed(_), _) => source,
         (Kappa::Learned, Kappa::Fixed(_)) => KappaSource::Chosen,
         (Kappa::Learned, Kappa::Learned) => KappaSource::Learned,
     };

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
-use super::{CLASSES_KEY, Checkpoint, FoldError, PREPROCESSING_KEY, onnx, passes, verify};
+use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, onnx, passes, verify};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
 };
@@ -101,6 +101,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         (None, Some(stored)) => fitting(stored, network.classes)?,
         (path, _) => classes(path.as_deref(), network.classes)?,
     };
+    let kappa = metadata(&checkpoint, KAPPA_KEY)?;
     drop(checkpoint);
     let preprocessing = match stored {
         Some(stored) if stored.crop as usize == side => Preprocessing { exif: options.exif, ..stored },
@@ -126,6 +127,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         fold: FoldReport {
             by: format!("fold {}", env!("CARGO_PKG_VERSION")),
             head: network.head.into(),
+            kappa,
             experts: network.experts,
             normalized_layers: network.normalized_layers,
             alphas: network.alphas,

@@ -18,6 +18,8 @@ pub mod verify;
 pub const CLASSES_KEY: &str = "nbn.classes";
 /// Metadata of a checkpoint: the preprocessing it was trained with, as the manifest's JSON.
 pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
+/// Metadata of a checkpoint: how much of the training prior its loss took out of the logits, a number.
+pub const KAPPA_KEY: &str = "nbn.kappa";
 
 pub use checkpoint::Checkpoint;
 pub use error::FoldError;

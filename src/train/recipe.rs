@@ -248,12 +248,16 @@ impl Recipe {
     }
 
     /// How much of the training prior the loss takes out of the logits: 0 none, 1 all; τ for logit adjustment. What
-    /// `fold calibrate` calls κ.
-    pub fn kappa(&self) -> f64 {
+    /// `fold calibrate` calls κ. None where it does not follow from the loss: classes that weigh differently, or margins.
+    pub fn kappa(&self) -> Option<f64> {
+        if self.reweight_from.is_some_and(|epoch| epoch < self.epochs) {
+            return None;
+        }
         match self.loss {
-            Loss::BalancedSoftmax => 1.0,
-            Loss::LogitAdjustment => f64::from(self.tau),
-            Loss::CrossEntropy | Loss::Ldam => 0.0,
+            Loss::BalancedSoftmax => Some(1.0),
+            Loss::LogitAdjustment => Some(f64::from(self.tau)),
+            Loss::CrossEntropy => Some(0.0),
+            Loss::Ldam => None,
         }
     }
 

@@ -321,7 +321,7 @@ fn save(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Resu
 fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, TrainError> {
     let recipe = &job.recipe;
     let json = |value: serde_json::Result<String>| value.map_err(|e| TrainError::Input(format!("the metadata: {e}")));
-    Ok(BTreeMap::from(
+    let mut metadata = BTreeMap::from(
         [
             ("nbn.format", "1".to_owned()),
             ("nbn.arch", recipe.arch.to_string()),
@@ -329,7 +329,6 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             (architecture::MAGNITUDE_KEY, recipe.magnitude.to_string()),
             ("nbn.norm_epsilon", crate::fold::passes::NORM_EPSILON.to_string()),
             ("nbn.batch_norm_epsilon", crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
-            ("nbn.kappa", recipe.kappa().to_string()),
             ("nbn.epoch", run.progress.epoch.to_string()),
             ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
             (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),
@@ -337,7 +336,11 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             ("nbn.recipe", json(serde_json::to_string(recipe))?),
         ]
         .map(|(key, value)| (key.to_owned(), value)),
-    ))
+    );
+    if let Some(kappa) = recipe.kappa() {
+        metadata.insert(crate::fold::KAPPA_KEY.into(), kappa.to_string());
+    }
+    Ok(metadata)
 }
 
 /// Drops the lines of epochs that are to be trained again.

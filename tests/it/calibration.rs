@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nbn::bundle::{Bundle, Class, Manifest, Rung, TrainingOverlap};
+use nbn::bundle::{Bundle, Class, KappaSource, Manifest, Rung, TrainingOverlap};
 use nbn::calibrate::{CalibrateError, Kappa, Options, Problem, calibrate, temperature_alone, threshold};
 use nbn::data::LabelledLogits;
 use nbn::metrics::Rows;
@@ -36,7 +36,13 @@ fn manifest(counts: &[u64]) -> Manifest {
 }
 
 fn options(kappa: Kappa) -> Options {
-    Options { kappa, rung: None, seed: 0, training_overlap: TrainingOverlap::NotChecked, command: "test".into() }
+    Options {
+        kappa: Some(kappa),
+        rung: None,
+        seed: 0,
+        training_overlap: TrainingOverlap::NotChecked,
+        command: "test".into(),
+    }
 }
 
 fn rows(logits: &LabelledLogits, of: impl Fn(&Logits) -> Vec<f64>) -> Rows {
@@ -112,6 +118,25 @@ fn figures_and_fits_agree_with_independent_implementations() {
             close(package, found, theirs, 1e-6);
         }
     }
+}
+
+#[test]
+fn the_checkpoints_loss_decides_how_much_prior_is_left() {
+    let logits = too_sure(&[500, 100, 15, 2], 1);
+    let fit = |kappa: Option<f64>, head: &str, asked: Option<Kappa>| {
+        let mut manifest = manifest(&[2000, 400, 60, 8]);
+        manifest.fold.kappa = kappa;
+        manifest.fold.head = head.into();
+        let fitted =
+            calibrate(&logits, &manifest, &Options { kappa: asked, ..options(Kappa::Learned) }, &|_| ()).unwrap();
+        (fitted.kappa, fitted.kappa_source)
+    };
+    assert_eq!(fit(Some(0.5), "linear", None), (0.5, KappaSource::Checkpoint));
+    assert_eq!(fit(Some(0.5), "linear", Some(Kappa::Fixed(0.0))), (0.0, KappaSource::Given));
+    let found = fit(None, "linear", None);
+    assert!(matches!(found.1, KappaSource::Chosen | KappaSource::Learned), "{found:?}");
+    // What a head that rectifies the logits leaves of the prior is not what its loss alone would.
+    assert_eq!(fit(Some(0.5), "lr-plain", None), found);
 }
 
 #[test]

@@ -484,6 +484,7 @@ fn the_exported_bundle_is_as_accurate_as_the_trainer_says() {
     let manifest: Value = serde_json::from_slice(&fs::read(bundle.join("manifest.json")).unwrap()).unwrap();
     assert_eq!(manifest["classes"][2]["label"], "red");
     assert_eq!(manifest["preprocessing"]["crop"], 16);
+    assert_eq!(manifest["fold"]["kappa"], 1.0);
     let held_out = out.with_extension("calibration.json");
     let calibrated = fold(&[
         "calibrate",

@@ -30,9 +30,10 @@ pub(crate) struct Calibrate {
     #[arg(long, requires = "training_data")]
     drop_shared: bool,
     /// How much of the class prior training took out of the logits: 0 (cross-entropy), 1 (Balanced Softmax, logit
-    /// adjustment), or learned (a logit-rectification head, or when in doubt)
-    #[arg(long, default_value = "learned", value_parser = kappa)]
-    kappa: Kappa,
+    /// adjustment), or learned (a logit-rectification head, or when in doubt) [default: what the checkpoint says of its
+    /// loss, else learned]
+    #[arg(long, value_parser = kappa)]
+    kappa: Option<Kappa>,
     /// Take this rung of the ladder instead of the one that cross-validation chooses
     #[arg(long)]
     rung: Option<Rung>,
