@@ -35,12 +35,26 @@ RUN pip install --no-cache-dir --no-deps --only-binary=:all: --target /wheels -r
  && ln -sf "$(basename /libraries/libonnxruntime.so.1.*)" /libraries/libonnxruntime.so \
  && rm -rf /wheels
 
+# The crates that the program is made of, as CycloneDX.
+FROM rust:1.95-slim-bookworm AS sbom
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
+RUN cargo install --locked cargo-cyclonedx@0.5.9
+WORKDIR /src
+COPY Cargo.toml Cargo.lock build.rs ./
+COPY src src
+COPY benches/*.rs benches/
+COPY tests/it tests/it
+RUN cargo cyclonedx --format json --spec-version 1.5 --no-default-features --features serve --no-build-deps --override-filename sbom.cdx
+
 FROM debian:bookworm-slim AS base
 # Certificates for object stores and OTLP.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libstdc++6 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 COPY models /models
+COPY --from=sbom /src/sbom.cdx.json /usr/share/doc/nbn/sbom.cdx.json
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
 RUN install -d -m 1777 /cache
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
