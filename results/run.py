@@ -1,4 +1,4 @@
-"""The paired runs: plain BatchNorm, +NBN, +LR, +NBN+LR, for two losses, on long-tailed CIFAR; then RESULTS.md.
+"""The paired runs: plain BatchNorm, +NBN, +LR, +NBN+LR, for two losses, on long-tailed CIFAR, and their tables in RESULTS.md.
 
     cargo build --release --features train --bin fold
     python3 results/run.py --data CIFAR10_FOLDER --name cifar10-lt --arch resnet8_w8 --epochs 10 --seeds 3
@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,14 @@ VARIANTS = {
     "NBN": ["--norm", "nbn", "--head", "linear"],
     "BN + LR": ["--norm", "bn", "--head", "lr-plain"],
     "NBN + LR": ["--norm", "nbn", "--head", "lr-plain"],
+}
+# What else was tried of NBN, with cross-entropy and a linear head; a network of the width _w8 has 32 channels in its last stage.
+ATTEMPTS = {
+    "magnitude √32 at first": ["--magnitude-start", "5.657"],
+    "magnitude √32, fixed": ["--magnitude-start", "5.657", "--magnitude-mode", "fixed"],
+    "biases from zero": ["--bias-start", "zero"],
+    "all norms of the last stage": ["--nbn-layers", "last-stage-all"],
+    "all norms, a magnitude each": ["--nbn-layers", "all", "--magnitude", "layer"],
 }
 LOSSES = ["cross-entropy", "balanced-softmax"]
 COLUMNS = ["overall", "many", "medium", "few"]
@@ -39,48 +48,84 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--imbalance-factor", default="100")
     parser.add_argument("--threads", default="1")
+    parser.add_argument("--attempts", action="store_true", help="other ways of NBN, too, after the pairs")
     args = parser.parse_args()
     folder = ROOT / "results" / args.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {}
+    settings = {"arch": args.arch, "epochs": args.epochs, "imbalance_factor": args.imbalance_factor}
+    kept = folder / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        sys.exit(f"{kept} is of other runs: {kept.read_text().strip()}: give another --name, or remove the folder")
+    kept.write_text(json.dumps(settings) + "\n")
+    rows, attempts = {}, {}
+
+    def run(name, seed, flags):
+        """The last epoch's accuracies of a run, which is trained as far as it is not."""
+        metrics = folder / f"{name}-{seed}.metrics.jsonl"
+        if last(metrics)["epoch"] < args.epochs:
+            subprocess.run(
+                [args.fold, "train", "--data", args.data, "--imbalance-factor", args.imbalance_factor,
+                 "--calibration-fraction", "0", "--arch", args.arch, "--epochs", str(args.epochs),
+                 "--test-every", str(args.epochs), "--seed", str(seed), *flags,
+                 "--threads", args.threads, "--out", str(folder / f"{name}-{seed}.safetensors"), "--resume"],
+                check=True,
+            )
+        evaluation = last(metrics)["evaluation"]
+        return {"overall": evaluation["overall"], **evaluation["groups"]}
+
     # Seed by seed, so that what is there after any stop is paired.
     for seed in range(args.seeds):
         for loss in LOSSES:
             for variant, flags in VARIANTS.items():
-                name = f"{loss}-{variant.replace(' + ', '-').lower()}-{seed}"
-                metrics = folder / f"{name}.metrics.jsonl"
-                if last(metrics)["epoch"] < args.epochs:
-                    subprocess.run(
-                        [args.fold, "train", "--data", args.data, "--imbalance-factor", args.imbalance_factor,
-                         "--calibration-fraction", "0", "--arch", args.arch, "--epochs", str(args.epochs),
-                         "--test-every", str(args.epochs), "--seed", str(seed), "--loss", loss, *flags,
-                         "--threads", args.threads, "--out", str(folder / f"{name}.safetensors"), "--resume"],
-                        check=True,
-                    )
-                report = last(metrics)
-                accuracy = {"overall": report["evaluation"]["overall"], **report["evaluation"]["groups"]}
-                rows.setdefault((loss, variant), []).append((accuracy, report["seconds"]))
-        write(folder, args, rows)
+                name = f"{loss}-{variant.replace(' + ', '-').lower()}"
+                rows.setdefault((loss, variant), []).append(run(name, seed, ["--loss", loss, *flags]))
+        write(folder, args, rows, attempts)
+    for seed in range(args.seeds if args.attempts else 0):
+        for number, (attempt, flags) in enumerate(ATTEMPTS.items()):
+            found = run(f"attempt-{number}", seed, ["--loss", "cross-entropy", *VARIANTS["NBN"], *flags])
+            attempts.setdefault(attempt, []).append(found)
+        write(folder, args, rows, attempts)
 
 
-def write(folder, args, rows):
+def cell(values, sign=""):
+    """Mean ± standard deviation of shares, in percent."""
+    if not values:
+        return "–"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):{sign}.1f}{spread}"
+
+
+def write(folder, args, rows, attempts):
+    """The tables, as a file and between the markers of RESULTS.md."""
     seeds = min(len(runs) for runs in rows.values())
+    head = ["| loss | network | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     text = [
-        f"{args.name}, imbalance factor {args.imbalance_factor}, {args.arch}, {args.epochs} epochs, {seeds} seed(s); top-1 % of the "
-        "last epoch on the balanced test set, mean ± standard deviation.",
+        f"{args.name}, imbalance factor {args.imbalance_factor}, {args.arch}, {args.epochs} epochs, {seeds} seeds; top-1 % of the last "
+        "epoch on the balanced test set, mean ± standard deviation.",
         "",
-        "| loss | network | " + " | ".join(COLUMNS) + " | minutes |",
-        "|---|---|" + "---|" * (len(COLUMNS) + 1),
+        *head,
     ]
     for (loss, variant), runs in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [100 * accuracy[column] for accuracy, _ in runs if column in accuracy]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
-        minutes = statistics.mean(seconds for _, seconds in runs) / 60
-        text.append(f"| {loss} | {variant} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+        cells = [cell([run[column] for run in runs if column in run]) for column in COLUMNS]
+        text.append(f"| {loss} | {variant} | " + " | ".join(cells) + " |")
+    text += ["", "What is added to BN, and what NBN adds to BN + LR, seed by seed, in points:", "", *head]
+    for loss in LOSSES:
+        for variant, base in [("NBN", "BN"), ("BN + LR", "BN"), ("NBN + LR", "BN"), ("NBN + LR", "BN + LR")]:
+            pairs = list(zip(rows.get((loss, variant), []), rows.get((loss, base), [])))
+            gains = [cell([run[c] - plain[c] for run, plain in pairs if c in run], "+") for c in COLUMNS]
+            text.append(f"| {loss} | {variant} − {base.replace('BN + LR', '(BN + LR)')} | " + " | ".join(gains) + " |")
+    if attempts:
+        plain = rows["cross-entropy", "BN"]
+        text += ["", "Other ways of NBN (cross-entropy, linear head), less BN, seed by seed, in points:", ""]
+        text += ["| NBN | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+        for attempt, runs in attempts.items():
+            gains = [cell([run[c] - base[c] for run, base in zip(runs, plain) if c in run], "+") for c in COLUMNS]
+            text.append(f"| {attempt} | {len(runs)} | " + " | ".join(gains) + " |")
     (folder / "table.md").write_text("\n".join(text) + "\n")
+    page = ROOT / "results/RESULTS.md"
+    begin, end = f"<!-- {args.name} -->\n", f"<!-- end of {args.name} -->"
+    if page.exists() and begin in (old := page.read_text()):
+        page.write_text(old[: old.index(begin) + len(begin)] + "\n".join(text) + "\n" + old[old.index(end) :])
 
 
 if __name__ == "__main__":
