@@ -245,6 +245,11 @@ mod with {
         Ok(())
     }
 
+    /// What the command line calls it.
+    fn name(value: impl ValueEnum) -> String {
+        value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     #[cfg(feature = "cuda")]
     fn device(place: Place) -> anyhow::Result<Device> {
         Ok(match place {
@@ -381,17 +386,21 @@ mod with {
         }
         let (most, least) = (counts.iter().max().unwrap_or(&0), counts.iter().min().unwrap_or(&0));
         eprintln!(
-            "images      {} of {} classes, {most} to {least} each; {} held out ({})",
+            "images      {} in {} classes, {most} to {least} each; {} held out ({})",
             training.len(),
             classes.len(),
             held_out.len(),
             files.calibration.display()
         );
         match &evaluation {
-            Some((images, name)) => eprintln!("measured on {} images: {name}", images.len()),
-            None => eprintln!("measured on nothing: neither --test nor held-out images"),
+            Some((images, name)) => eprintln!("measured    on {} images: {name}", images.len()),
+            None => eprintln!("measured    on nothing: neither --test nor held-out images"),
         }
-        eprintln!("network     {}, {:?} head, {:?}", recipe.arch, recipe.head, recipe.norm);
+        let norm = match recipe.norm {
+            Norm::Nbn => format!("NBN ({})", recipe.nbn_layers),
+            Norm::Bn => "plain BatchNorm".into(),
+        };
+        eprintln!("network     {}, {norm}, {} head", recipe.arch, name(recipe.head));
         Ok(Job {
             training: set.images.select(&training)?,
             recipe,

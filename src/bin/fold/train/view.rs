@@ -15,6 +15,7 @@ pub(super) struct View {
 impl View {
     pub(super) fn new(epochs: usize, images: usize) -> Self {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let bar = bar.with_message("starting");
         let style = ProgressStyle::with_template("{prefix} {bar:28} {pos}/{len} steps, {msg}, {eta} left");
         Self { bar: style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style)), epochs, images }
     }
