@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples/pytorch"))
 from nbn import NORM_EPSILON, CifarResNet, NormalizedBatchNorm2d  # noqa: E402
 
+from run import LOSSES, VARIANTS, insert  # noqa: E402
+
 MEAN = np.array([0.4914, 0.4822, 0.4465], dtype=np.float32)[:, None, None]
 STD = np.array([0.2023, 0.1994, 0.2010], dtype=np.float32)[:, None, None]
 
@@ -85,6 +87,27 @@ def main():
         print(path.stem)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in found.items())
     (folder / "distributions.json").write_text("{\n" + lines + "\n}\n")
+    insert(f"inside {args.name}", table(args.name, found))
+
+
+def table(name, found):
+    """Spread of weights and of feature strength, mean over the seeds; and its correlation with the class's rank."""
+    text = [f"{name}: standard deviation ÷ mean; mean over the seeds.", "", "| loss | network | weights | strength | strength and rank |", "|---|---|---|---|---|"]
+    for loss in LOSSES:
+        for variant in VARIANTS:
+            stem = f"{loss}-{variant.replace(' + ', '-').lower()}-"
+            runs = [run for key, run in found.items() if key.removeprefix(stem).isdigit()]
+            if not runs:
+                continue
+            weights = np.mean([spread(np.abs(np.concatenate([np.array(block) for block in run["weights"]]))) for run in runs])
+            strength = np.mean([spread(np.array(run["strength"])) for run in runs])
+            rank = np.mean([np.corrcoef(run["strength"], np.arange(len(run["strength"])))[0, 1] for run in runs])
+            text.append(f"| {loss} | {variant} | {weights:.3f} | {strength:.3f} | {rank:+.2f} |")
+    return text
+
+
+def spread(values):
+    return values.std() / values.mean()
 
 
 if __name__ == "__main__":

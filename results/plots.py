@@ -71,7 +71,7 @@ def distributions(folder, name):
                 strength.plot([v / middle for v in means], color=COLOURS[variant], lw=1.2, label=variant)
         weights.set_ylabel(f"{loss}\n|weight| ÷ mean")
         strength.set_ylabel("feature norm ÷ mean")
-    axes[0][0].set_title("effective weights of the last stage's last norms, sorted; a line is a seed")
+    axes[0][0].set_title("effective weights of the last norms, sorted")
     axes[0][1].set_title("feature strength by class, most frequent first")
     axes[-1][0].set_xlabel("rank")
     axes[-1][1].set_xlabel("class")

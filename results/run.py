@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--imbalance-factor", default="100")
     parser.add_argument("--threads", default="1")
-    parser.add_argument("--attempts", action="store_true", help="other ways of NBN, too, after the pairs")
+    parser.add_argument("--attempts", type=int, default=0, help="seeds for other ways of NBN, after the pairs")
     args = parser.parse_args()
     folder = ROOT / "results" / args.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,8 @@ def main():
                  "--threads", args.threads, "--out", str(folder / f"{name}-{seed}.safetensors"), "--resume"],
                 check=True,
             )
+            # Where the set lies on this machine says nothing.
+            metrics.write_text(metrics.read_text().replace(str(Path(args.data).parent) + "/", ""))
         evaluation = last(metrics)["evaluation"]
         return {"overall": evaluation["overall"], **evaluation["groups"]}
 
@@ -80,7 +82,7 @@ def main():
                 name = f"{loss}-{variant.replace(' + ', '-').lower()}"
                 rows.setdefault((loss, variant), []).append(run(name, seed, ["--loss", loss, *flags]))
         write(folder, args, rows, attempts)
-    for seed in range(args.seeds if args.attempts else 0):
+    for seed in range(args.attempts):
         for number, (attempt, flags) in enumerate(ATTEMPTS.items()):
             found = run(f"attempt-{number}", seed, ["--loss", "cross-entropy", *VARIANTS["NBN"], *flags])
             attempts.setdefault(attempt, []).append(found)
@@ -122,10 +124,15 @@ def write(folder, args, rows, attempts):
             gains = [cell([run[c] - base[c] for run, base in zip(runs, plain) if c in run], "+") for c in COLUMNS]
             text.append(f"| {attempt} | {len(runs)} | " + " | ".join(gains) + " |")
     (folder / "table.md").write_text("\n".join(text) + "\n")
+    insert(args.name, text)
+
+
+def insert(mark, lines):
+    """Puts lines between the page's markers, `<!-- mark -->` and `<!-- end of mark -->`."""
     page = ROOT / "results/RESULTS.md"
-    begin, end = f"<!-- {args.name} -->\n", f"<!-- end of {args.name} -->"
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
     if page.exists() and begin in (old := page.read_text()):
-        page.write_text(old[: old.index(begin) + len(begin)] + "\n".join(text) + "\n" + old[old.index(end) :])
+        page.write_text(old[: old.index(begin) + len(begin)] + "\n".join(lines) + "\n" + old[old.index(end) :])
 
 
 if __name__ == "__main__":
