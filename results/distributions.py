@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples/pytorch"))
 from nbn import NORM_EPSILON, CifarResNet, NormalizedBatchNorm2d  # noqa: E402
 
-from run import LOSSES, VARIANTS, insert  # noqa: E402
+from run import LOSSES, VARIANTS, insert, stem  # noqa: E402
 
 MEAN = np.array([0.4914, 0.4822, 0.4465], dtype=np.float32)[:, None, None]
 STD = np.array([0.2023, 0.1994, 0.2010], dtype=np.float32)[:, None, None]
@@ -95,8 +95,7 @@ def table(name, found):
     text = [f"{name}: standard deviation ÷ mean; mean over the seeds.", "", "| loss | network | weights | strength | strength and rank |", "|---|---|---|---|---|"]
     for loss in LOSSES:
         for variant in VARIANTS:
-            stem = f"{loss}-{variant.replace(' + ', '-').lower()}-"
-            runs = [run for key, run in found.items() if key.removeprefix(stem).isdigit()]
+            runs = [run for key, run in found.items() if key.removeprefix(f"{stem(loss, variant)}-").isdigit()]
             if not runs:
                 continue
             weights = np.mean([spread(np.abs(np.concatenate([np.array(block) for block in run["weights"]]))) for run in runs])

@@ -15,20 +15,16 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from run import COLUMNS, LOSSES, ROOT, VARIANTS, last  # noqa: E402
+from run import COLUMNS, LOSSES, ROOT, VARIANTS, last, stem  # noqa: E402
 
 COLOURS = {"BN": "#7f7f7f", "NBN": "#1f77b4", "BN + LR": "#e0a030", "NBN + LR": "#c0392b"}
 plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nbn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def stem(loss, variant, seed):
-    return f"{loss}-{variant.replace(' + ', '-').lower()}-{seed}"
-
-
 def runs(folder, loss, variant):
     """The last lines of every seed's metrics."""
     found = []
-    while (path := folder / f"{stem(loss, variant, len(found))}.metrics.jsonl").exists():
+    while (path := folder / f"{stem(loss, variant)}-{len(found)}.metrics.jsonl").exists():
         report = last(path)
         if "evaluation" not in report:
             break
@@ -60,7 +56,7 @@ def distributions(folder, name):
     figure, axes = plt.subplots(len(LOSSES), 2, figsize=(9, 5.4))
     for loss, (weights, strength) in zip(LOSSES, axes):
         for variant in VARIANTS:
-            seeds = [run for seed in range(20) if (run := found.get(stem(loss, variant, seed)))]
+            seeds = [run for seed in range(20) if (run := found.get(f"{stem(loss, variant)}-{seed}"))]
             for n, run in enumerate(seeds):
                 values = sorted((abs(v) for block in run["weights"] for v in block), reverse=True)
                 mean = statistics.mean(values)

@@ -33,6 +33,11 @@ LOSSES = ["cross-entropy", "balanced-softmax"]
 COLUMNS = ["overall", "many", "medium", "few"]
 
 
+def stem(loss, variant):
+    """What the files of a pair's runs begin with; a hyphen and the seed follow."""
+    return f"{loss}-{variant.replace(' + ', '-').lower()}"
+
+
 def last(path):
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1]) if lines else {"epoch": 0}
@@ -79,8 +84,7 @@ def main():
     for seed in range(args.seeds):
         for loss in LOSSES:
             for variant, flags in VARIANTS.items():
-                name = f"{loss}-{variant.replace(' + ', '-').lower()}"
-                rows.setdefault((loss, variant), []).append(run(name, seed, ["--loss", loss, *flags]))
+                rows.setdefault((loss, variant), []).append(run(stem(loss, variant), seed, ["--loss", loss, *flags]))
         write(folder, args, rows, attempts)
     for seed in range(args.attempts):
         for number, (attempt, flags) in enumerate(ATTEMPTS.items()):

@@ -54,9 +54,9 @@ impl NetworkCache {
         Some(base.join("nbn/networks"))
     }
 
-    /// Opens `sessions` sessions over `network` on the processor, and hands each to `opened` before the next is opened. `read` gives the network's bytes, which it checks the first
-    /// time; it is called only when the cache cannot vouch for the file: no entry, or the file's size or time of change differ
-    /// from when it was last read.
+    /// Opens `sessions` sessions over `network` on the processor, and hands each to `opened` before the next is opened. `read`
+    /// gives the network's bytes, which it checks the first time; it is called only when the cache cannot vouch for the file: no
+    /// entry, or the file's size or time of change differ from when it was last read.
     ///
     /// A cache that cannot be read or written costs its advantages, never the answer.
     ///
