@@ -40,6 +40,13 @@ pub struct Summary {
     pub images_per_second: f64,
 }
 
+impl Summary {
+    /// Pictures that the source named, whatever became of them.
+    pub fn images(&self) -> u64 {
+        self.scored + self.failed + self.resumed + self.duplicates
+    }
+}
+
 /// Accuracy of the scored pictures that have a label.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Accuracy {

@@ -113,3 +113,43 @@ fn what_cannot_start_says_what_was_tried() {
     assert!(out.status.success(), "{}", text(&out.stderr));
     assert_eq!(nbn(&["serve", "--workers", "0"]).status.code(), Some(2));
 }
+
+#[test]
+fn an_address_takes_a_name_and_a_bad_one_is_told_what_to_write() {
+    // Nothing listens on a port that was free a moment ago.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let named = nbn(&["health", "--addr", &format!("localhost:{port}")]);
+    assert_eq!(named.status.code(), Some(1));
+    assert!(text(&named.stderr).contains(&format!("no server at 127.0.0.1:{port}")), "{}", text(&named.stderr));
+    for bad in ["8080", ":8080", "localhost", "localhost:http", "127.0.0.1:70000"] {
+        let out = nbn(&["serve", "--addr", bad]);
+        assert_eq!(out.status.code(), Some(2), "{bad}");
+        let told = text(&out.stderr);
+        assert!(told.contains(bad) && told.contains("expected HOST:PORT, such as 127.0.0.1:8080"), "{told}");
+    }
+}
+
+#[test]
+fn a_source_without_an_image_is_said_to_be_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |arguments: &[&str]| {
+        let mut all = vec!["score", "--model", "models/cifar10-lt"];
+        all.extend(arguments);
+        let out = nbn(&all);
+        (out.status.code(), text(&out.stderr))
+    };
+    let path = folder.path().to_str().unwrap();
+    let (status, told) = of(&[path]);
+    assert!(status == Some(1) && told.contains("holds no file that ends in"), "{told}");
+    let list = folder.path().join("empty.txt");
+    fs::write(&list, "").unwrap();
+    let list = list.to_str().unwrap();
+    let (status, told) = of(&[list]);
+    assert!(status == Some(0) && told.contains("the source names no image\n"), "{told}");
+    let (status, told) = of(&["--shard", "0/2", list]);
+    assert!(status == Some(0) && told.contains("no image of this share\n"), "{told}");
+    let table = folder.path().join("empty.csv");
+    fs::write(&table, "").unwrap();
+    let (status, told) = of(&[table.to_str().unwrap()]);
+    assert!(status == Some(1) && told.contains("there is none: name one with --image-column"), "{told}");
+}

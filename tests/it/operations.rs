@@ -10,7 +10,7 @@ use nbn::registry::Registry;
 use nbn::serve::{self, Keys, Listeners, RequestLimits, ServeOptions, Tls};
 use serde_json::{Value, json};
 
-use crate::support::{Gated, Server, model, picture, repository, root, shipped, text};
+use crate::support::{Gated, Server, model, nbn, picture, repository, root, shipped, text};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_swaps_under_load_fail_no_request() {
@@ -236,6 +236,9 @@ async fn tls_serves_and_takes_a_new_certificate_without_a_restart() {
         Ok::<_, std::io::Error>(reply)
     };
     assert!(ask(first.clone()).await.unwrap().starts_with("HTTP/1.1 200"));
+    let health = move || nbn(&["health", "--addr", &address.to_string()]);
+    let health = tokio::task::spawn_blocking(health).await.unwrap();
+    assert!(health.status.success(), "{}", text(&health.stderr));
     let second = write();
     tls.reload().unwrap();
     assert!(ask(second.clone()).await.unwrap().starts_with("HTTP/1.1 200"));

@@ -1,14 +1,14 @@
 //! `nbn`: serve a model repository over HTTP and gRPC, or score files from the command line.
 
+mod address;
 mod configuration;
+mod health;
 mod score;
 mod serve;
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -34,11 +34,7 @@ enum Command {
     /// Scores files and folders; one row per image
     Score(Box<score::Score>),
     /// Asks a running server whether it is ready; for container health checks
-    Health {
-        /// Address of the server; of its admin listener where the main one speaks TLS
-        #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR)]
-        addr: SocketAddr,
-    },
+    Health(health::Health),
     /// Makes an API key, and the line for the server's key file
     Key {
         /// Whose key it is
@@ -112,7 +108,7 @@ fn main() -> ExitCode {
             nbn::telemetry::init("warn");
             score::score(*args)
         }
-        Command::Health { addr } => health(addr),
+        Command::Health(args) => health::health(&args),
         Command::Key { name, admin, concurrency } => key(&name, admin, concurrency),
         Command::Openapi { format } => {
             let document = match format {
@@ -185,23 +181,5 @@ fn key(name: &str, admin: bool, concurrency: Option<u32>) -> anyhow::Result<Exit
     }
     eprintln!("Give the key to {name}; it is shown once. The second line is for --api-keys-file.");
     println!("{key}\n{line}");
-    Ok(ExitCode::SUCCESS)
-}
-
-fn health(addr: SocketAddr) -> anyhow::Result<ExitCode> {
-    let timeout = Duration::from_secs(3);
-    let mut target = addr;
-    if addr.ip().is_unspecified() {
-        target.set_ip(if addr.is_ipv4() { [127, 0, 0, 1].into() } else { std::net::Ipv6Addr::LOCALHOST.into() });
-    }
-    let mut stream = TcpStream::connect_timeout(&target, timeout).with_context(|| format!("no server at {target}"))?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
-    write!(stream, "GET /readyz HTTP/1.1\r\nhost: {target}\r\nconnection: close\r\n\r\n")?;
-    let mut reply = String::new();
-    stream.take(4096).read_to_string(&mut reply)?;
-    let status = reply.split_whitespace().nth(1).unwrap_or("nothing");
-    anyhow::ensure!(status == "200", "the server at {target} is not ready: it answered {status}");
-    println!("ready");
     Ok(ExitCode::SUCCESS)
 }

@@ -223,7 +223,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         stopped,
     };
     let result = score::run(source, &model.engine, &scoring, &mut *output, run, |summary| {
-        bar.set_position(summary.scored + summary.failed + summary.resumed + summary.duplicates);
+        bar.set_position(summary.images());
         if summary.failed > 0 {
             bar.set_message(format!("({} failed)", summary.failed));
         }
@@ -242,6 +242,12 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     eprint!("{}", describe(&summary));
     for reason in &summary.broken {
         eprintln!("nbn: {reason}");
+    }
+    if summary.images() == 0 && summary.broken.is_empty() && !summary.interrupted {
+        eprintln!(
+            "nbn: nothing was scored: the source names no image{}",
+            if shard.count() > 1 { " of this share" } else { "" }
+        );
     }
     if summary.interrupted {
         let resume = if args.rows.output_dir.is_some() { ": --resume goes on" } else { "" };

@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
+use crate::address::address;
 use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
 
 #[derive(Args)]
@@ -25,13 +26,13 @@ pub(crate) struct Serve {
     #[arg(long, env = "NBN_MODELS", default_value = "models")]
     models: PathBuf,
     /// Address to listen on: HTTP/1.1, HTTP/2 and gRPC
-    #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR)]
+    #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address)]
     addr: SocketAddr,
     /// The same on a second address, for gRPC clients that expect a port of their own
-    #[arg(long, env = "NBN_GRPC_ADDR")]
+    #[arg(long, env = "NBN_GRPC_ADDR", value_parser = address)]
     grpc_addr: Option<SocketAddr>,
     /// Address for /metrics and for loading and unloading models, which then are there and only there
-    #[arg(long, env = "NBN_ADMIN_ADDR")]
+    #[arg(long, env = "NBN_ADMIN_ADDR", value_parser = address)]
     admin_addr: Option<SocketAddr>,
     /// Allow loading and unloading models on the main address when there is no admin address and no key
     #[arg(long, env = "NBN_CONTROL")]

@@ -156,19 +156,20 @@ pub(super) fn columns<'a>(
     options: &SourceOptions,
 ) -> Result<(usize, Option<usize>), String> {
     let names: Vec<&str> = names.collect();
+    let there = if names.is_empty() { "there is none".into() } else { format!("there are {}", names.join(", ")) };
     let find = |wanted: &Option<String>, usual: &[&str], flag: &str| {
         let at = |name: &str| names.iter().position(|n| *n == name);
         match wanted {
             Some(name) => match at(name) {
                 Some(found) => Ok(Some(found)),
-                None => Err(format!("there is no column {name:?} ({flag}); there are {}", names.join(", "))),
+                None => Err(format!("there is no column {name:?} ({flag}); {there}")),
             },
             None => Ok(usual.iter().find_map(|name| at(name))),
         }
     };
     let image = find(&options.image_column, &IMAGE_COLUMNS, "--image-column")?.ok_or_else(|| {
         let usual = IMAGE_COLUMNS.join(", ");
-        format!("no column is called {usual}; there are {}: name one with --image-column", names.join(", "))
+        format!("no column is called {usual}; {there}: name one with --image-column")
     })?;
     if options.labels == Labels::Line {
         return Ok((image, None));
