@@ -2,6 +2,7 @@
 //! tensors and plain containers, and every other global in it is skipped.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -12,6 +13,8 @@ use super::FoldError;
 
 /// Most elements of one tensor (4 GiB of f32), before anything is allocated for it.
 const MAX_ELEMENTS: usize = 1 << 30;
+/// Bytes that tell what a file is.
+const HEAD: u64 = 64;
 /// Wrapper keys under which training scripts keep the weights.
 const WRAPPERS: [&str; 3] = ["state_dict", "model", "model_state_dict"];
 
@@ -39,24 +42,16 @@ impl Checkpoint {
     /// # Errors
     /// When the file cannot be read, is neither, or holds a tensor that is no finite float.
     pub fn load(path: &Path) -> Result<Self, FoldError> {
-        let bytes_of = |cause| FoldError::File { path: path.to_owned(), cause };
-        let mut head = [0; 9];
-        let length = {
-            use std::io::Read;
-            let mut file = std::fs::File::open(path).map_err(bytes_of)?;
-            let mut read = 0;
-            while read < head.len() {
-                match file.read(&mut head[read..]).map_err(bytes_of)? {
-                    0 => break,
-                    n => read += n,
-                }
-            }
-            read
-        };
-        let checkpoint = if length == head.len() && head[8] == b'{' && !head.starts_with(b"PK") {
+        let unread = |cause| FoldError::File { path: path.to_owned(), cause };
+        let mut head = Vec::new();
+        std::fs::File::open(path).map_err(unread)?.take(HEAD).read_to_end(&mut head).map_err(unread)?;
+        let archive = head.starts_with(b"PK");
+        let checkpoint = if head.get(8) == Some(&b'{') && !archive {
             read_safetensors(path)?
+        } else if let Some(other) = something_else(&head) {
+            return Err(FoldError::NotACheckpoint { path: path.to_owned(), reason: other.into() });
         } else {
-            read_pytorch(path)?
+            read_pytorch(path, archive)?
         };
         checkpoint.check_finite()?;
         Ok(checkpoint)
@@ -72,12 +67,27 @@ impl Checkpoint {
     }
 }
 
-fn read_pytorch(path: &Path) -> Result<Checkpoint, FoldError> {
-    let refuse = |error: PytorchError| match error {
-        PytorchError::Io(source) if source.kind() != std::io::ErrorKind::InvalidData => {
-            FoldError::NotACheckpoint { path: path.to_owned(), reason: source.to_string() }
+/// What a download often leaves in a checkpoint's place.
+fn something_else(head: &[u8]) -> Option<&'static str> {
+    match head {
+        [] => Some("it is empty"),
+        [b'<', ..] => Some("it is a web page"),
+        _ if head.starts_with(b"version https://git-lfs") => {
+            Some("it is a pointer of Git LFS, and `git lfs pull` fetches what it points to")
         }
-        error => FoldError::NotACheckpoint { path: path.to_owned(), reason: error.to_string() },
+        _ => None,
+    }
+}
+
+/// `archive`: the file begins as `torch.save` begins one.
+fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
+    let refuse = |error: PytorchError| {
+        let reason = match error {
+            PytorchError::Io(source) if source.kind() != std::io::ErrorKind::InvalidData => source.to_string(),
+            _ if !archive => "it begins like neither".into(),
+            error => return FoldError::Damaged { path: path.to_owned(), reason: error.to_string() },
+        };
+        FoldError::NotACheckpoint { path: path.to_owned(), reason }
     };
     let mut opened = None;
     for key in WRAPPERS {
@@ -117,7 +127,7 @@ fn read_pytorch(path: &Path) -> Result<Checkpoint, FoldError> {
 }
 
 fn read(tensor: &pytorch_reader::Tensor, path: &Path) -> Result<Vec<u8>, FoldError> {
-    tensor.read().map_err(|error| FoldError::NotACheckpoint { path: path.to_owned(), reason: error.to_string() })
+    tensor.read().map_err(|error| FoldError::Damaged { path: path.to_owned(), reason: error.to_string() })
 }
 
 /// `epoch`, `arch` and the like; a checkpoint without them is no less a checkpoint.
@@ -137,10 +147,8 @@ fn pytorch_metadata(path: &Path) -> BTreeMap<String, String> {
 
 fn read_safetensors(path: &Path) -> Result<Checkpoint, FoldError> {
     let bytes = std::fs::read(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })?;
-    let refuse = |error: safetensors::SafeTensorError| FoldError::NotACheckpoint {
-        path: path.to_owned(),
-        reason: error.to_string(),
-    };
+    let refuse =
+        |error: safetensors::SafeTensorError| FoldError::Damaged { path: path.to_owned(), reason: error.to_string() };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(refuse)?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(refuse)?;
     let mut checkpoint = Checkpoint::default();

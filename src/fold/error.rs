@@ -21,6 +21,14 @@ pub enum FoldError {
         /// What the reader said.
         reason: String,
     },
+    /// It begins as a checkpoint does, and does not go on as one.
+    #[error("{path}: damaged or cut off: copy it again, or save it again ({reason})")]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What the reader said.
+        reason: String,
+    },
     /// A tensor's element type is no number that a network can have.
     #[error("tensor {name} has element type {dtype}; weights must be f64, f32, f16 or bf16")]
     ElementType {

@@ -230,6 +230,10 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     fs::write(path("words.pth.tar"), "these are words").unwrap();
     fs::write(path("empty.pt"), "").unwrap();
+    fs::write(path("page.pth"), "<!DOCTYPE html><title>Not found</title>").unwrap();
+    fs::write(path("pointer.pth"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n").unwrap();
+    let archive = fs::read(data("checkpoints/cifar_b.pth.tar")).unwrap();
+    fs::write(path("cut.pth"), &archive[..archive.len() / 2]).unwrap();
     let good = data("checkpoints/cifar_a.safetensors");
     let bytes = fs::read(&good).unwrap();
     fs::write(path("cut.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
@@ -242,8 +246,11 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
     let good = good.to_str().unwrap();
     let cases: BTreeMap<String, &str> = BTreeMap::from([
         (path("words.pth.tar"), "not a checkpoint"),
-        (path("empty.pt"), "not a checkpoint"),
-        (path("cut.safetensors"), "not a checkpoint"),
+        (path("empty.pt"), "it is empty"),
+        (path("page.pth"), "web page"),
+        (path("pointer.pth"), "git lfs pull"),
+        (path("cut.pth"), "damaged or cut off"),
+        (path("cut.safetensors"), "damaged or cut off"),
         (path("nan.safetensors"), "NaN"),
         (path("absent.pt"), "absent.pt"),
     ]);
