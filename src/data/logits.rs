@@ -157,7 +157,7 @@ pub fn logits_of(
     images: &LabelledImages,
     progress: &(dyn Fn() + Sync),
 ) -> Result<(LabelledLogits, Vec<PixelHash>), DataError> {
-    let (exif, limits) = (bundle.manifest.preprocessing.exif, DecodeLimits::default());
+    let (exif, limits) = (bundle.manifest.preprocessing.exif, DecodeLimits::OFFLINE);
     let classes = bundle.manifest.classes.len();
     let rows = Mutex::new((vec![0.0; images.len() * classes], vec![[0; 32]; images.len()]));
     each(images, exif, progress, || {
@@ -216,7 +216,7 @@ where
     W: FnMut(usize, &RgbImage) -> Result<(), ClassifyError>,
 {
     let next = AtomicUsize::new(0);
-    let limits = DecodeLimits::default();
+    let limits = DecodeLimits::OFFLINE;
     let unreadable = Mutex::new(Vec::new());
     let run = || {
         let mut worker = worker()?;

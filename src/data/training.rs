@@ -128,7 +128,7 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
 /// the number of images of class 0 (arXiv 1901.05555). Returns record numbers in the set's order.
 ///
 /// # Errors
-/// Names the class that has too few images.
+/// Names the class that has too few images, or that the factor leaves none.
 pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Result<Vec<usize>, String> {
     let largest = labels.iter().filter(|&&l| l == 0).count();
     let mut rng = Rng::with_seed(seed ^ PROFILE);
@@ -138,6 +138,14 @@ pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Re
         // A whole number may come out a little below itself.
         let count = (largest as f64 * share + 1e-9).floor() as usize;
         let mut of_class: Vec<usize> = (0..labels.len()).filter(|&r| labels[r] as usize == k).collect();
+        if count == 0 && !of_class.is_empty() {
+            return Err(format!(
+                "--imbalance-factor {factor} leaves class {k} ({name}) none of its {} images, as class 0 ({}) has {largest}: \
+                 {largest} at most",
+                of_class.len(),
+                names[0]
+            ));
+        }
         if of_class.len() < count {
             return Err(format!(
                 "class {k} ({name}) has {} images; --imbalance-factor {factor} needs {count} of it: a higher factor, or classes \

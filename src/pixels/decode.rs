@@ -20,6 +20,11 @@ pub struct DecodeLimits {
     pub max_decoded_bytes: u64,
 }
 
+impl DecodeLimits {
+    /// For the user's own pictures, offline: as many pixels as Pillow opens.
+    pub const OFFLINE: Self = Self { max_pixels: 178_956_970, max_decoded_bytes: 2 << 30 };
+}
+
 impl Default for DecodeLimits {
     fn default() -> Self {
         Self { max_pixels: 40_000_000, max_decoded_bytes: 512 << 20 }
@@ -37,7 +42,7 @@ pub enum DecodeError {
     UnknownFormat,
     /// Larger than the pixel limit.
     #[error(
-        "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise `--max-pixels`",
+        "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise `nbn`'s --max-pixels",
         (*width as f64 * *height as f64) / 1e6, *limit as f64 / 1e6
     )]
     TooManyPixels {

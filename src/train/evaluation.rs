@@ -50,7 +50,7 @@ pub(super) fn evaluate(
     name: &str,
 ) -> Result<Accuracy, TrainError> {
     let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
-    let limits = DecodeLimits::default();
+    let limits = DecodeLimits::OFFLINE;
     let preprocessor = Preprocessor::new(job.recipe.preprocessing.clone(), limits);
     let (mut hits, mut totals) = (vec![0usize; classes], vec![0usize; classes]);
     let pixels = 3 * side * side;

@@ -112,7 +112,7 @@ fn work(
     stop: &AtomicBool,
     sender: &SyncSender<Result<Batch, TrainError>>,
 ) {
-    let limits = DecodeLimits::default();
+    let limits = DecodeLimits::OFFLINE;
     let settings = recipe.preprocessing.clone();
     let (shorter_side, side) = (settings.shorter_side, settings.crop as usize);
     let exif = settings.exif;

@@ -47,14 +47,16 @@ pub enum TrainError {
         /// The fields that differ.
         differences: String,
     },
-    /// The loss is no number any more.
+    /// The loss or its gradient is no number any more.
     #[error(
-        "the loss is {loss} at step {step} of epoch {epoch}: training diverged. Largest norms: {norms}. Try a lower --lr, \
+        "{what} is {value} at step {step} of epoch {epoch}: training diverged. Largest norms: {norms}. Try a lower --lr, \
          --warm-up 5, or --clip 1{kept}"
     )]
     Diverged {
-        /// The loss.
-        loss: f64,
+        /// What it is that is not finite.
+        what: &'static str,
+        /// Its value.
+        value: f64,
         /// Steps done in the epoch.
         step: usize,
         /// The epoch, from 1.
@@ -73,6 +75,12 @@ pub enum TrainError {
         cause: std::io::Error,
         /// What is still on disk.
         kept: String,
+    },
+    /// Two processes on one run.
+    #[error("another process trains {checkpoint}: wait for its end, or give another --out")]
+    Busy {
+        /// The run's checkpoint.
+        checkpoint: PathBuf,
     },
     /// A checkpoint or a network does not fit.
     #[error(transparent)]

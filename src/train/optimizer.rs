@@ -26,7 +26,7 @@ impl Optimizer {
     }
 
     /// One step: `values` by `gradients` at learning rate `rate`. Returns the norm of all gradients together before
-    /// clipping.
+    /// clipping; where that is not finite, nothing has changed.
     pub fn step(
         &mut self,
         recipe: &Recipe,
@@ -35,12 +35,17 @@ impl Optimizer {
         gradients: Vec<Option<Tensor<1>>>,
         rate: f64,
     ) -> f64 {
-        let squares = gradients.iter().flatten().map(|g| (g.clone() * g.clone()).sum()).reduce(|a, b| a + b);
+        let fixed = |p: &Parameter| p.role == Role::Magnitude && recipe.magnitude_mode == MagnitudeMode::Fixed;
+        let learned = parameters.iter().zip(&gradients).filter(|(p, _)| !fixed(p)).filter_map(|(_, g)| g.as_ref());
+        let squares = learned.map(|g| (g.clone() * g.clone()).sum()).reduce(|a, b| a + b);
         let norm = squares.map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()).sqrt());
+        if !norm.is_finite() {
+            return norm;
+        }
         let factor = recipe.clip.map_or(1.0, |limit| (limit / (norm + CLIP_EPSILON)).min(1.0));
         for (index, gradient) in gradients.into_iter().enumerate() {
             let Some(mut gradient) = gradient else { continue };
-            if parameters[index].role == Role::Magnitude && recipe.magnitude_mode == MagnitudeMode::Fixed {
+            if fixed(&parameters[index]) {
                 continue;
             }
             if factor < 1.0 {

@@ -236,6 +236,16 @@ impl Recipe {
         if self.warm_up >= self.epochs && self.warm_up > 0 {
             within("--warm-up", self.warm_up as f64, false, "fewer epochs than --epochs")?;
         }
+        if self.schedule == Schedule::Step && self.milestones.is_empty() {
+            let (value, limit) =
+                ("step".into(), "given with --milestones, the epochs at which it falls, such as 30,50");
+            return Err(TrainError::Flag { flag: "--schedule", value, limit });
+        }
+        if self.schedule != Schedule::Step && !self.milestones.is_empty() {
+            let value: Vec<String> = self.milestones.iter().map(usize::to_string).collect();
+            let limit = "given with --schedule step, which alone falls at milestones";
+            return Err(TrainError::Flag { flag: "--milestones", value: value.join(","), limit });
+        }
         if self.nesterov && self.momentum == 0.0 {
             within("--momentum", 0.0, false, "above 0 with --nesterov")?;
         }

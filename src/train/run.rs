@@ -37,6 +37,8 @@ pub struct Job {
     pub evaluate_every: usize,
     /// Where the run is kept.
     pub files: Files,
+    /// What its list of records trained on says, in JSON, and that of those held out; written with the first save.
+    pub records: [String; 2],
     /// Goes on with a run that is there.
     pub resume: bool,
     /// Threads that prepare pictures.
@@ -110,6 +112,7 @@ pub enum End {
 /// Whatever happens, the last good checkpoint and state stay on disk.
 pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<End, TrainError> {
     job.recipe.check()?;
+    let _lock = state::lock(&job.files)?;
     let classes = job.classes.len();
     let side = job.recipe.preprocessing.crop as usize;
     let (start, found) = blueprint::start(&job.recipe, classes, side)?;
@@ -117,18 +120,25 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let initial = network.load(&start, &job.device)?;
     let recipe = Arc::new(job.recipe.clone());
     let images = Arc::new(job.training.clone());
-    let set = digest(&job.training);
+    let set = digest(&job.classes, &job.training);
     let mut run = if job.resume { resume(job, &network, &set)? } else { begin(job, &network, initial, set) };
     let per_epoch = loader::steps(images.len(), recipe.batch);
     let counts: Vec<u64> = job.classes.iter().map(|c| c.count.unwrap_or(0)).collect();
     let objective = Objective::new(&recipe, &counts);
-    keep_metrics(&job.files, run.progress.epoch)?;
+    let mut saved = job.resume;
+    if job.resume {
+        keep_metrics(&job.files, run.progress.epoch)?;
+    }
     watch(Event::Start {
         epoch: run.progress.epoch,
         step: run.progress.step,
         steps: per_epoch,
         parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
     });
+    if run.progress.epoch >= recipe.epochs {
+        // The process that did the last epoch may have ended between the state and the checkpoint.
+        save_checkpoint(job, &network, &run, per_epoch)?;
+    }
     while run.progress.epoch < recipe.epochs {
         let epoch = run.progress.epoch;
         let begun = Instant::now();
@@ -137,8 +147,9 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         let (mut rate, mut gradient_norm) = (0.0, 0.0);
         for batch in batches {
             let batch = batch?;
-            rate = learning_rate(&recipe, epoch * per_epoch + run.progress.step, per_epoch);
-            gradient_norm = one_step(job, &network, &objective, &mut run, batch, rate)?;
+            let step = epoch * per_epoch + run.progress.step;
+            rate = learning_rate(&recipe, step, per_epoch);
+            gradient_norm = one_step(job, &network, &objective, &mut run, batch, (step, rate))?;
             run.progress.step += 1;
             run.progress.seconds = seconds + begun.elapsed().as_secs_f64();
             watch(Event::Step {
@@ -147,6 +158,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
                 images_per_second: (run.progress.seen - seen_before) as f64 / begun.elapsed().as_secs_f64(),
             });
             if stop.load(Ordering::Relaxed) && run.progress.step < per_epoch {
+                first_save(job, &mut saved)?;
                 save(job, &network, &run, per_epoch)?;
                 return Ok(End::Stopped);
             }
@@ -155,8 +167,13 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         run.progress = Progress { epoch: epoch + 1, step: 0, loss: 0.0, seen: 0, right: 0, ..progress.clone() };
         let due = (epoch + 1) % job.evaluate_every.max(1) == 0 || epoch + 1 == recipe.epochs;
         let evaluation = match &job.evaluation {
-            Some((set, name)) if due => Some(evaluate(job, &network, averaged(&run), set, name)?),
-            _ => None,
+            Some((set, name)) if due => evaluate(job, &network, averaged(&run), set, name).map(Some),
+            _ => Ok(None),
+        };
+        // What was learned is kept also where a test picture cannot be read.
+        let (evaluation, unmeasured) = match evaluation {
+            Ok(evaluation) => (evaluation, Ok(())),
+            Err(error) => (None, Err(error)),
         };
         let report = EpochReport {
             epoch: epoch + 1,
@@ -169,8 +186,10 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
             seconds: progress.seconds,
             evaluation,
         };
+        first_save(job, &mut saved)?;
         append_metrics(job, &report)?;
         save(job, &network, &run, per_epoch)?;
+        unmeasured?;
         watch(Event::Epoch(&report));
         if stop.load(Ordering::Relaxed) && epoch + 1 < recipe.epochs {
             return Ok(End::Stopped);
@@ -202,15 +221,19 @@ fn resume(job: &Job, network: &Network, set: &str) -> Result<Resumable, TrainErr
     }
     let run = run?;
     if run.progress.set != set {
-        let differences = "other training images, or in another order".into();
+        let differences = "other training images or classes, or in another order".into();
         return Err(TrainError::OtherRecipe { path: path.clone(), differences });
     }
     Ok(run)
 }
 
-/// SHA-256 of the images' names and labels.
-fn digest(images: &LabelledImages) -> String {
+/// SHA-256 of the classes' names, and of the images' with their labels.
+fn digest(classes: &[Class], images: &LabelledImages) -> String {
     let mut bytes = Vec::new();
+    for class in classes {
+        bytes.extend_from_slice(class.label.as_bytes());
+        bytes.push(b'\n');
+    }
     for (index, label) in images.labels().iter().enumerate() {
         bytes.extend_from_slice(images.id(index).as_bytes());
         bytes.extend_from_slice(&label.to_le_bytes());
@@ -218,14 +241,14 @@ fn digest(images: &LabelledImages) -> String {
     sha256_hex(&bytes)
 }
 
-/// Learns from `batch` at learning rate `rate`. Returns the norm of the gradient.
+/// Learns from `batch`, in the run's step `step`, at learning rate `rate`. Returns the norm of the gradient.
 fn one_step(
     job: &Job,
     network: &Network,
     objective: &Objective,
     run: &mut Resumable,
     batch: loader::Batch,
-    rate: f64,
+    (step, rate): (usize, f64),
 ) -> Result<f64, TrainError> {
     let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
     let images = TensorData::new(batch.images, [batch.size, 3, side, side]);
@@ -237,7 +260,7 @@ fn one_step(
     let loss = objective.loss(&trained.logits, &terms, &job.device);
     let value = f64::from(loss.clone().inner().into_scalar::<f32>());
     if !value.is_finite() {
-        return Err(diverged(job, network, run, value));
+        return Err(diverged(job, network, run, ("the loss", value)));
     }
     run.progress.right += right(&trained.logits, &batch.targets, classes);
     run.progress.loss += value * batch.size as f64;
@@ -247,14 +270,24 @@ fn one_step(
     drop(tracked);
     let values = &mut run.state.parameters;
     let gradient_norm = run.optimizer.step(&job.recipe, network.parameters(), values, gradients, rate);
+    if !gradient_norm.is_finite() {
+        return Err(diverged(job, network, run, ("the norm of the gradient", gradient_norm)));
+    }
     run.state.statistics = trained.statistics;
     if let (Some(ema), Some(decay)) = (&mut run.ema, job.recipe.ema) {
+        let decay = ema_decay(decay, step);
         let mean = |kept: &Tensor<1>, new: &Tensor<1>| kept.clone() * decay + new.clone() * (1.0 - decay);
         ema.parameters = ema.parameters.iter().zip(&run.state.parameters).map(|(e, p)| mean(e, p)).collect();
         let statistics = ema.statistics.iter().zip(&run.state.statistics);
         ema.statistics = statistics.map(|(e, s)| (mean(&e.0, &s.0), mean(&e.1, &s.1))).collect();
     }
     Ok(gradient_norm)
+}
+
+/// What the running mean keeps of itself in step `step`, counted from 0: little at first, so that the random start does not
+/// stay in it, and `decay` in the end (the schedule of TensorFlow's ExponentialMovingAverage).
+pub fn ema_decay(decay: f64, step: usize) -> f64 {
+    decay.min((1 + step) as f64 / (10 + step) as f64)
 }
 
 /// Images of a batch whose largest logit, averaged over the experts, is that of the largest target.
@@ -266,7 +299,7 @@ fn right(logits: &[Tensor<2>], targets: &[f32], classes: usize) -> usize {
     rows.filter(|(z, t)| highest(z) == highest(t)).count()
 }
 
-fn diverged(job: &Job, network: &Network, run: &Resumable, loss: f64) -> TrainError {
+fn diverged(job: &Job, network: &Network, run: &Resumable, (what, value): (&'static str, f64)) -> TrainError {
     let norm = |t: &Tensor<1>| host(t).iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
     let mut norms: Vec<(f64, &str)> =
         network.parameters().iter().zip(&run.state.parameters).map(|(p, t)| (norm(t), p.name.as_str())).collect();
@@ -274,7 +307,8 @@ fn diverged(job: &Job, network: &Network, run: &Resumable, loss: f64) -> TrainEr
     norms.sort_by(|a, b| b.0.total_cmp(&a.0));
     let norms: Vec<String> = norms.iter().take(4).map(|(norm, name)| format!("{name} {norm:.3e}")).collect();
     TrainError::Diverged {
-        loss,
+        what,
+        value,
         step: run.progress.step + 1,
         epoch: run.progress.epoch + 1,
         norms: norms.join(", "),
@@ -310,9 +344,34 @@ fn magnitudes(network: &Network, state: &State, found: &architecture::Network) -
     found.alphas.iter().filter_map(|alpha| values.get(alpha.index).copied()).collect()
 }
 
+/// Before a run's first save: what an earlier one left goes, and the lists of records come.
+fn first_save(job: &Job, saved: &mut bool) -> Result<(), TrainError> {
+    if *saved {
+        return Ok(());
+    }
+    let files = &job.files;
+    for path in [&files.state, &files.checkpoint, &files.metrics] {
+        match fs::remove_file(path) {
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+                return Err(TrainError::File { path: path.clone(), cause, kept: String::new() });
+            }
+            _ => {}
+        }
+    }
+    state::replace(&files.training, job.records[0].as_bytes(), "")?;
+    state::replace(&files.calibration, job.records[1].as_bytes(), "")?;
+    *saved = true;
+    Ok(())
+}
+
 fn save(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<(), TrainError> {
     let kept = kept(job, run);
     state::save(&job.files.state, network, run, &kept)?;
+    save_checkpoint(job, network, run, per_epoch)
+}
+
+fn save_checkpoint(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<(), TrainError> {
+    let kept = kept(job, run);
     let steps = run.progress.epoch * per_epoch + run.progress.step;
     state::save_checkpoint(&job.files.checkpoint, network, averaged(run), steps, metadata(job, run)?, &kept)
 }

@@ -3,7 +3,7 @@
 //! Both are written under another name and renamed, the state first: whatever interrupts a run, the last good files stay.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ pub struct Progress {
     pub format: u32,
     /// What decides the result.
     pub recipe: Recipe,
-    /// SHA-256 of the training records and their labels.
+    /// SHA-256 of the classes' names and of the training records with their labels.
     pub set: String,
     /// Whole epochs done.
     pub epoch: usize,
@@ -93,6 +93,21 @@ impl Files {
             calibration: beside("calibration.json"),
         }
     }
+}
+
+/// Takes the run for this process, as long as the file is kept open.
+///
+/// # Errors
+/// When another process has it, or the folder cannot be written.
+pub fn lock(files: &Files) -> Result<File, TrainError> {
+    let name = files.checkpoint.file_stem().unwrap_or_default().to_string_lossy();
+    let path = files.checkpoint.with_file_name(format!(".{name}.lock"));
+    let file = File::create(&path).map_err(|cause| TrainError::File { path, cause, kept: String::new() })?;
+    // A file system without locks: two processes on one run are the user's to avoid.
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        return Err(TrainError::Busy { checkpoint: files.checkpoint.clone() });
+    }
+    Ok(file)
 }
 
 /// Writes the whole of `path`, or leaves it as it was. `kept` says in an error what is still on disk.

@@ -21,6 +21,7 @@ use nbn::train::network::{Network, host, scaled_direction};
 use nbn::train::objective::Objective;
 use nbn::train::optimizer::{Optimizer, learning_rate};
 use nbn::train::recipe::{BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut};
+use nbn::train::run::ema_decay;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -319,6 +320,8 @@ fn profiles_and_splits_are_stratified_and_repeatable() {
     assert_ne!(kept, long_tail(&labels, &names, 100.0, 8).unwrap());
     let error = long_tail(&labels, &names, 2.0, 7).unwrap_err();
     assert!(error.contains("class 1 (c1) has 50 images") && error.contains("needs 70"), "{error}");
+    let error = long_tail(&labels, &names, 1000.0, 7).unwrap_err();
+    assert!(error.contains("leaves class 2 (c2) none of its 25 images") && error.contains("100 at most"), "{error}");
     let all: Vec<usize> = (0..labels.len()).collect();
     let (training, held_out) = hold_out(&labels, &all, &names, 0.01, 7).unwrap();
     assert_eq!((counts(&training), counts(&held_out)), (vec![99, 49, 24], vec![1, 1, 1]));
@@ -531,6 +534,8 @@ fn what_cannot_be_trained_on_is_named() {
     refused(train(&list, &out, &named), &["line 2", "label 7", "0 to 1"]);
     refused(train(&set, &out, &["--lr", "0"]), &["--lr is 0", "above 0"]);
     refused(train(&set, &out, &["--batch", "1"]), &["--batch is 1", "at least 2"]);
+    refused(train(&set, &out, &["--schedule", "step"]), &["--schedule is step", "--milestones"]);
+    refused(train(&set, &out, &["--milestones", "3,5"]), &["--milestones is 3,5", "--schedule step"]);
     refused(train(&set, &out, &["--augment", "flip,spin"]), &["spin", "trivial-augment"]);
     refused(train(&set, &out, &["--nbn-layers", "layer9.0.bn2"]), &["layer9.0.bn2"]);
     refused(train(&set, &folder.path().join("run.pth"), &short), &["run.pth", ".safetensors"]);
@@ -544,6 +549,10 @@ fn a_run_goes_on_only_as_it_was_begun() {
     let set = pictures(folder.path());
     let out = folder.path().join("run.safetensors");
     done(train(&set, &out, &["--epochs", "1"]));
+    let trained = Checkpoint::load(&out).unwrap();
+    fs::remove_file(&out).unwrap();
+    done(train(&set, &out, &["--epochs", "1", "--resume"]));
+    assert!(Checkpoint::load(&out).unwrap() == trained, "the checkpoint of a finished run came back otherwise");
     let before = fs::read(&out).unwrap();
     refused(train(&set, &out, &["--epochs", "1"]), &["is there", "--resume", "--overwrite"]);
     refused(train(&set, &out, &["--epochs", "2", "--resume"]), &["epochs is 2, was 1", "--overwrite"]);
@@ -555,7 +564,73 @@ fn a_run_goes_on_only_as_it_was_begun() {
     refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["other training images"]);
     fs::write(out.with_extension("state"), b"half a file").unwrap();
     refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["not the state of such a run", "--overwrite"]);
+    fs::remove_file(out.with_extension("state")).unwrap();
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.state", "is not there", "--overwrite"]);
+    let lists = || ["training.json", "calibration.json"].map(|ending| fs::read(out.with_extension(ending)).unwrap());
+    let listed = lists();
+    let other = ["--overwrite", "--seed", "1", "--nbn-layers", "layer9.0.bn2"];
+    refused(train(&set, &out, &other), &["layer9.0.bn2"]);
+    assert!(listed == lists(), "a refused run left its lists beside another's checkpoint");
     assert_eq!(before, fs::read(&out).unwrap(), "the checkpoint was touched");
+    done(train(&set, &out, &["--epochs", "1", "--overwrite", "--seed", "1"]));
+    assert!(before != fs::read(&out).unwrap() && listed != lists());
+}
+
+#[test]
+fn classes_of_other_names_are_another_run() {
+    let folder = tempfile::tempdir().unwrap();
+    pictures(folder.path());
+    let list = folder.path().join("list.txt");
+    let lines: String = (0..6).map(|n| format!("set/red/0{n}.png 0\nset/blue/0{n}.png 1\n")).collect();
+    fs::write(&list, lines).unwrap();
+    let names = folder.path().join("names.txt");
+    fs::write(&names, "red\nblue\n").unwrap();
+    let out = folder.path().join("run.safetensors");
+    done(train(&list, &out, &["--epochs", "1", "--classes", names.to_str().unwrap()]));
+    refused(train(&list, &out, &["--epochs", "1", "--resume"]), &["other training images or classes"]);
+}
+
+#[test]
+fn one_process_trains_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let mut child = until(&set, &out, &["--epochs", "400"], 1);
+    let second = train(&set, &out, &["--epochs", "400", "--resume"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    refused(second, &["another process trains", "run.safetensors", "another --out"]);
+}
+
+#[test]
+fn a_broken_test_picture_costs_no_epoch() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let test = folder.path().join("test");
+    for class in ["blue", "green", "red"] {
+        fs::create_dir_all(test.join(class)).unwrap();
+        fs::copy(set.join(class).join("00.png"), test.join(class).join("00.png")).unwrap();
+    }
+    fs::write(test.join("red/00.png"), b"no picture").unwrap();
+    let out = folder.path().join("run.safetensors");
+    let flags = ["--epochs", "2", "--test", test.to_str().unwrap(), "--resume"];
+    refused(train(&set, &out, &flags), &["red/00.png", "mend it"]);
+    assert_eq!(Checkpoint::load(&out).unwrap().metadata["nbn.epoch"], "1");
+    fs::copy(set.join("red/00.png"), test.join("red/00.png")).unwrap();
+    let output = train(&set, &out, &flags);
+    assert!(text(&output.stderr).contains("resumed     after 1 epoch"), "{}", text(&output.stderr));
+    done(output);
+    let lines = fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 2);
+}
+
+#[test]
+fn the_running_mean_forgets_the_random_start() {
+    assert_eq!(ema_decay(0.999, 0), 0.1);
+    assert_eq!(ema_decay(0.999, 8990), 0.999);
+    // What is left of the start after 480 steps.
+    let start: f64 = (0..480).map(|step| ema_decay(0.999, step)).product();
+    assert!(start < 1e-12, "{start}");
 }
 
 #[test]

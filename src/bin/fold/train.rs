@@ -45,7 +45,7 @@ mod with {
         Augmentation, BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut,
     };
     use nbn::train::run::{End, Job, run as train};
-    use nbn::train::state::{Files, replace};
+    use nbn::train::state::Files;
 
     use super::view::View;
 
@@ -172,7 +172,8 @@ mod with {
         /// Largest norm of all gradients together
         #[arg(long, value_name = "NORM", help_heading = "Optimisation")]
         clip: Option<f64>,
-        /// Measure and save a running mean of the weights with this decay, such as 0.999
+        /// Measure and save a running mean of the weights with this decay, such as 0.999; less in the first steps, so that
+        /// the random start does not stay in it
         #[arg(long, value_name = "DECAY", help_heading = "Optimisation")]
         ema: Option<f64>,
         /// Seed of everything random
@@ -216,6 +217,12 @@ mod with {
         recipe.check()?;
         let files = Files::of(&args.out);
         let resume = args.resume && files.state.exists();
+        ensure!(
+            resume || !args.resume || !args.out.exists(),
+            "--resume: {}, from which {} would go on, is not there: begin anew (--overwrite, without --resume)",
+            files.state.display(),
+            args.out.display()
+        );
         ensure!(
             resume || args.overwrite || !(files.state.exists() || args.out.exists()),
             "{} is there: go on with it (--resume), or begin anew over it (--overwrite)",
@@ -376,14 +383,10 @@ mod with {
             None if !held_out.is_empty() => Some((set.images.select(&held_out)?, "held-out images".to_owned())),
             None => None,
         };
-        let record = |path: &Path, records: &[usize]| -> anyhow::Result<()> {
-            let text = serde_json::json!({ "file": set.path, "seed": recipe.seed, "records": records }).to_string();
-            Ok(replace(path, text.as_bytes(), "")?)
+        let record = |records: &[usize]| {
+            serde_json::json!({ "file": set.path, "seed": recipe.seed, "records": records }).to_string()
         };
-        if !resume {
-            record(&files.training, &training)?;
-            record(&files.calibration, &held_out)?;
-        }
+        let records = [record(&training), record(&held_out)];
         let (most, least) = (counts.iter().max().unwrap_or(&0), counts.iter().min().unwrap_or(&0));
         eprintln!(
             "images      {} in {} classes, {most} to {least} each; {} held out ({})",
@@ -403,6 +406,7 @@ mod with {
         eprintln!("network     {}, {norm}, {} head", recipe.arch, name(recipe.head));
         Ok(Job {
             training: set.images.select(&training)?,
+            records,
             recipe,
             classes,
             evaluation,
