@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, BufReader, BufWriter};
+use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -52,7 +52,8 @@ pub enum PartsError {
     },
     /// The parts were made otherwise.
     #[error(
-        "the parts in {} were made with {field} {before}, now it is {now}: give another folder, or go on as it was begun",
+        "the parts in {} were made with {field} {before}, now it is {now}: give another folder, or go on as it was begun \
+         (run.json there says how; where there is no part yet, remove it)",
         folder.display()
     )]
     Differs {
@@ -162,6 +163,13 @@ impl<'a> Parts<'a> {
         if let Some(before) = other {
             let (field, now) = ("format".into(), format.ending().into());
             return Err(PartsError::Differs { folder: folder.to_owned(), field, before: before.into(), now });
+        }
+        if found.is_empty() && shard.count() == 1 {
+            // Nobody else is here, and nothing was made: what an ended run was to do binds nobody.
+            match fs::remove_file(folder.join(RECORD)) {
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(io(&folder.join(RECORD))(cause)),
+                _ => {}
+            }
         }
         // Parts of other shares of the same count hold other pictures.
         found.retain(|(_, name)| name.shard.count() != shard.count() || name.shard == shard);
@@ -305,7 +313,12 @@ fn agree(folder: &Path, record: &RunRecord, shard: Shard) -> Result<(), PartsErr
         // Other shares may do the same at this moment: the first to link a whole file wins, and all compare with it.
         let draft = folder.join(format!(".{RECORD}-{:05}-of-{:05}.tmp", shard.index(), shard.count()));
         let text = serde_json::to_vec_pretty(record).map_err(|error| io(error.into()))?;
-        fs::write(&draft, text).map_err(io)?;
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(&text)?;
+            file.sync_all()
+        };
+        write().map_err(io)?;
         let linked = match fs::hard_link(&draft, &path) {
             // A file system without links: the last to rename wins.
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => fs::rename(&draft, &path),
@@ -314,7 +327,11 @@ fn agree(folder: &Path, record: &RunRecord, shard: Shard) -> Result<(), PartsErr
         linked.map_err(io)?;
     }
     let text = fs::read(&path).map_err(io)?;
-    let before: RunRecord = serde_json::from_slice(&text).map_err(|error| io(error.into()))?;
+    let before: RunRecord = serde_json::from_slice(&text).map_err(|error| {
+        let reason =
+            format!("damaged ({error}); without it, nothing says how the parts were made: give another folder");
+        io(io::Error::new(io::ErrorKind::InvalidData, reason))
+    })?;
     let fields = before.keys().chain(record.keys());
     let value = |record: &RunRecord, field: &String| record.get(field).cloned().unwrap_or_default();
     match fields.into_iter().find(|field| before.get(*field) != record.get(*field)) {

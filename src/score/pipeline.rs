@@ -5,7 +5,7 @@
 //! to place. Places and bytes in flight are bounded, so the slowest stage sets the pace of all.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -22,6 +22,8 @@ use crate::pixels::DecodeError;
 
 /// Rows that are under way, per worker.
 const PLACES: usize = 64;
+/// Bytes that a picture of unknown size counts as until it is read.
+const UNKNOWN: u64 = 4 << 20;
 
 /// 128 bits of a key's SHA-256.
 pub(super) type KeyHash = u128;
@@ -65,7 +67,7 @@ pub fn run(
     let feed = Feed { source, committed, seen, counts: &counts, stopped: stopped.clone() };
     let reader = Reader {
         feed: Mutex::new(Some(feed)),
-        memory: Memory { free: Mutex::new(memory.max(1)), freed: Condvar::new(), all: memory.max(1) },
+        memory: Memory::of(memory),
         engine,
         max_file_bytes,
         stopped: stopped.clone(),
@@ -236,8 +238,7 @@ impl<'a> Reader<'a> {
             return None;
         };
         let size = match &content {
-            // What is not known may be as large as is allowed.
-            Content::At(place) => place.size().unwrap_or(self.max_file_bytes),
+            Content::At(place) => place.size().unwrap_or(UNKNOWN),
             Content::Bytes(bytes) => bytes.len() as u64,
             Content::Lost(_) | Content::Broken(_) => 0,
         };
@@ -255,22 +256,29 @@ impl<'a> Reader<'a> {
 
 /// Bytes that may be held.
 struct Memory {
-    free: Mutex<u64>,
+    /// Below 0 where pictures were larger than was known.
+    free: Mutex<i64>,
     freed: Condvar,
-    all: u64,
+    all: i64,
 }
 
 struct Held<'a> {
     memory: &'a Memory,
-    bytes: AtomicU64,
+    bytes: AtomicI64,
+}
+
+fn signed(bytes: u64) -> i64 {
+    bytes.try_into().unwrap_or(i64::MAX)
 }
 
 impl Held<'_> {
-    /// Gives back what is beyond `bytes`.
+    /// Holds `bytes` from now on. More than before is not waited for, as earlier pictures may wait for this one's row: it is
+    /// a debt, until whose end nothing more is taken.
     fn keep(&self, bytes: u64) {
-        let before = self.bytes.fetch_min(bytes, Ordering::Relaxed);
-        // As a rule there is nothing.
-        if before > bytes {
+        let bytes = signed(bytes);
+        let before = self.bytes.swap(bytes, Ordering::Relaxed);
+        // As a rule nothing changes.
+        if before != bytes {
             *lock(&self.memory.free) += before - bytes;
             self.memory.freed.notify_all();
         }
@@ -278,9 +286,14 @@ impl Held<'_> {
 }
 
 impl Memory {
+    fn of(bytes: u64) -> Self {
+        let all = signed(bytes).max(1);
+        Self { free: Mutex::new(all), freed: Condvar::new(), all }
+    }
+
     /// Waits until there are `bytes`; more than all are taken for all.
     fn take(&self, bytes: u64) -> Held<'_> {
-        let bytes = bytes.min(self.all);
+        let bytes = signed(bytes).min(self.all);
         let mut free = lock(&self.free);
         while *free < bytes {
             free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
@@ -309,4 +322,23 @@ fn settle(outcome: &Receiver<Result<Ticket, Failure>>) -> Result<Prediction, Fai
         ClassifyError::Image(image) => Fault::new(image.code(), error.to_string()),
         _ => Fault::new("internal", error.to_string()),
     })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_larger_than_was_known_is_a_debt_that_is_repaid() {
+        let memory = Memory::of(10);
+        let first = memory.take(4);
+        first.keep(13);
+        assert_eq!(*lock(&memory.free), -3);
+        thread::scope(|scope| {
+            let next = scope.spawn(|| memory.take(100).bytes.load(Ordering::Relaxed));
+            drop(first);
+            assert_eq!(next.join().unwrap_or(0), 10);
+        });
+        assert_eq!(*lock(&memory.free), 10);
+    }
 }
