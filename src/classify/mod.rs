@@ -22,6 +22,13 @@ use crate::scores::{Logits, LogitsError};
 pub use prepare::{Prepare, StageTimes};
 pub use scorer::{Abstention, Decision, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
 
+/// A batch that takes longer than this alone is not worth measuring.
+const LONGEST_BATCH: Duration = Duration::from_millis(250);
+/// Rounds over all sizes: at least, and at most.
+const MEASURED_ROUNDS: (usize, usize) = (3, 9);
+/// Time after which no further round begins.
+const MEASURED_TIME: Duration = Duration::from_millis(500);
+
 /// One picture, as a caller sends it. Both kinds are shared, not copied.
 #[derive(Debug, Clone)]
 pub enum Input {
@@ -206,25 +213,28 @@ impl Classifier {
         Ok(())
     }
 
-    /// Measures how long batches of 1, 2, 4 … up to `limit` pictures take, each as the shortest of a few runs. Ends early
-    /// where a batch takes longer than a quarter of a second.
+    /// Measures how long batches of 1, 2, 4 … up to `limit` pictures take, each as the shortest of a few runs; without the
+    /// sizes that take longer than a quarter of a second.
     ///
     /// # Errors
     /// As [`Self::warm`].
     pub fn measure(&mut self, limit: usize) -> Result<Vec<(usize, Duration)>, ClassifyError> {
         let mut found = Vec::new();
         for size in batch_sizes(limit) {
-            let began = Instant::now();
-            let mut best = self.time(size)?;
-            for run in 0..8 {
-                if run >= 2 && began.elapsed() > Duration::from_millis(100) {
-                    break;
-                }
-                best = best.min(self.time(size)?);
-            }
-            found.push((size, best));
-            if best > Duration::from_millis(250) {
+            let first = self.time(size)?;
+            if first > LONGEST_BATCH && !found.is_empty() {
                 break;
+            }
+            found.push((size, first));
+        }
+        // The sizes take turns: whatever else the machine does falls on all of them.
+        let began = Instant::now();
+        for round in 0..MEASURED_ROUNDS.1 {
+            if round >= MEASURED_ROUNDS.0 && began.elapsed() > MEASURED_TIME {
+                break;
+            }
+            for (size, shortest) in &mut found {
+                *shortest = self.time(*size)?.min(*shortest);
             }
         }
         Ok(found)

@@ -12,8 +12,9 @@ use crate::runtime::{Device, Library, NetworkCache};
 
 /// The largest batch that is tried when its size is chosen by measuring.
 const LARGEST_BATCH: usize = 32;
-/// A larger batch is taken when it saves at least this share of the time per picture.
-const WORTH_IT: f64 = 0.03;
+/// A larger batch is taken when it saves more than this share of the time per picture. Below, a batch costs latency, and a
+/// start that warms it, for what may be noise.
+const WORTH_IT: f64 = 0.1;
 
 /// How many pictures a run of the network may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
