@@ -5,7 +5,8 @@
 //!     NBN_BENCH_IMAGE=photo.jpg NBN_BENCH_CONNECTIONS=64 NBN_BENCH_SECONDS=8 cargo bench --bench serving
 //!
 //! One session a worker, one thread a session, a worker a processor, in turn, five times; medians are compared. The server
-//! is a process of its own; its client shares the machine, so the client's time counts against it.
+//! is a process of its own; its client shares the machine, so the client's time counts against it. Processor time per image
+//! tells the two apart.
 #![allow(missing_docs)]
 
 use std::io::{BufRead, BufReader, Cursor};
@@ -74,11 +75,22 @@ fn main() -> anyhow::Result<()> {
     let (tensor, encoded) = (Input::Pixels(tensor.into()), Input::Encoded(image.into()));
     let names = ["tensors, no server", "images, no server", "images, server", "tensors, server"];
     let mut rates = [const { Vec::new() }; 4];
+    // Milliseconds an image of the loop, the server and its client.
+    let mut processor = [const { Vec::new() }; 3];
     for _ in 0..ROUNDS {
         rates[0].push(loops(tensor.clone())?);
+        let before = processor_seconds("self")?;
         rates[1].push(loops(encoded.clone())?);
+        processor[0]
+            .push((processor_seconds("self")? - before) / rates[1][rates[1].len() - 1] / round.as_secs_f64() * 1e3);
         let (server, _) = Server::start(&folder, &cache, workers)?;
+        let id = server.child.id().to_string();
+        let before = [processor_seconds(&id)?, processor_seconds("self")?];
         rates[2].push(runtime.block_on(saturate(&server.address, &as_image, connections, round))?);
+        let spent = [processor_seconds(&id)? - before[0], processor_seconds("self")? - before[1]];
+        for (all, seconds) in processor[1..].iter_mut().zip(spent) {
+            all.push(seconds / rates[2][rates[2].len() - 1] / round.as_secs_f64() * 1e3);
+        }
         rates[3].push(runtime.block_on(saturate(&server.address, &as_tensor, connections, round))?);
         let line: Vec<_> =
             names.iter().zip(&rates).map(|(name, r)| format!("{name} {:.1}/s", r[r.len() - 1])).collect();
@@ -89,6 +101,11 @@ fn main() -> anyhow::Result<()> {
     println!("server with images ÷ bare loop on tensors    {:.3}", images / bare);
     println!("server with images ÷ decode and infer loop   {:.3}", images / own);
     println!("server with tensors ÷ bare loop on tensors   {:.3}", tensors / bare);
+    let [own, server, client] = processor.map(median);
+    println!(
+        "processor time per image, ms: loop {own:.3}, server {server:.3} ({:.3} of it the loop's), its client {client:.3}",
+        own / server
+    );
 
     let (server, _) = Server::start(&folder, &cache, workers)?;
     runtime.block_on(added(&server.address, &as_tensor))?;
@@ -115,6 +132,14 @@ fn main() -> anyhow::Result<()> {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// What the process has had of the processors since it began, in hundredths, as Linux counts it.
+fn processor_seconds(process: &str) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    let after_name = stat.rsplit_once(')').context("no name")?.1;
+    let ticks = after_name.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
+    Ok(ticks.sum::<Result<f64, _>>()? / 100.0)
 }
 
 /// A JPEG of 500×375 with the entropy of a photo.

@@ -85,6 +85,8 @@ def main():
             continue
         found[path.stem] = {"weights": weights(net), "strength": strength(net, images, labels, classes)}
         print(path.stem)
+    if not found:
+        sys.exit(f"{folder} holds no finished checkpoint: results/run.py makes them")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in found.items())
     (folder / "distributions.json").write_text("{\n" + lines + "\n}\n")
     insert(f"inside {args.name}", table(args.name, found))
