@@ -65,6 +65,8 @@ struct Job {
 struct State {
     queue: VecDeque<Job>,
     running: usize,
+    /// Workers that wait for work. Without one, a new picture needs no call to the system: they look before they wait.
+    idle: usize,
     /// Submitters that wait until the queue has room.
     waiting_for_room: usize,
     closed: bool,
@@ -98,6 +100,7 @@ impl Engine {
         let state = State {
             queue: VecDeque::new(),
             running: 0,
+            idle: 0,
             waiting_for_room: 0,
             closed: false,
             seconds_per_image: 0.0,
@@ -147,8 +150,7 @@ impl Engine {
             return Err(Refused::Full { retry_after });
         }
         let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
-        drop(state);
-        self.shared.announce(tickets.len());
+        self.shared.announce(state, tickets.len());
         Ok(tickets)
     }
 
@@ -167,8 +169,7 @@ impl Engine {
             return Err(Refused::Closed);
         }
         let ticket = Shared::push(&mut state, input, None);
-        drop(state);
-        self.shared.announce(1);
+        self.shared.announce(state, 1);
         Ok(ticket)
     }
 
@@ -229,9 +230,11 @@ impl Shared {
         Ticket::new(receiver, caller)
     }
 
-    /// Wakes a worker for each new picture. Called without the lock, which the woken take first.
-    fn announce(&self, pictures: usize) {
-        for _ in 0..pictures.min(self.workers) {
+    /// Wakes an idle worker for each new picture, after giving back the lock, which the woken take first.
+    fn announce(&self, state: MutexGuard<'_, State>, pictures: usize) {
+        let wanted = pictures.min(state.idle);
+        drop(state);
+        for _ in 0..wanted {
             self.work.notify_one();
         }
     }
@@ -272,7 +275,9 @@ impl Shared {
             if state.closed {
                 return false;
             }
+            state.idle += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
         }
         true
     }

@@ -127,8 +127,16 @@ impl From<NamedPrior> for Prior {
     }
 }
 
-#[tokio::main]
-pub(crate) async fn run(args: Serve) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
+    // Beside the workers, who decode and infer, connections take a tenth of the time; threads that wait for work wake
+    // each other at every request.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads((processors / 2).max(1)).enable_all().build()?;
+    runtime.block_on(traced(args))
+}
+
+async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
     configuration::check(&args).context(Unusable)?;
     let traces = nbn::telemetry::init_traced("info", args.otlp.as_deref()).map_err(|e| anyhow!("--otlp: {e}"))?;
     let result = serve(args).await;
