@@ -1,6 +1,7 @@
 //! Turns encoded image bytes into the tensor a bundle asks for. Knows nothing of HTTP.
 
 mod decode;
+mod jpeg;
 mod resize;
 
 pub use decode::{DecodeError, DecodeLimits, decode};
