@@ -3,6 +3,7 @@
 //!
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
+//! - [`files`]: files that are whole or not there
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
 //! - [`pixels`]: encoded bytes → normalised tensor, under limits
 //! - [`scores`]: logits → calibrated probabilities → top-k, prediction sets
@@ -20,6 +21,7 @@
 
 pub mod bundle;
 pub mod classify;
+pub mod files;
 pub mod pixels;
 pub mod runtime;
 pub mod scores;

@@ -178,7 +178,7 @@ pub struct FitReport {
     pub by: String,
     /// When, in UTC.
     pub created: String,
-    /// The command line.
+    /// The command line, without the folders of the machine.
     pub command: String,
     /// Calibration images.
     pub images: u64,

@@ -1,6 +1,7 @@
 //! Labelled logits → `calibration.json`: prior-aware structured vector scaling, chosen by cross-validation, and the
 //! thresholds of prediction sets. The method and its formulas: docs/calibration.md.
 
+mod command;
 mod conformal;
 mod cross_validate;
 mod describe;
@@ -18,6 +19,7 @@ use crate::metrics;
 use crate::scores::{argmax, softmax_in_place};
 use cross_validate::CrossValidation;
 
+pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
 pub use describe::describe;
 pub use ladder::{Kappa, Parameters, Problem, temperature_alone};

@@ -8,6 +8,7 @@ use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, on
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
 };
+use crate::files::{draft_of, replace, replace_folder};
 use crate::runtime::Library;
 
 /// The published evaluation pipelines.
@@ -86,6 +87,12 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
             options.out.display()
         )));
     }
+    if options.out.exists() && !options.out.join(MANIFEST_FILE).is_file() {
+        return Err(FoldError::Input(format!(
+            "{} is no bundle: --force replaces bundles only; give another folder, or remove it",
+            options.out.display()
+        )));
+    }
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     let stored: Option<Preprocessing> = metadata(&checkpoint, PREPROCESSING_KEY)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
@@ -97,6 +104,10 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         (None, None, None) => architecture::family(&checkpoint)?.default_side(),
     };
     let network = architecture::build(&checkpoint, side, options.extras, &options.overrides)?;
+    if options.extras.expert_logits && network.experts == 1 {
+        let reason = "--expert-logits: this network has one expert, whose logits are the network's: leave it out";
+        return Err(FoldError::Input(reason.into()));
+    }
     let classes = match (&options.classes, metadata(&checkpoint, CLASSES_KEY)?) {
         (None, Some(stored)) => fitting(stored, network.classes)?,
         (path, _) => classes(path.as_deref(), network.classes)?,
@@ -219,7 +230,7 @@ fn evaluation(path: &Path) -> Result<serde_json::Value, FoldError> {
         .map_err(|error| FoldError::Input(format!("{}: not JSON: {error}", path.display())))
 }
 
-/// Writes beside the target and renames, so that no reader sees half a bundle.
+/// Writes the bundle as a whole, so that no reader sees half of it and a full disk leaves what was there.
 fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
     let at = |path: &Path| {
         let path = path.to_owned();
@@ -227,15 +238,18 @@ fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError>
     };
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(at(parent))?;
-    let temporary = parent.join(format!(".{}.{}", file_name(out), std::process::id()));
-    fs::create_dir_all(&temporary).map_err(at(&temporary))?;
     let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
-    fs::write(temporary.join(MODEL_FILE), model).map_err(at(&temporary))?;
-    fs::write(temporary.join(MANIFEST_FILE), text + "\n").map_err(at(&temporary))?;
-    if out.exists() {
-        fs::remove_dir_all(out).map_err(at(out))?;
-    }
-    fs::rename(&temporary, out).map_err(at(out))
+    let draft = draft_of(out);
+    let write = || {
+        fs::create_dir(&draft)?;
+        replace(&draft.join(MODEL_FILE), model)?;
+        replace(&draft.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
+        replace_folder(&draft, out)
+    };
+    write().map_err(at(out)).inspect_err(|_| {
+        // The reason to tell is the first one.
+        let _ = fs::remove_dir_all(&draft);
+    })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, FoldError> {

@@ -9,7 +9,7 @@
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::model::{builder, optimised};
 use super::{Library, OnnxModel, RuntimeError, SessionOptions};
+use crate::files::{draft_of, replace};
 
 const GRAPH: &str = "network.onnx";
 const WEIGHTS: &str = "network.data";
@@ -144,6 +145,7 @@ impl NetworkCache {
         let text = |error: io::Error| error.to_string();
         let parent = entry.parent().ok_or("the cache folder has no name")?;
         fs::create_dir_all(parent).map_err(text)?;
+        sweep(parent);
         let draft = draft_of(entry);
         fs::create_dir(&draft).map_err(text)?;
         let made = builder(library, options)
@@ -185,22 +187,17 @@ fn stamp_name(path: &Path) -> String {
     digest.iter().take(8).fold("checked-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
 }
 
-/// A name beside `path` that no other thread or process uses.
-fn draft_of(path: &Path) -> PathBuf {
-    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let time = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}-{}-{n}-{time}", std::process::id()))
-}
-
-/// Writes a file so that readers see the old or the new content.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let draft = draft_of(path);
-    fs::write(&draft, content)?;
-    fs::rename(&draft, path).inspect_err(|_| {
-        let _ = fs::remove_file(&draft);
-    })
+/// Removes what processes that were killed have left behind: drafts older than an hour.
+fn sweep(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|time| time.elapsed().ok());
+        let draft = entry.file_name().as_encoded_bytes().starts_with(b".");
+        if draft && age.is_some_and(|age| age > Duration::from_secs(3600)) {
+            // Another process may be at the same; and a folder that cannot be written is another's to keep.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// What the runtime's choice of kernels and layouts depends on.

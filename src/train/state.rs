@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -16,6 +15,7 @@ use super::TrainError;
 use super::network::{Network, State, host};
 use super::optimizer::Optimizer;
 use super::recipe::Recipe;
+use crate::files;
 use crate::fold::checkpoint::Tensor as Values;
 
 /// Version of the state file's form.
@@ -117,16 +117,11 @@ pub fn lock(files: &Files) -> Result<File, TrainError> {
 pub fn replace(path: &Path, content: &[u8], kept: &str) -> Result<(), TrainError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let partial = path.with_file_name(format!(".{name}.partial"));
-    let write = || {
-        let mut file = File::create(&partial)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&partial, path)
-    };
-    write().map_err(|cause| {
-        // The reason to tell is the first one.
-        let _ = fs::remove_file(&partial);
-        TrainError::File { path: path.to_owned(), cause, kept: kept.into() }
+    // The lock on the run keeps others away.
+    files::replace_through(&partial, path, content).map_err(|cause| TrainError::File {
+        path: path.to_owned(),
+        cause,
+        kept: kept.into(),
     })
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap};
-use nbn::calibrate::{Kappa, Options, calibrate, describe};
+use nbn::calibrate::{Kappa, Options, calibrate, command_line, describe};
 use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
@@ -80,7 +80,9 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         }
     };
     let Calibrate { kappa, rung, seed, .. } = args;
-    let options = Options { kappa, rung, seed, training_overlap, command: command_line() };
+    let here = std::env::current_dir().unwrap_or_default();
+    let options =
+        Options { kappa, rung, seed, training_overlap, command: command_line(std::env::args_os().skip(1), &here) };
     let calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
@@ -92,7 +94,8 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(&calibration)? + "\n";
     replace(&out, text.as_bytes())?;
     let stale = bundle.folder.join(EVALUATION_FILE);
-    if args.out.is_none() && stale.exists() {
+    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
+    if canonical(&out) == canonical(&bundle.folder.join(CALIBRATION_FILE)) && stale.exists() {
         std::fs::remove_file(&stale).with_context(|| format!("cannot remove {}", stale.display()))?;
         eprintln!("removed     {}, which was measured with another calibration", stale.display());
     }
@@ -133,16 +136,7 @@ fn without_shared(
     LabelledLogits::try_new(logits.classes(), values, labels).map_err(anyhow::Error::msg)
 }
 
-/// Writes beside the target and renames, so that no reader sees half a file.
+/// Writes the whole file or leaves it as it was.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&temporary, bytes)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The command line as it was given.
-fn command_line() -> String {
-    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
-    std::iter::once("fold".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
+    nbn::files::replace(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
