@@ -10,6 +10,9 @@ use crate::bundle::Exif;
 const FORMATS: [ImageFormat; 6] =
     [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::Tiff];
 
+/// What decoding takes of nearly every picture: a progressive JPEG has six bytes of coefficients and three of colours.
+const BYTES_PER_PIXEL: u64 = 12;
+
 /// How large a picture may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeLimits {
@@ -22,6 +25,12 @@ pub struct DecodeLimits {
 impl DecodeLimits {
     /// For the user's own pictures, offline: as many pixels as Pillow opens.
     pub const OFFLINE: Self = Self { max_pixels: 178_956_970, max_decoded_bytes: 2 << 30 };
+
+    /// So many pixels, and the memory that any format takes for them.
+    pub fn of_pixels(max_pixels: u64) -> Self {
+        let max_decoded_bytes = max_pixels.saturating_mul(BYTES_PER_PIXEL).max(Self::default().max_decoded_bytes);
+        Self { max_pixels, max_decoded_bytes }
+    }
 
     /// Refuses a picture of this size, which takes `bytes` to decode, when that is too much.
     pub(super) fn check(&self, width: u32, height: u32, bytes: u64) -> Result<(), DecodeError> {
@@ -64,7 +73,9 @@ pub enum DecodeError {
         limit: u64,
     },
     /// Decoding would allocate more than the byte limit.
-    #[error("decoding this {width}×{height} image needs more than {limit} bytes of memory: resize it")]
+    #[error(
+        "decoding this {width}×{height} image needs more than {limit} bytes of memory: resize it, or raise `nbn`'s --max-pixels"
+    )]
     TooManyBytes {
         /// Width in pixels.
         width: u32,
@@ -136,7 +147,28 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImag
     if let Some(orientation) = orientation {
         picture.apply_orientation(orientation);
     }
-    Ok(picture.into_rgb8())
+    Ok(match picture {
+        // Pillow takes the high byte of colours with 16 bits; `image` would round.
+        DynamicImage::ImageRgb16(picture) => {
+            high_bytes(picture.width(), picture.height(), picture.pixels().map(|p| p.0))
+        }
+        DynamicImage::ImageRgba16(picture) => {
+            let colours = picture.pixels().map(|image::Rgba([red, green, blue, _])| [*red, *green, *blue]);
+            high_bytes(picture.width(), picture.height(), colours)
+        }
+        DynamicImage::ImageLumaA16(picture) => {
+            high_bytes(picture.width(), picture.height(), picture.pixels().map(|image::LumaA([grey, _])| [*grey; 3]))
+        }
+        picture => picture.into_rgb8(),
+    })
+}
+
+fn high_bytes(width: u32, height: u32, pixels: impl Iterator<Item = [u16; 3]>) -> RgbImage {
+    let mut bytes = RgbImage::new(width, height);
+    for (to, from) in bytes.pixels_mut().zip(pixels) {
+        to.0 = from.map(|value| (value >> 8) as u8);
+    }
+    bytes
 }
 
 fn name(format: ImageFormat) -> &'static str {

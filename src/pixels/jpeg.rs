@@ -69,10 +69,29 @@ fn rgb_of_inks(samples: &[u8]) -> Vec<u8> {
     pixels.iter().flat_map(|[c, m, y, k]| [darken(*c, *k), darken(*m, *k), darken(*y, *k)]).collect()
 }
 
-/// Whether an end-of-image marker follows the last start-of-scan marker. libjpeg fills a missing rest with grey; a
-/// classifier must not see that. Scan data escapes 0xFF, so neither marker occurs inside it. The end is looked for first:
-/// where there is one, little of the file has to be.
+/// Whether the picture's end-of-image marker is there. libjpeg fills a missing rest with grey; a classifier must not see
+/// that. What follows the end, as a phone's film does, is nobody's.
 fn has_an_end(bytes: &[u8]) -> bool {
-    let end = bytes.windows(2).rposition(|pair| pair == [0xFF, 0xD9]);
-    end.is_some_and(|end| !bytes[end..].windows(2).any(|pair| pair == [0xFF, 0xDA]))
+    // Behind the start-of-image marker.
+    let mut at = 2;
+    loop {
+        // What stands before the next marker is a scan's data, in which 0xFF is followed by 0.
+        let Some(skipped) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xFF)) else {
+            return false;
+        };
+        at += skipped + 1;
+        match bytes.get(at) {
+            Some(0xD9) => return true,
+            // Another picture begins before this one has ended.
+            None | Some(0xD8) => return false,
+            // Filling.
+            Some(0xFF) => {}
+            // A scan's own 0xFF, and the markers without a length.
+            Some(0x00 | 0x01 | 0xD0..=0xD7) => at += 1,
+            Some(_) => match bytes.get(at + 1..at + 3) {
+                Some(&[high, low]) => at += 1 + usize::from(u16::from_be_bytes([high, low])),
+                _ => return false,
+            },
+        }
+    }
 }

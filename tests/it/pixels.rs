@@ -56,6 +56,38 @@ fn exif_orientation_is_applied_or_ignored_as_the_manifest_says() {
 }
 
 #[test]
+fn what_follows_a_jpegs_end_is_not_looked_at() {
+    let whole = fs::read(data("pixels/photo.jpg")).unwrap();
+    let limits = DecodeLimits::default();
+    let expected = decode(&whole, Exif::Apply, &limits).unwrap();
+    // A phone's film, in which anything may stand; another picture.
+    for tail in [&[0xFF, 0xDA, 0][..], &[0, 0xFF, 0xD9, 7, 0xFF, 0xDA], b"\0\0\0\x18ftypmp42", &whole] {
+        let longer = [&whole[..], tail].concat();
+        assert_eq!(decode(&longer, Exif::Apply, &limits).unwrap(), expected, "{tail:?}");
+    }
+    let cut = &whole[..whole.len() / 2];
+    for tail in [&[][..], &whole] {
+        let refused = decode(&[cut, tail].concat(), Exif::Apply, &limits);
+        assert!(matches!(refused, Err(DecodeError::Damaged { .. })), "{refused:?}");
+    }
+}
+
+#[test]
+fn of_colours_with_16_bits_the_high_byte_counts() {
+    let values = [0x00FF, 0x0100, 0x7FFF, 0x8000, 0xFF00, 0xFFFF];
+    let colours = image::ImageBuffer::<image::Rgb<u16>, _>::from_raw(2, 1, values.to_vec()).unwrap();
+    let with_alpha: Vec<u16> = values.chunks(3).flat_map(|rgb| [rgb, &[9][..]].concat()).collect();
+    let with_alpha = image::ImageBuffer::<image::Rgba<u16>, _>::from_raw(2, 1, with_alpha).unwrap();
+    for picture in [image::DynamicImage::ImageRgb16(colours), image::DynamicImage::ImageRgba16(with_alpha)] {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
+        let found = decode(bytes.get_ref(), Exif::Apply, &DecodeLimits::default()).unwrap();
+        // As Pillow 13.0 has it.
+        assert_eq!(found.as_raw(), &[0x00, 0x01, 0x7F, 0x80, 0xFF, 0xFF]);
+    }
+}
+
+#[test]
 fn limits_hold_before_memory_is_allocated() {
     let png = picture(200, 100, ImageFormat::Png);
     let few_pixels = DecodeLimits { max_pixels: 19_999, ..DecodeLimits::default() };

@@ -154,7 +154,7 @@ impl EngineArgs {
     }
 
     fn limits(&self) -> DecodeLimits {
-        DecodeLimits { max_pixels: self.max_pixels, ..DecodeLimits::default() }
+        DecodeLimits::of_pixels(self.max_pixels)
     }
 
     fn cache(&self) -> NetworkCache {
