@@ -34,12 +34,15 @@ def main():
     parser.add_argument("--shards", type=int, required=True, help="several times the nodes, so that a lost one costs little")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--program", default="nbn", help="path of nbn on the nodes")
-    parser.add_argument("--cpus", type=float, default=1, help="processors of a share; give nbn --workers to match")
+    parser.add_argument("--cpus", type=float, default=1, help="processors of a share, and its workers unless nbn score is given --workers")
     parser.add_argument("--retries", type=int, default=5)
     parser.add_argument("--address", default="auto", help="of the cluster")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="-- and the arguments of nbn score")
     options = parser.parse_args()
     arguments = [a for a in options.arguments if a != "--"]
+    if not any(a.split("=")[0] == "--workers" for a in arguments):
+        # Not a worker for each processor of the node: other shares are on it, too.
+        arguments = ["--workers", str(max(1, int(options.cpus))), *arguments]
     ray.init(address=options.address, log_to_driver=False)
     task = ray.remote(num_cpus=options.cpus, max_retries=options.retries, retry_exceptions=True)(score)
     pending = {

@@ -177,6 +177,16 @@ pub enum BundleError {
     #[error("{path}: no version found: a bundle lies in a folder with a decimal number for its name, such as {path}/1, \
              and holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
     NoVersion(PathBuf),
+    /// None of the versions that are there is to be served.
+    #[error("{}: none of the versions {policy} is there; {there} {}: change --versions", folder.display(), if there.contains(',') { "are" } else { "is" })]
+    NotWanted {
+        /// The model's folder.
+        folder: PathBuf,
+        /// Versions that are wanted.
+        policy: String,
+        /// Versions that are there.
+        there: String,
+    },
     /// A model's folder, or a bundle's, where the repository's was expected.
     #[error("{path}: {version} is a bundle: give the folder above, which holds NAME/VERSION/{MANIFEST_FILE}")]
     NotARepository {

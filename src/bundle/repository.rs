@@ -68,7 +68,7 @@ impl Repository {
         Self { folder: folder.into() }
     }
 
-    /// Names of the models, in order. Folders whose names begin with a dot are none.
+    /// Names of the models, in order. Folders whose names begin with a dot are none, nor is `lost+found`.
     ///
     /// # Errors
     /// When the folder cannot be read, holds no model, or is a model's folder itself.
@@ -81,7 +81,8 @@ impl Repository {
         let names: Vec<String> = folders
             .iter()
             .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
-            .filter(|name| !name.starts_with('.'))
+            // A disk's own folder, in which its repair puts what it finds.
+            .filter(|name| !name.starts_with('.') && name != "lost+found")
             .collect();
         if names.is_empty() { Err(BundleError::NoModel(self.folder.clone())) } else { Ok(names) }
     }
@@ -98,12 +99,19 @@ impl Repository {
             return Ok(None);
         }
         let mut found = versions(&folder)?;
+        let there: Vec<String> = found.iter().map(|version| version.number.to_string()).collect();
         match policy {
             VersionPolicy::Latest => found = found.pop().into_iter().collect(),
             VersionPolicy::All => {}
             VersionPolicy::Specific(numbers) => found.retain(|version| numbers.contains(&version.number)),
         }
-        if found.is_empty() { Err(BundleError::NoVersion(folder)) } else { Ok(Some(found)) }
+        match (found.is_empty(), there.is_empty()) {
+            (false, _) => Ok(Some(found)),
+            (true, true) => Err(BundleError::NoVersion(folder)),
+            (true, false) => {
+                Err(BundleError::NotWanted { folder, policy: policy.to_string(), there: there.join(", ") })
+            }
+        }
     }
 }
 

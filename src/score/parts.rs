@@ -66,6 +66,17 @@ pub enum PartsError {
         /// Now.
         now: Value,
     },
+    /// Nothing says how the parts were made.
+    #[error(
+        "{} holds {parts} parts without run.json, so nothing says how they were made: put it back, or give another folder",
+        folder.display()
+    )]
+    NoRecord {
+        /// The folder.
+        folder: PathBuf,
+        /// How many.
+        parts: usize,
+    },
     /// Another process is at it.
     #[error("another process writes share {index} of {count} to {}", folder.display())]
     Locked {
@@ -163,6 +174,9 @@ impl<'a> Parts<'a> {
         if let Some(before) = other {
             let (field, now) = ("format".into(), format.ending().into());
             return Err(PartsError::Differs { folder: folder.to_owned(), field, before: before.into(), now });
+        }
+        if !found.is_empty() && !folder.join(RECORD).exists() {
+            return Err(PartsError::NoRecord { folder: folder.to_owned(), parts: found.len() });
         }
         if found.is_empty() && shard.count() == 1 {
             // Nobody else is here, and nothing was made: what an ended run was to do binds nobody.
@@ -297,7 +311,8 @@ fn lock(folder: &Path, shard: Shard) -> Result<File, PartsError> {
         let Some(other) = words.and_then(|(i, n)| Shard::new(i.parse().ok()?, n.parse().ok()?).ok()) else { continue };
         if other.count() != shard.count()
             && let Ok(file) = File::open(&path)
-            && let Err(TryLockError::WouldBlock) = file.try_lock()
+            // Shared: others may look at the same moment, and NFS locks exclusively only what is open for writing.
+            && let Err(TryLockError::WouldBlock) = file.try_lock_shared()
         {
             return Err(locked(other));
         }

@@ -5,7 +5,7 @@
 //! to place. Places and bytes in flight are bounded, so the slowest stage sets the pace of all.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -117,7 +117,7 @@ pub fn run(
         Ok::<_, WriteError>(())
     })?;
     counts.tell(&mut tally.summary);
-    tally.summary.interrupted = stopped.told();
+    tally.summary.interrupted = counts.cut.load(Ordering::Relaxed);
     Ok(tally.finish(began.elapsed(), Duration::from_nanos(counts.read_nanos.load(Ordering::Relaxed))))
 }
 
@@ -126,6 +126,8 @@ struct Counts {
     resumed: AtomicU64,
     duplicates: AtomicU64,
     read_nanos: AtomicU64,
+    /// Whether a stop left out what the source may still have.
+    cut: AtomicBool,
 }
 
 impl Counts {
@@ -148,6 +150,10 @@ impl Feed<'_> {
     fn next(&mut self) -> Option<Item> {
         while !self.stopped.now() {
             let item = self.source.next()?;
+            if self.stopped.now() {
+                // A source that a stop cut short looks like one at its end: this would be the next one's first.
+                break;
+            }
             if item.is_broken() || (self.seen.is_none() && self.committed.is_empty()) {
                 return Some(item);
             }
@@ -230,10 +236,11 @@ impl<'a> Reader<'a> {
     /// The next picture, with a place for its row.
     fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<Taken<'a>> {
         let mut feed = lock(&self.feed);
-        if self.stopped.now() {
-            *feed = None;
+        let next = feed.as_mut()?.next();
+        if next.is_none() && self.stopped.told() {
+            self.counts.cut.store(true, Ordering::Relaxed);
         }
-        let Some(Item { key, label, content }) = feed.as_mut()?.next() else {
+        let Some(Item { key, label, content }) = next else {
             *feed = None;
             return None;
         };

@@ -117,6 +117,14 @@ pub enum SetError {
         /// The finest that is possible.
         finest: f64,
     },
+    /// Finer than any calibration is made for.
+    #[error("alpha is {alpha}; {finest} is the finest level that this calibration holds: ask for {finest} or more")]
+    BeyondTable {
+        /// The level asked for.
+        alpha: f64,
+        /// The finest of the table.
+        finest: f64,
+    },
     /// No level at all.
     #[error("this bundle's calibration images are too few for prediction sets: calibrate with more images")]
     None,
@@ -155,6 +163,11 @@ impl SetRule {
             list.get(level).copied().flatten()
         };
         let marginal = mix.of(&table.marginal);
+        if let (Some(&finest), Some(Some(_))) = (tables.alphas.first(), marginal.first())
+            && alpha < finest
+        {
+            return Err(SetError::BeyondTable { alpha, finest });
+        }
         let Some(coarsest) = at(marginal) else {
             let finest = tables.alphas.iter().zip(marginal).find_map(|(a, t)| t.map(|_| *a));
             return Err(finest.map_or(SetError::None, |finest| SetError::TooFine { alpha, finest }));
@@ -252,6 +265,12 @@ mod tests {
         let too_fine = SetError::TooFine { alpha: 0.05, finest: 0.1 };
         assert_eq!(rule(0.05, SetRung::Marginal).unwrap_err(), too_fine);
         assert_eq!(rule(0.001, SetRung::Marginal).unwrap_err(), SetError::TooFine { alpha: 0.001, finest: 0.1 });
+        let mut full = tables();
+        full.pas.marginal.uniform[0] = Some(-0.1);
+        let request =
+            SetRequest { alpha: 0.001, score: SetScore::Pas, rung: SetRung::Marginal, mix: ClassMix::Uniform };
+        let beyond = SetRule::resolve(&full, &classes(), request).unwrap_err();
+        assert_eq!(beyond, SetError::BeyondTable { alpha: 0.001, finest: 0.01 });
         assert_eq!(rule(0.0, SetRung::Marginal).unwrap_err(), SetError::Alpha(0.0));
         assert!(matches!(rule(f64::NAN, SetRung::Marginal), Err(SetError::Alpha(_))));
     }

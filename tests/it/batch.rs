@@ -136,6 +136,11 @@ fn a_run_that_goes_on_scores_what_has_no_row() {
         "{}",
         text(&other.stderr)
     );
+    let record = fs::read(out.join("run.json")).unwrap();
+    fs::remove_file(out.join("run.json")).unwrap();
+    let unknown = run(&["--resume", "--prior", "train"]);
+    assert!(text(&unknown.stderr).contains("3 parts without run.json"), "{}", text(&unknown.stderr));
+    fs::write(out.join("run.json"), record).unwrap();
     fs::write(out.join("part-00000-of-00001-000001.jsonl"), "{\"path\":").unwrap();
     let damaged = run(&["--resume"]);
     assert!(text(&damaged.stderr).contains("000001.jsonl: row 1: "), "{}", text(&damaged.stderr));
@@ -168,7 +173,12 @@ fn a_source_that_cannot_be_used_says_what_would_be() {
     fs::write(at("b.parquet"), "no table").unwrap();
     fs::write(at("c.jsonl"), "{\"picture\":\"x.png\"}\n").unwrap();
     fs::write(at("d.txt"), "x.png\n").unwrap();
-    let cases: [(&[&str], &str); 8] = [
+    fs::write(at("empty.tar"), "").unwrap();
+    let cases: [(&[&str], &str); 12] = [
+        (&[&at("empty.tar")], "empty.tar cannot be read further: it is empty"),
+        (&["--label-column", "x", &at("d.txt")], "--label-column is of use only with a list or table with columns"),
+        (&["--labels", "line", &at("a.csv")], "--labels line is of use only with a text list"),
+        (&["--summary", &at("no/folder/s.json"), &at("d.txt")], "--summary: cannot write"),
         (&[&at("a.csv")], "there are id, picture: name one with --image-column"),
         (
             &["--image-column", "photo", &at("a.csv")],
@@ -223,7 +233,8 @@ fn a_store_that_the_caller_brings_is_read_like_any_other() {
         let bytes = picture(30, 20, ImageFormat::Png);
         runtime.block_on(store.put(&name.into(), bytes.into())).unwrap();
     }
-    let stores = Stores::default().with("memory://bucket", Arc::new(store));
+    let store = Arc::new(store);
+    let stores = Stores::default().with("memory://bucket", store.clone());
     let options = SourceOptions { stores, max_file_bytes: 1 << 20, ..SourceOptions::default() };
     let (summary, keys) =
         run(&["memory://bucket/photos", "memory://bucket/other/gone.png"], &options, std::io::empty());
@@ -232,6 +243,20 @@ fn a_store_that_the_caller_brings_is_read_like_any_other() {
         keys,
         ["memory://bucket/photos/b.png", "memory://bucket/photos/sub/a.png", "memory://bucket/other/gone.png"]
     );
+    for (pattern, found) in [
+        ("memory://bucket/photos/*.png", &["memory://bucket/photos/b.png"][..]),
+        (
+            "memory://bucket/**/*.png",
+            &["memory://bucket/other/c.png", "memory://bucket/photos/b.png", "memory://bucket/photos/sub/a.png"],
+        ),
+    ] {
+        assert_eq!(run(&[pattern], &options, std::io::empty()).1, found);
+    }
+    let list = b"./b.png\n../other/c.png\n../../d.png\n".to_vec();
+    runtime.block_on(store.put(&"photos/list.txt".into(), list.into())).unwrap();
+    let (summary, keys) = run(&["memory://bucket/photos/list.txt"], &options, std::io::empty());
+    assert_eq!((summary.scored, summary.errors.get("list_entry")), (2, Some(&1)));
+    assert_eq!(keys[..2], ["memory://bucket/photos/b.png", "memory://bucket/other/c.png"]);
 }
 
 /// Three lines, then an error for every read.

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use image::ImageFormat;
 use serde_json::Value;
 
-use crate::support::{nbn, picture, root, text};
+use crate::support::{fold, nbn, picture, root, text};
 
 #[test]
 fn score_writes_a_row_per_image_and_remembers_the_bad_one() {
@@ -152,4 +152,25 @@ fn a_source_without_an_image_is_said_to_be_so() {
     fs::write(&table, "").unwrap();
     let (status, told) = of(&[table.to_str().unwrap()]);
     assert!(status == Some(1) && told.contains("there is none: name one with --image-column"), "{told}");
+}
+
+#[test]
+fn fold_replaces_nothing_but_bundles_and_compares_no_bundle_with_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let photos = folder.path().join("2024");
+    fs::create_dir(&photos).unwrap();
+    fs::write(photos.join("a.jpg"), "mine").unwrap();
+    let out = fold(&["export", "none.pth", "--force", "--out", photos.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("--force replaces bundles only"), "{}", text(&out.stderr));
+    assert!(photos.join("a.jpg").is_file());
+    let bundle = "models/cifar10-lt";
+    let [upper, other] = ["l.SAFETENSORS", "l.bin"].map(|name| folder.path().join(name));
+    fs::write(&upper, "").unwrap();
+    fs::write(&other, "").unwrap();
+    for logits in [&[upper.to_str().unwrap()][..], &[other.to_str().unwrap(), "--form", "logits"]] {
+        let out = fold(&[&["evaluate", bundle, "--against", bundle, "--data"], logits].concat());
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains("--against needs the images themselves"), "{}", text(&out.stderr));
+    }
 }

@@ -51,7 +51,7 @@ pub(crate) struct Score {
     #[command(flatten)]
     engine: EngineArgs,
     /// Pictures, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
-    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://); without any, or with -, a list of paths on stdin
+    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://; patterns there with * and [ only); without any, or with -, a list of paths on stdin
     inputs: Vec<PathBuf>,
 }
 
@@ -176,6 +176,10 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         stopped: stopped.clone(),
         shard,
     };
+    if let Some(path) = &args.summary {
+        // Found out now, not after hours.
+        fs::write(path, "").with_context(|| format!("--summary: cannot write {}", path.display()))?;
+    }
     let stdin = [PathBuf::from("-")];
     let inputs = if args.inputs.is_empty() { &stdin[..] } else { &args.inputs };
     let source = Source::open(inputs, &options, BufReader::new(io::stdin()))?;
@@ -235,13 +239,13 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         Err(error @ (WriteError::Full { .. } | WriteError::Part { .. })) => return Err(error.into()),
         result => result.with_context(|| format!("a row could not be written to {place}"))?,
     };
-    if let Some(path) = &args.summary {
-        let text = serde_json::to_vec_pretty(&summary)?;
-        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
     eprint!("{}", describe(&summary));
     for reason in &summary.broken {
         eprintln!("nbn: {reason}");
+    }
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_vec_pretty(&summary)?;
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if summary.images() == 0 && summary.broken.is_empty() && !summary.interrupted {
         eprintln!(

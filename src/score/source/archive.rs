@@ -52,7 +52,7 @@ impl Sample {
     /// False when nobody wants more.
     fn send(&mut self, labels: Labels, out: &SyncSender<Item>) -> bool {
         self.bytes = 0;
-        let label = self.label.take().filter(|_| labels != Labels::None);
+        let label = self.label.take().filter(|_| labels == Labels::Given);
         self.pictures
             .drain(..)
             .all(|item| out.send(Item { label: item.label.or_else(|| label.clone()), ..item }).is_ok())
@@ -66,7 +66,7 @@ fn read(
     sample: &mut Sample,
     out: &SyncSender<Item>,
 ) -> Result<(), Fault> {
-    let mut archive = tar::Archive::new(reader);
+    let mut archive = tar::Archive::new(Counted { reader, bytes: 0 });
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
@@ -107,5 +107,22 @@ fn read(
         }
     }
     sample.send(options.labels, out);
+    // An upload that failed before its first byte; an archive without members has its end marker.
+    if archive.into_inner().bytes == 0 {
+        return Err(Fault::new("archive", "it is empty (0 bytes)"));
+    }
     Ok(())
+}
+
+struct Counted<R> {
+    reader: R,
+    bytes: u64,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.reader.read(buffer)?;
+        self.bytes += n as u64;
+        Ok(n)
+    }
 }

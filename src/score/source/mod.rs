@@ -50,6 +50,14 @@ pub enum SourceError {
         /// What is wrong.
         reason: String,
     },
+    /// An option that none of the inputs can use.
+    #[error("{option} is of use only with {wanted}; no input is one: leave it out")]
+    Unused {
+        /// The option.
+        option: &'static str,
+        /// What it is for.
+        wanted: &'static str,
+    },
     /// A list or table of another form.
     #[error("{}: {reason}", path.display())]
     Content {
@@ -214,7 +222,7 @@ impl Source {
     /// - a folder is every picture in it and below, by name;
     /// - a path with `*`, `?` or `[` that is no file is a pattern;
     /// - .txt, .csv, .jsonl, .ndjson, .parquet are lists and tables, .tar, .tar.gz, .tgz archives of pictures;
-    /// - a URL (s3://, gs://, az://, file://) is the same in an object store; one that ends as neither list, archive nor
+    /// - a URL (s3://, gs://, az://, file://) is the same in an object store, where patterns have `*` and `[`; one that ends as neither list, archive nor
     ///   picture is every picture below it;
     /// - `-` is a list of paths on `stdin`;
     /// - every other file is a picture, even when it is missing, which its row will tell.
@@ -227,6 +235,7 @@ impl Source {
         options: &SourceOptions,
         stdin: impl io::BufRead + Send + 'static,
     ) -> Result<Self, SourceError> {
+        fits(inputs, options)?;
         let mut parts: Vec<Source> = Vec::new();
         let mut stdin = Some(stdin);
         for input in inputs {
@@ -264,6 +273,16 @@ impl Source {
             if !path.exists() && text.contains(['*', '?', '[']) {
                 return Ok(Self::of_files(pattern(path)?, options));
             }
+        }
+        if let Place::Object(object) = &place
+            && object.is_pattern()
+        {
+            let fail = |reason: String| SourceError::Pattern { pattern: text.to_string(), reason };
+            let found = object.matching().map_err(|error| fail(error.to_string()))?;
+            if found.is_empty() {
+                return Err(fail("no object matches".into()));
+            }
+            return Ok(Self::of_files(found.into_iter().map(Place::Object).collect(), options));
         }
         if ends(&[".tar", ".tar.gz", ".tgz"]) {
             archive::open(place, options)
@@ -364,6 +383,36 @@ impl Source {
     pub fn is_empty(&self) -> bool {
         self.len == Some(0)
     }
+}
+
+/// Refuses options that none of `inputs` can use.
+fn fits(inputs: &[PathBuf], options: &SourceOptions) -> Result<(), SourceError> {
+    let ends = |endings: &[&str]| {
+        let name = |input: &PathBuf| input.to_string_lossy().to_ascii_lowercase();
+        inputs.iter().any(|input| endings.iter().any(|ending| name(input).ends_with(ending)))
+    };
+    let columns = ends(&[".csv", ".jsonl", ".ndjson", ".parquet"]);
+    let lines = ends(&[".txt"]) || inputs.iter().any(|input| input == Path::new("-"));
+    for (given, usable, option, wanted) in [
+        (
+            options.image_column.is_some(),
+            columns,
+            "--image-column",
+            "a list or table with columns (.csv, .jsonl, .parquet)",
+        ),
+        (
+            options.label_column.is_some(),
+            columns,
+            "--label-column",
+            "a list or table with columns (.csv, .jsonl, .parquet)",
+        ),
+        (options.labels == Labels::Line, lines, "--labels line", "a text list (.txt, or - for stdin)"),
+    ] {
+        if given && !usable {
+            return Err(SourceError::Unused { option, wanted });
+        }
+    }
+    Ok(())
 }
 
 /// The items up to the first that says that there are no more.

@@ -127,12 +127,39 @@ impl fmt::Debug for Object {
 }
 
 impl Object {
-    /// The object `key` beside this one.
+    /// The object `key` beside this one; `.` and `..` are as in paths.
     pub(super) fn sibling(&self, key: &str) -> Result<Self, Fault> {
+        let fault = |reason: String| Fault::new("url", format!("{key}: {reason}"));
         let folder = self.path.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
-        let path = Path::parse(format!("{folder}/{key}"));
-        let path = path.map_err(|error| Fault::new("url", format!("{key}: {error}")))?;
+        let mut segments: Vec<&str> = folder.split('/').filter(|segment| !segment.is_empty()).collect();
+        for segment in key.split('/') {
+            match segment {
+                "." => {}
+                ".." if segments.pop().is_none() => return Err(fault(format!("it leaves {}", self.root))),
+                ".." => {}
+                segment => segments.push(segment),
+            }
+        }
+        let path = Path::parse(segments.join("/")).map_err(|error| fault(error.to_string()))?;
         Ok(Self { path, size: None, ..self.clone() })
+    }
+
+    /// Whether the key has what patterns have: `*` or `[`. `?` may be part of a key.
+    pub(super) fn is_pattern(&self) -> bool {
+        self.path.as_ref().contains(['*', '['])
+    }
+
+    /// The objects whose keys match this one's, by key; `**` stands for any folders.
+    pub(super) fn matching(&self) -> io::Result<Vec<Self>> {
+        let key = self.path.as_ref();
+        let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
+        let pattern = glob::Pattern::new(key).map_err(|error| invalid(error.to_string()))?;
+        let head: Vec<&str> = key.split('/').take_while(|segment| !segment.contains(['*', '['])).collect();
+        let head = Path::parse(head.join("/")).map_err(|error| invalid(error.to_string()))?;
+        let mut found = Self { path: head, size: None, ..self.clone() }.below()?;
+        let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::new() };
+        found.retain(|object| pattern.matches_with(object.path.as_ref(), options));
+        Ok(found)
     }
 
     /// Bytes, where a listing told them.

@@ -126,7 +126,7 @@ impl Table {
     fn item(&self, number: u64, row: &Row) -> Item {
         let field = |name: &str| row.get_column_iter().find(|(n, _)| *n == name).map(|(_, field)| field);
         let label =
-            self.label.as_deref().and_then(field).and_then(text).filter(|_| self.options.labels != Labels::None);
+            self.label.as_deref().and_then(field).and_then(text).filter(|_| self.options.labels == Labels::Given);
         match field(&self.image) {
             Some(Field::Str(path)) => self.named(number, path, label),
             Some(Field::Bytes(bytes)) => self.encoded(number, bytes.data(), label),
