@@ -350,7 +350,8 @@ fn read_idx(path: &Path) -> Result<(Vec<usize>, Vec<u8>, usize), DataError> {
 fn check_labels(path: &Path, found: Vec<u8>, labels: &[String]) -> Result<Vec<u32>, DataError> {
     if let Some(record) = found.iter().position(|&l| usize::from(l) >= labels.len()) {
         let reason = format!(
-            "record {record} has label {}; the model has {} classes, 0 to {}: is this the right set for the bundle?",
+            "record {record} has label {}; the model has {} classes, 0 to {}: is this the right set for it? For training, --classes \
+             names a set's classes",
             found[record],
             labels.len(),
             labels.len() - 1

@@ -105,8 +105,20 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
         Form::List => {
             let text = String::from_utf8(read(path)?)
                 .map_err(|_| content(path, "is not UTF-8 text: a list has `path label` a line"))?;
-            let last = |line: &str| line.rsplit_once([' ', '\t']).map(|(_, label)| label.to_owned());
-            let found: BTreeSet<String> = text.lines().map(str::trim).filter_map(last).collect();
+            let base = path.parent().unwrap_or(Path::new("."));
+            let mut found = BTreeSet::new();
+            for (n, line) in text.lines().map(str::trim).enumerate() {
+                let Some((file, label)) = line.rsplit_once([' ', '\t']) else { continue };
+                // A second space belongs to the file's name or to the class's.
+                if file.contains([' ', '\t']) && !base.join(file.trim()).is_file() {
+                    let reason = format!(
+                        "line {}: {file:?} is no file; where names of classes have spaces, give them with --classes",
+                        n + 1
+                    );
+                    return Err(content(path, &reason));
+                }
+                found.insert(label.to_owned());
+            }
             let indices: Option<Vec<usize>> = found.iter().map(|l| l.parse().ok()).collect();
             Ok(match indices.and_then(|indices| indices.into_iter().max()) {
                 Some(highest) if highest < (1 << 20) => numbered(highest),

@@ -69,8 +69,12 @@ pub(super) fn slices(classes: &[Class]) -> Vec<Slice> {
 impl Slice {
     /// The weights of the rows whose label is in the slice, 0 for the others.
     pub(super) fn weights(&self, weights: &Weights, labels: &[u32]) -> Vec<f64> {
-        let base = if self.balanced { &weights.balanced } else { &weights.prior };
-        base.iter().zip(labels).map(|(w, &l)| if self.classes[l as usize] { *w } else { 0.0 }).collect()
+        let weight = |(at, &label): (usize, &u32)| match self.classes[label as usize] {
+            true if self.balanced => weights.balanced(at, label),
+            true => weights.prior[at],
+            false => 0.0,
+        };
+        labels.iter().enumerate().map(weight).collect()
     }
 }
 
@@ -88,10 +92,11 @@ pub(super) struct Subject<'a> {
     pub(super) sets: Option<&'a [SetHits; 2]>,
 }
 
-/// Row weights under a prior, and with every class the same.
+/// Row weights under a prior.
 pub(super) struct Weights {
     pub(super) prior: Vec<f64>,
-    balanced: Vec<f64>,
+    /// Each class's share under it.
+    target: Vec<f64>,
 }
 
 impl Weights {
@@ -100,15 +105,20 @@ impl Weights {
         let mut counts = vec![0.0; target.len()];
         labels.iter().for_each(|&l| counts[l as usize] += 1.0);
         let n = labels.len() as f64;
-        let of = |share: &dyn Fn(usize) -> f64| {
-            labels.iter().map(|&l| share(l as usize) * n / counts[l as usize]).collect::<Vec<f64>>()
-        };
-        Self { prior: of(&|k| target[k]), balanced: of(&|_| 1.0 / target.len() as f64) }
+        let prior = labels.iter().map(|&l| target[l as usize] * n / counts[l as usize]).collect();
+        Self { prior, target: target.to_vec() }
+    }
+
+    /// The weight of a row with every class the same. `label` may be drawn from the row's scores, which hold under the
+    /// prior: the row keeps its place in that mix, and the label decides how much of it is left.
+    fn balanced(&self, row: usize, label: u32) -> f64 {
+        let share = self.target[label as usize];
+        if share > 0.0 { self.prior[row] / (share * self.target.len() as f64) } else { 0.0 }
     }
 
     fn times(&self, counts: &[f64]) -> Self {
-        let times = |weights: &[f64]| weights.iter().zip(counts).map(|(w, c)| w * c).collect();
-        Self { prior: times(&self.prior), balanced: times(&self.balanced) }
+        let prior = self.prior.iter().zip(counts).map(|(w, c)| w * c).collect();
+        Self { prior, target: self.target.clone() }
     }
 }
 
@@ -133,11 +143,16 @@ pub(super) fn measure(
         &rows.top1
     };
     let of_classes = |weights: &[f64]| if classwise { rows.classwise_ece(labels, weights) } else { Vec::new() };
-    let by_class = [of_classes(&weights.prior), of_classes(&weights.balanced)];
+    let balanced: Vec<f64> = labels.iter().enumerate().map(|(row, &l)| weights.balanced(row, l)).collect();
+    let by_class = [of_classes(&weights.prior), of_classes(&balanced)];
+    let mut seen = vec![false; weights.target.len()];
+    rows.labels().iter().for_each(|&label| seen[label as usize] = true);
     let of_slice = |slice: &Slice| {
         let inside = slice.weights(weights, labels);
-        let members = by_class[usize::from(slice.balanced)].iter().zip(&slice.classes).filter(|(_, m)| **m);
-        let (sum, count) = members.fold((0.0, 0.0), |(sum, count), (e, _)| (sum + e, count + 1.0));
+        // A class without images counts in no figure.
+        let members = by_class[usize::from(slice.balanced)].iter().zip(&slice.classes).zip(&seen);
+        let members = members.filter(|((_, member), seen)| **member && **seen);
+        let (sum, count) = members.fold((0.0, 0.0), |(sum, count), ((e, _), _)| (sum + e, count + 1.0));
         let set = |n: usize, of: fn(&SetHits) -> &[f64]| subject.sets.map_or(f64::NAN, |s| mean(of(&s[n]), &inside));
         vec![
             mean(hits, &inside),
@@ -248,4 +263,43 @@ fn quantile(ascending: &[f64], q: f64) -> Option<f64> {
     let (below, part) = (at as usize, at.fract());
     let above = ascending.get(below + 1).unwrap_or(&ascending[below]);
     Some(ascending[below] * (1.0 - part) + above * part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class(count: u64) -> Class {
+        Class { label: count.to_string(), count: Some(count) }
+    }
+
+    /// Scores that are the training mix itself know nothing and are perfectly calibrated under it.
+    #[test]
+    fn chance_alone_explains_what_a_calibrated_scorer_shows_on_every_slice() {
+        let labels: Vec<u32> = (0..2000).map(|n| n % 2).collect();
+        let rows = Rows::new(2, [0.9, 0.1].repeat(2000), labels.clone());
+        let (subject, slices) = (Subject { rows: &rows, sets: None }, slices(&[class(900), class(100)]));
+        let weights = Weights::new(&labels, &[0.9, 0.1]);
+        let found = measure(&subject, &weights, &slices, None, true);
+        let null = null(100, 0, &subject, &weights, &slices, true);
+        let figures = figures(&found, &[], &null, true);
+        for (slice, figures) in slices.iter().zip(figures) {
+            for figure in &figures[BINNED] {
+                assert!(figure.value <= figure.null.unwrap() + 1e-9, "{}: {figure:?}", slice.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_class_without_images_counts_in_no_figure() {
+        let classes = [class(900), class(50), class(5)];
+        let rows = Rows::new(3, [0.6, 0.3, 0.1].repeat(10), [0, 1].repeat(5));
+        let subject = Subject { rows: &rows, sets: None };
+        let weights = Weights::new(rows.labels(), &[1.0 / 3.0; 3]);
+        let found = measure(&subject, &weights, &slices(&classes), None, true);
+        // Class 0 has scores of .6 and is half of the images, class 1 .3 and half.
+        assert!((found[0][CLASSWISE] - (0.1 + 0.2) / 2.0).abs() < 1e-12, "{}", found[0][CLASSWISE]);
+        // Of the few-shot class there is nothing to be said.
+        assert!(found[4].iter().all(|value| value.is_nan()), "{:?}", found[4]);
+    }
 }

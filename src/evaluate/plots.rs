@@ -77,6 +77,8 @@ pub(super) fn by_class(
     let mut classes: Vec<&ClassFigures> = evaluation.classes.iter().filter(|c| c.images > 0).collect();
     classes.sort_by_key(|c| std::cmp::Reverse(c.training_images.unwrap_or(0)));
     let named = classes.len() <= NAMED_CLASSES;
+    // An axis of one place has no width.
+    let places = classes.len().max(2) as u32;
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (980, 300)).into_drawing_area();
@@ -87,7 +89,7 @@ pub(super) fn by_class(
             .margin(8)
             .x_label_area_size(if turned { 20 + 7 * longest } else { 40 })
             .y_label_area_size(48)
-            .build_cartesian_2d((0..classes.len().max(1) as u32 - 1).into_segmented(), 0.0..1.0)?;
+            .build_cartesian_2d((0..places - 1).into_segmented(), 0.0..1.0)?;
         let name = |position: &SegmentValue<u32>| match position {
             SegmentValue::CenterOf(n) if named => classes.get(*n as usize).map(|c| c.label.clone()).unwrap_or_default(),
             _ => String::new(),
@@ -100,7 +102,7 @@ pub(super) fn by_class(
             .light_line_style(TRANSPARENT)
             .bold_line_style(RULE)
             .axis_style(INK)
-            .x_labels(classes.len())
+            .x_labels(places as usize)
             .x_label_formatter(&name)
             .x_label_style(x_label)
             .y_label_style(label)
@@ -136,6 +138,8 @@ pub(super) fn set_sizes(counts: &[u64], title: &str) -> Plot {
     if beyond > 0 {
         bars.push(beyond);
     }
+    // An axis of one place has no width.
+    bars.resize(bars.len().max(2), 0);
     let total: u64 = counts.iter().sum::<u64>().max(1);
     let share = |n: u64| n as f64 / total as f64;
     let highest = bars.iter().copied().max().map_or(1.0, share) * 1.08;

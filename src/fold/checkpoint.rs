@@ -96,7 +96,8 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
                 opened = Some(reader);
                 break;
             }
-            Ok(_) | Err(PytorchError::KeyNotFound(_)) => {}
+            // Not there, or something else of that name, as a network's name under `model`.
+            Ok(_) | Err(PytorchError::KeyNotFound(_) | PytorchError::InvalidFormat(_)) => {}
             Err(error) => return Err(refuse(error)),
         }
     }

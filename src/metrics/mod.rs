@@ -169,9 +169,10 @@ fn bin_of(score: f64) -> usize {
     ((score * BINS as f64) as usize).min(BINS - 1)
 }
 
+/// NaN without any weight.
 fn error(bins: &[Bin; BINS]) -> f64 {
     let total: f64 = bins.iter().map(|b| b.weight).sum();
-    if total == 0.0 { 0.0 } else { bins.iter().map(|b| (b.confidence - b.hits).abs()).sum::<f64>() / total }
+    if total == 0.0 { f64::NAN } else { bins.iter().map(|b| (b.confidence - b.hits).abs()).sum::<f64>() / total }
 }
 
 /// Σ wᵢ·xᵢ / Σ wᵢ; NaN without any weight.
@@ -204,6 +205,8 @@ mod tests {
         assert!((ece - (0.1 + 0.6 + 0.2) / 3.0).abs() < 1e-12);
         let only_first = rows.ece(&rows.top1, &[2.0, 0.0, 0.0]);
         assert!((only_first - 0.1).abs() < 1e-12);
+        // No image is no evidence of calibration.
+        assert!(rows.ece(&rows.top1, &[0.0; 3]).is_nan() && rows.ece_equal_mass(&rows.top1, &[0.0; 3]).is_nan());
         // Class 0: scores .9, .6, .2 against labels 1, 0, 0, each in a bin of its own.
         let classwise = rows.classwise_ece(rows.labels(), &[1.0; 3]);
         assert!((classwise[0] - (0.1 + 0.6 + 0.2) / 3.0).abs() < 1e-12);

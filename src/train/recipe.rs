@@ -214,7 +214,9 @@ impl Recipe {
         within("--decay-factor", self.decay_factor, finite(self.decay_factor), "above 0")?;
         let smoothing = f64::from(self.label_smoothing);
         within("--label-smoothing", smoothing, (0.0..1.0).contains(&smoothing), "at least 0 and below 1")?;
-        within("--tau", self.tau.into(), finite(self.tau.into()), "above 0")?;
+        // Bundles hold it as κ, which is bounded there, too.
+        let tau = f64::from(self.tau);
+        within("--tau", tau, finite(tau) && tau <= 10.0, "above 0, at most 10")?;
         within("--ldam-margin", self.ldam_margin.into(), finite(self.ldam_margin.into()), "above 0")?;
         within("--ldam-scale", self.ldam_scale.into(), finite(self.ldam_scale.into()), "above 0")?;
         let start = f64::from(self.magnitude_start);

@@ -49,6 +49,11 @@ pub(crate) fn images(
 }
 
 impl Dataset {
+    /// As it was given, or as the set looks.
+    pub(crate) fn form(&self, bundle: &Bundle) -> anyhow::Result<Form> {
+        Ok(self.form.map_or_else(|| Form::guess(&self.data, bundle.manifest.classes.len()), Ok)?)
+    }
+
     /// The bundle's logits of the set, and the hash of each image's pixels where it has images.
     pub(crate) fn logits(
         &self,
@@ -56,7 +61,7 @@ impl Dataset {
         runtime: &RuntimeArgs,
     ) -> anyhow::Result<(LabelledLogits, Option<Vec<PixelHash>>)> {
         let classes = &bundle.manifest.classes;
-        let form = self.form.map_or_else(|| Form::guess(&self.data, classes.len()), Ok)?;
+        let form = self.form(bundle)?;
         if form == Form::Logits {
             anyhow::ensure!(self.records.is_none(), "--records is for images; {} holds logits", self.data.display());
             return Ok((LabelledLogits::load(&self.data, classes.len())?, None));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE};
+use nbn::data::Form;
 use nbn::evaluate::{Evaluation, Options, compare, evaluate, html};
 
 use super::calibrate::replace;
@@ -47,6 +48,9 @@ pub(crate) struct Evaluate {
 pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let bundle = open(&args, &args.bundle, args.calibration.as_ref())?;
     let options = Options { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
+    if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
+        bail!("--against needs the images themselves: a file of logits is of one bundle");
+    }
     let (logits, _) = args.set.logits(&bundle, &args.runtime)?;
     if let Some(path) = &args.logits {
         logits.save(path)?;
@@ -64,9 +68,6 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
                     args.bundle.display(),
                     path.display()
                 );
-            }
-            if args.set.data.extension().is_some_and(|e| e == "safetensors") {
-                bail!("--against needs the images themselves: a file of logits is of one bundle");
             }
             let (theirs, _) = args.set.logits(&other, &args.runtime)?;
             Some(compare(&bundle, &logits, &other, &theirs, &options)?)
