@@ -9,7 +9,7 @@
 //! tells the two apart.
 #![allow(missing_docs)]
 
-use std::io::{BufRead, BufReader, Cursor};
+use std::io::{BufRead, BufReader, Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use nbn::bundle::Bundle;
 use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
@@ -271,7 +271,7 @@ async fn ask(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> an
         while buffer.len() < whole {
             stream.read_buf(buffer).await?;
         }
-        anyhow::ensure!(head.starts_with("HTTP/1.1 200"), "{head}: {}", String::from_utf8_lossy(&buffer[end..]));
+        ensure!(head.starts_with("HTTP/1.1 200"), "{head}: {}", String::from_utf8_lossy(&buffer[end..]));
         return Ok(head);
     }
 }
@@ -326,10 +326,43 @@ async fn added(address: &str, request: &[u8]) -> anyhow::Result<()> {
         }
     }
     let [queue, preprocess, infer, calibrate, rest] = times.map(median);
+    let echo = echoed(request, buffer.clone(), infer).await?;
     println!(
         "one tensor at a time, median ms: {:.3} beside the network's {infer:.3}: queue {queue:.3}, copy {preprocess:.3}, \
-         scores {calibrate:.3}, HTTP with its client {rest:.3}",
+         scores {calibrate:.3}, HTTP with its client {rest:.3}, of which the client and the loopback {echo:.3}",
         median(added)
     );
     Ok(())
+}
+
+/// What the client and the system take for themselves: the median ms, beside the work, of the same request and the same
+/// answer with a thread that knows nothing of HTTP and is busy for `work` ms, while whoever waits falls as deep asleep.
+async fn echoed(request: &[u8], answer: Vec<u8>, work: f64) -> anyhow::Result<f64> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut received = vec![0; request.len()];
+    let thread = thread::spawn(move || -> std::io::Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_nodelay(true)?;
+        while stream.read_exact(&mut received).is_ok() {
+            let began = Instant::now();
+            while began.elapsed().as_secs_f64() * 1e3 < work {
+                std::hint::spin_loop();
+            }
+            stream.write_all(&answer)?;
+        }
+        Ok(())
+    });
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let (mut buffer, mut times) = (Vec::new(), Vec::new());
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(2) {
+        let sent = Instant::now();
+        ask(&mut stream, request, &mut buffer).await?;
+        times.push(sent.elapsed().as_secs_f64() * 1e3 - work);
+    }
+    drop(stream);
+    ensure!(thread.join().is_ok_and(|outcome| outcome.is_ok()), "the thread that answers failed");
+    Ok(median(times))
 }

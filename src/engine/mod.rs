@@ -31,11 +31,16 @@ pub type Reply = Result<Prediction, ClassifyError>;
 /// The queue has no room for all of the request's pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Full, or not to be answered within the deadline; try again after this long, from the queue's length and the
-    /// measured rate.
+    /// Full; try again after this long, from the queue's length and the measured rate.
     #[error("the queue is full")]
     Full {
         /// When there should be room.
+        retry_after: Duration,
+    },
+    /// By the measured rate not to be answered within the deadline.
+    #[error("the answer would come after the deadline")]
+    TooSlow {
+        /// When what is ahead now should be done.
         retry_after: Duration,
     },
     /// More pictures than the whole queue holds.
@@ -144,10 +149,12 @@ impl Engine {
             return Err(Refused::Late);
         }
         let wait = self.shared.wait(&state);
-        let late = deadline.is_some_and(|deadline| Instant::now() + wait > deadline);
-        if state.queue.len() + inputs.len() > capacity || late {
-            let retry_after = wait.clamp(Duration::from_secs(1), Duration::from_secs(3600));
+        let retry_after = wait.clamp(Duration::from_secs(1), Duration::from_secs(3600));
+        if state.queue.len() + inputs.len() > capacity {
             return Err(Refused::Full { retry_after });
+        }
+        if deadline.is_some_and(|deadline| Instant::now() + wait > deadline) {
+            return Err(Refused::TooSlow { retry_after });
         }
         let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
         self.shared.announce(state, tickets.len());

@@ -41,6 +41,12 @@ pub enum RegistryError {
     /// No folder of that name, or no model of that name is loaded.
     #[error("the repository has no model {0:?}")]
     NoModel(String),
+    /// It is loaded no longer.
+    #[error("model {0:?} is not loaded: load it first")]
+    NotLoaded(String),
+    /// The server is shutting down.
+    #[error("the server is shutting down")]
+    Closing,
     /// The registry has no repository to load from.
     #[error("this server has no model repository to load from")]
     NoRepository,

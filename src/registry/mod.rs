@@ -93,6 +93,7 @@ pub struct Registry {
     loading: Mutex<()>,
     budget: Arc<Budget>,
     filled: AtomicBool,
+    closing: AtomicBool,
     loaded: AtomicU64,
     failed: AtomicU64,
 }
@@ -129,6 +130,7 @@ impl Registry {
             loading: Mutex::default(),
             budget: Arc::new(Budget::new(places)),
             filled: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             loaded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         }
@@ -161,6 +163,9 @@ impl Registry {
             // Logged and noted where it happens.
             let _ = self.load_versions(name, false);
         }
+        // As it is by now: a model may have come and been loaded meanwhile.
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(names) = self.repository().and_then(|r| Ok(r.models()?)) else { return };
         let gone: Vec<String> = self.read(|all| all.keys().filter(|name| !names.contains(name)).cloned().collect());
         for name in gone {
             tracing::warn!(model = name, "the model's folder has gone: it is no longer served");
@@ -199,12 +204,22 @@ impl Registry {
                 tracing::info!(model = name, "model unloaded");
                 Ok(())
             }
+            None if self.read(|all| all.contains_key(name)) => Err(RegistryError::NotLoaded(name.to_owned())),
             None => Err(RegistryError::NoModel(name.to_owned())),
         }
     }
 
+    /// Opens nothing more, and waits for what is being opened.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        drop(self.loading.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     fn load_versions(&self, name: &str, unchanged_too: bool) -> Result<(), RegistryError> {
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.closing.load(Ordering::Acquire) {
+            return Err(RegistryError::Closing);
+        }
         let wanted = self.wanted(name).inspect_err(|error| {
             if !matches!(error, RegistryError::NoModel(_)) {
                 self.failed.fetch_add(1, Ordering::Relaxed);
@@ -219,6 +234,9 @@ impl Registry {
         })?;
         let mut outcome = Ok(());
         for version in &wanted {
+            if self.closing.load(Ordering::Acquire) {
+                return Err(RegistryError::Closing);
+            }
             let fingerprint = fingerprint(version);
             let served = |slot: &Slot| slot.model.is_some() && slot.fingerprint == fingerprint;
             if !unchanged_too && self.read(|all| all.get(name)?.get(&version.number).map(served)).unwrap_or(false) {
@@ -254,6 +272,9 @@ impl Registry {
             all.entry(name.to_owned()).or_default().entry(number).or_insert_with(empty).loading = true;
         });
         let started = Bundle::open(&version.folder).map_err(RegistryError::from).and_then(|bundle| {
+            // As the repository calls it, also where a link leads elsewhere.
+            let own = version.folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let bundle = Bundle { name: name.to_owned(), version: own, ..bundle };
             if options.require_calibration && bundle.calibration.is_none() {
                 return Err(RegistryError::NotCalibrated { name: name.into(), version: number.to_string() });
             }
@@ -282,7 +303,7 @@ impl Registry {
                     Ok(())
                 }
                 Err(error) => {
-                    let reason = self.public(&error);
+                    let reason = self.public_of(&error, name, version);
                     let serving = slot.model.is_some();
                     slot.reason = if serving { format!("serving as before; the new state: {reason}") } else { reason };
                     Err(error)
@@ -291,6 +312,13 @@ impl Registry {
         });
         drop(replaced);
         outcome
+    }
+
+    /// As [`Self::public`], also where the version's folder is a link that leads out of the repository.
+    fn public_of(&self, error: &RegistryError, name: &str, version: &VersionFolder) -> String {
+        let text = self.public(error);
+        let target = std::fs::canonicalize(&version.folder).map(|folder| folder.display().to_string());
+        target.map_or(text.clone(), |target| text.replace(&target, &format!("{name}/{}", version.number)))
     }
 
     /// The error without the folder in which the repository lies.
@@ -368,6 +396,11 @@ impl Registry {
             }
         };
         self.get(&name, None)
+    }
+
+    /// The name that `--default-model` gives.
+    pub fn default_name(&self) -> Option<&str> {
+        self.default.as_deref()
     }
 
     /// Names of the models of which a version is ready.

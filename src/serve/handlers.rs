@@ -34,7 +34,7 @@ use crate::registry::ServedModel;
     ),
     responses(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
-        (status = "default", description = "400, 404, 405, 408, 413, 415, 422, 500, 503 or 504", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "default", description = "400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503 or 504", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn classify_default(

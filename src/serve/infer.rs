@@ -45,9 +45,12 @@ pub(crate) fn default_model(app: &App) -> Result<Arc<ServedModel>, Problem> {
     if !app.registry.is_filled() {
         return Err(problem::loading());
     }
-    let detail = match app.registry.names() {
-        names if names.is_empty() => "no model is loaded".to_owned(),
-        names => {
+    let detail = match (app.registry.names(), app.registry.default_name()) {
+        (names, _) if names.is_empty() => "no model is loaded".to_owned(),
+        (names, Some(default)) => {
+            format!("the default model {default:?} is not loaded; this server has {}", names.join(", "))
+        }
+        (names, None) => {
             let names = names.join(", ");
             format!("this server has several models and no default: use /v1/models/NAME/classify with one of {names}")
         }
@@ -102,7 +105,11 @@ pub(crate) async fn predict(
     let mut answers = Vec::with_capacity(tickets.len());
     for ticket in tickets {
         let reply = timeout_at(deadline, ticket).await.map_err(|_| late(app))?;
-        answers.push(reply.map_err(|_| lost())?.map_err(|error| Problem::from(&error)));
+        let answer = reply.map_err(|_| lost())?.map_err(|error| Problem::from(&error));
+        if let Ok(prediction) = &answer {
+            app.telemetry.prediction(model, prediction);
+        }
+        answers.push(answer);
     }
     Ok(answers)
 }
@@ -119,7 +126,7 @@ pub(crate) fn score(
     let scored = model.scorer.score(&prediction.logits, rule);
     let took = began.elapsed();
     notes.image(&prediction.timings, took);
-    app.telemetry.prediction(model, prediction, &scored, took);
+    app.telemetry.scored(model, &scored, took);
     scored
 }
 

@@ -161,7 +161,7 @@ impl Telemetry {
     pub(crate) fn rejected_by(&self, problem: &Problem) {
         let reason = match problem.code {
             "key_missing" | "key_unknown" | "not_admin" => "key",
-            code @ ("queue_full" | "deadline" | "slow_body" | "body_too_large" | "too_many_images"
+            code @ ("queue_full" | "too_late" | "deadline" | "slow_body" | "body_too_large" | "too_many_images"
             | "key_concurrency" | "memory" | "draining" | "loading") => code,
             _ => return,
         };
@@ -172,19 +172,24 @@ impl Telemetry {
         self.stages.get_or_create(&StageLabels { model: model.to_owned(), stage }).observe(took.as_secs_f64());
     }
 
-    pub(crate) fn prediction(&self, model: &ServedModel, prediction: &Prediction, scored: &Scored, took: Duration) {
+    /// What a picture's way to its logits cost.
+    pub(crate) fn prediction(&self, model: &ServedModel, prediction: &Prediction) {
         let timings = &prediction.timings;
         let stages = [
             ("queue", timings.queue),
             ("decode", timings.decode),
             ("preprocess", timings.preprocess),
             ("infer", timings.infer),
-            ("calibrate", took),
         ];
         for (stage, time) in stages {
             self.stage(&model.name, stage, time);
         }
         self.batches.get_or_create(&ModelLabels { model: model.name.clone() }).observe(timings.batch as f64);
+    }
+
+    /// What was made of the logits, in `took`.
+    pub(crate) fn scored(&self, model: &ServedModel, scored: &Scored, took: Duration) {
+        self.stage(&model.name, "calibrate", took);
         let Some(&(best, score)) = scored.probabilities.top(1).first() else { return };
         let group = match model.manifest.classes[best].group() {
             Some(Group::Many) => "many",

@@ -30,7 +30,7 @@ use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use crate::registry::Registry;
 use crate::scores::Prior;
@@ -147,6 +147,8 @@ pub(crate) struct App {
     shared: Arc<Shared>,
     /// Models may be loaded and unloaded without keys.
     pub(crate) control: bool,
+    /// The repository is spoken of here.
+    pub(crate) administers: bool,
 }
 
 impl std::ops::Deref for App {
@@ -228,7 +230,9 @@ fn main_routes(app: &App, with_administration: bool, cors_origins: &[String]) ->
 }
 
 fn admin_routes(app: &App) -> Router {
-    let control = administration().route_layer(from_fn_with_state(app.clone(), admit_metrics_freely));
+    let control = administration()
+        .route("/inference.GRPCInferenceService/{method}", post(v2::method))
+        .route_layer(from_fn_with_state(app.clone(), admit_metrics_freely));
     enveloped(control.merge(health()), app)
 }
 
@@ -243,7 +247,11 @@ fn enveloped(router: Router<App>, app: &App) -> Router {
 
 /// Origins were checked when the options were read.
 fn cors(origins: &[String]) -> CorsLayer {
-    let layer = CorsLayer::new().allow_methods([Method::GET, Method::POST]).allow_headers(Any).expose_headers(Any);
+    // Mirrored: to browsers, `*` does not mean Authorization.
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(Any);
     if origins.iter().any(|origin| origin == "*") {
         return layer.allow_origin(Any);
     }
@@ -285,12 +293,12 @@ pub async fn run(
     });
     let Listeners { main, grpc, admin, tls } = listeners;
     let with_administration = admin.is_none();
-    let app = App { shared: shared.clone(), control: control && with_administration };
+    let app = App { shared: shared.clone(), control: control && with_administration, administers: with_administration };
     let router = main_routes(&app, with_administration, &cors_origins);
     let mut servers = vec![connections::Server { listener: main, router: router.clone(), tls: tls.clone() }];
     servers.extend(grpc.map(|listener| connections::Server { listener, router, tls }));
     servers.extend(admin.map(|listener| {
-        let app = App { shared: shared.clone(), control: true };
+        let app = App { shared: shared.clone(), control: true, administers: true };
         connections::Server { listener, router: admin_routes(&app), tls: None }
     }));
     connections::serve(servers, shared, connections, drain_timeout, stop).await

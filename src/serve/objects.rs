@@ -41,10 +41,44 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Objects<T> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut all = Vec::new();
         while let Some(one) = list.next_element_seed(Object(PhantomData))? {
+            few(all.len())?;
             all.push(one);
         }
         Ok(all)
     }
+}
+
+/// Elements of a list in a request's JSON. A body of two bytes an element would take many times its size otherwise.
+pub(crate) const MAX_ELEMENTS: usize = 100_000;
+
+/// Refuses one element more than `before` when those are [`MAX_ELEMENTS`].
+pub(crate) fn few<E: de::Error>(before: usize) -> Result<(), E> {
+    if before < MAX_ELEMENTS { Ok(()) } else { Err(E::custom(format!("more than {MAX_ELEMENTS} elements"))) }
+}
+
+/// A list of at most [`MAX_ELEMENTS`].
+struct Few<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut all = Vec::new();
+        while let Some(one) = list.next_element()? {
+            few(all.len())?;
+            all.push(one);
+        }
+        Ok(all)
+    }
+}
+
+/// For a field that is a list, of at most [`MAX_ELEMENTS`].
+pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_seq(Few(PhantomData))
 }
 
 /// For a field that is an object.

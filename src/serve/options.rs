@@ -1,10 +1,13 @@
 //! What a request asks for, in the query string or in JSON, with the descriptions that openapi.yaml carries.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::objects;
 use super::problem::Problem;
 use crate::bundle::Manifest;
 use crate::classify::{Abstention, ScoreRequest};
@@ -43,7 +46,7 @@ pub(crate) struct Options {
     #[serde(default)]
     pub(crate) abstain_prior_only: Option<bool>,
     /// Extras.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects::list")]
     pub(crate) include: Vec<Include>,
 }
 
@@ -82,8 +85,8 @@ pub(crate) struct QueryOptions {
 
 /// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
 /// object from label to number. Numbers must be above 0 and need not sum to 1.
-#[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "prior must be uniform, train, a list of numbers or an object from label to number")]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[serde(untagged)]
 pub(crate) enum WirePrior {
     /// `uniform` or `train`.
     Named(NamedPrior),
@@ -93,8 +96,54 @@ pub(crate) enum WirePrior {
     Map(BTreeMap<String, f64>),
 }
 
+fn unfit<E: de::Error>() -> E {
+    E::custom("prior must be uniform, train, a list of numbers or an object from label to number")
+}
+
+struct PriorVisitor;
+
+impl<'de> Visitor<'de> for PriorVisitor {
+    type Value = WirePrior;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a prior: uniform, train, a list of numbers or an object from label to number")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<WirePrior, E> {
+        match name {
+            "uniform" => Ok(WirePrior::Named(NamedPrior::Uniform)),
+            "train" => Ok(WirePrior::Named(NamedPrior::Train)),
+            _ => Err(unfit()),
+        }
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<WirePrior, A::Error> {
+        let mut weights = Vec::new();
+        while let Some(weight) = list.next_element().map_err(|_| unfit())? {
+            objects::few(weights.len())?;
+            weights.push(weight);
+        }
+        Ok(WirePrior::Vector(weights))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WirePrior, A::Error> {
+        let mut weights = BTreeMap::new();
+        while let Some((label, weight)) = map.next_entry().map_err(|_| unfit())? {
+            objects::few(weights.len())?;
+            weights.insert(label, weight);
+        }
+        Ok(WirePrior::Map(weights))
+    }
+}
+
+impl<'de> Deserialize<'de> for WirePrior {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(PriorVisitor)
+    }
+}
+
 /// A prior with a name.
-#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NamedPrior {
     /// Every class equally often.

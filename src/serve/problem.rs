@@ -105,6 +105,12 @@ impl From<Refused> for Problem {
                 let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "queue_full", detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }
+            Refused::TooSlow { retry_after } => {
+                let detail = "what waits already takes longer than this request may: try again after the time in \
+                              Retry-After, or allow more time";
+                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "too_late", detail);
+                Self { retry_after: Some(retry_after), ..problem }
+            }
             Refused::TooMany { capacity, .. } => {
                 let detail = format!("{refused}: send fewer at a time, or raise --queue");
                 Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail).with_limit(capacity as u64)
@@ -118,7 +124,10 @@ impl From<Refused> for Problem {
 impl From<&RegistryError> for Problem {
     fn from(error: &RegistryError) -> Self {
         match error {
-            RegistryError::NoModel(_) => Self::new(StatusCode::NOT_FOUND, "no_such_model", error.to_string()),
+            RegistryError::Closing => draining(),
+            RegistryError::NoModel(_) | RegistryError::NotLoaded(_) => {
+                Self::new(StatusCode::NOT_FOUND, "no_such_model", error.to_string())
+            }
             // The reason stands in the index, which whoever may control the repository may read, and in the log.
             _ => Self::bad_request("load_failed", "the model cannot be loaded; /v2/repository/index says why"),
         }

@@ -190,6 +190,19 @@ def check_server(report, protocol, native, version):
         expect(shapes["probabilities"], ("FP32", [-1, k]), "probabilities")
         expect(shapes["set"], ("BOOL", [-1, k]), "set")
         expect(protocol.dictionary(client.get_model_metadata(model, version)), metadata, f"version {version}'s")
+    with report.check(f"{name}: model configuration"):
+        config = protocol.dictionary(client.get_model_config(model))
+        # Over gRPC it is one field of the answer.
+        config = config.get("config", config)
+        expect((config["name"], config["platform"], config["backend"]), (model, metadata["platform"], "onnxruntime"))
+        assert config["max_batch_size"] >= 1, config
+        tensors = {
+            entry["name"]: (entry["data_type"], [int(n) for n in entry.get("dims", [])])
+            for entry in config["input"] + config["output"]
+        }
+        expect(tensors["images"], ("TYPE_FP32", [3, side, side]), "images")
+        expect(tensors["image"], ("TYPE_STRING", []), "image")
+        expect(tensors["set"], ("TYPE_BOOL", [k]), "set")
     with report.check(f"{name}: model is ready, an unknown name or version is not"):
         assert client.is_model_ready(model) is True
         assert client.is_model_ready(model, version) is True

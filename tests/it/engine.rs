@@ -62,7 +62,7 @@ async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancella
             let deadline = (random.u8(0..8) == 0).then(|| Instant::now() + Duration::from_micros(random.u64(0..3000)));
             match engine.submit(marks.iter().map(|&m| marked(m)).collect(), deadline) {
                 Ok(tickets) => open.extend(tickets.into_iter().zip(marks)),
-                Err(Refused::Full { retry_after }) => {
+                Err(Refused::Full { retry_after } | Refused::TooSlow { retry_after }) => {
                     assert!(retry_after >= Duration::from_secs(1));
                     refused += 1;
                 }

@@ -91,6 +91,88 @@ async fn control_needs_to_be_allowed() {
     }
 }
 
+/// A gRPC call over HTTP/1.1, which shows what is refused: its status stands in the head.
+async fn grpc(address: &str, path: &str, message: &[u8]) -> reqwest::Response {
+    let framed = [&[0][..], &(message.len() as u32).to_be_bytes(), message].concat();
+    let request = reqwest::Client::new().post(format!("http://{address}/{path}"));
+    request.header("content-type", "application/grpc").body(framed).send().await.unwrap()
+}
+
+fn grpc_status(response: &reqwest::Response) -> &str {
+    response.headers().get("grpc-status").map_or("0", |v| v.to_str().unwrap())
+}
+
+#[tokio::test]
+async fn with_an_admin_listener_the_repository_is_spoken_of_there_and_only_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let bind = || tokio::net::TcpListener::bind("127.0.0.1:0");
+    let (main, admin) = (bind().await.unwrap(), bind().await.unwrap());
+    let (main_address, admin_address) = (main.local_addr().unwrap(), admin.local_addr().unwrap());
+    let (_stop, stopped) = tokio::sync::watch::channel(false);
+    let keys = Arc::new(Keys::parse(&format!("root {} admin\n", sha256_hex(b"key")), 0).unwrap());
+    let registry = Server::over(&repository(folder.path()), ServeOptions::default()).await.registry.clone();
+    let listeners = Listeners { main, grpc: None, admin: Some(admin), tls: None };
+    let options = ServeOptions { keys, ..ServeOptions::default() };
+    tokio::spawn(serve::run(listeners, registry.clone(), options, stopped));
+    let call = async |address: std::net::SocketAddr, method: &str| {
+        let request = reqwest::Client::new().post(format!("http://{address}/inference.GRPCInferenceService/{method}"));
+        // The name "cifar10-lt" in field 2.
+        let message = [&[0x12, 10][..], b"cifar10-lt"].concat();
+        let framed = [&[0, 0, 0, 0, 12][..], &message].concat();
+        let request = request.header("content-type", "application/grpc").header("x-api-key", "key").body(framed);
+        grpc_status(&request.send().await.unwrap()).to_owned()
+    };
+    for method in ["RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"] {
+        // PERMISSION_DENIED
+        assert_eq!(call(main_address, method).await, "7", "{method}");
+    }
+    assert_eq!(registry.names(), ["cifar10-lt"]);
+    assert_eq!(call(admin_address, "RepositoryModelUnload").await, "0");
+    assert!(registry.names().is_empty());
+    // NOT_FOUND
+    assert_eq!(call(admin_address, "RepositoryModelUnload").await, "5");
+    assert_eq!(call(admin_address, "RepositoryModelLoad").await, "0");
+    assert_eq!(registry.names(), ["cifar10-lt"]);
+    // Whoever has no key learns no name, and holds little memory.
+    let health = grpc(&main_address.to_string(), "grpc.health.v1.Health/Check", b"\x0A\x01x").await;
+    let message = health.headers()["grpc-message"].to_str().unwrap().to_owned();
+    assert!(grpc_status(&health) == "5" && !message.contains("cifar10-lt"), "{message}");
+    let large = grpc(&main_address.to_string(), "grpc.health.v1.Health/Check", &[0; 5000]).await;
+    // RESOURCE_EXHAUSTED
+    assert_eq!(grpc_status(&large), "8");
+    // UNIMPLEMENTED
+    let reflection = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    assert_eq!(grpc_status(&grpc(&main_address.to_string(), reflection, b"").await), "12");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_version_that_is_a_link_is_served_as_the_repository_calls_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let repository = repository(folder.path());
+    let artifact = folder.path().join("artifacts/abc");
+    std::fs::create_dir_all(artifact.parent().unwrap()).unwrap();
+    std::fs::rename(repository.join("cifar10-lt/1"), &artifact).unwrap();
+    std::os::unix::fs::symlink(&artifact, repository.join("cifar10-lt/2")).unwrap();
+    std::fs::create_dir(repository.join("lost+found")).unwrap();
+    let server = Server::over(&repository, ServeOptions::default()).await;
+    let answer = server.get("/v2/models/cifar10-lt/versions/2").await;
+    assert_eq!((answer.status, &answer.json()["versions"]), (200, &json!(["2"])));
+    let png = picture(8, 8, image::ImageFormat::Png);
+    let answer = server.post("/v1/models/cifar10-lt/versions/2/classify", "image/png", png).await;
+    assert_eq!(answer.json()["version"], "2");
+}
+
+#[tokio::test]
+async fn browsers_may_send_a_key_across_origins() {
+    let options = ServeOptions { cors_origins: vec!["https://a.example".into()], ..ServeOptions::default() };
+    let server = Server::with(Registry::new(Vec::new(), None).unwrap(), options).await;
+    let request = server.client.request(reqwest::Method::OPTIONS, format!("http://{}/v1/classify", server.address));
+    let request = request.header("origin", "https://a.example").header("access-control-request-method", "POST");
+    let answer = request.header("access-control-request-headers", "authorization").send().await.unwrap();
+    assert_eq!(answer.headers()["access-control-allow-headers"], "authorization");
+}
+
 #[tokio::test]
 async fn keys_are_asked_for_and_bounded() {
     let keys = format!(
@@ -433,6 +515,8 @@ fn configuration_goes_flag_environment_file_default() {
         ("tls-cert = 'x.pem'\ntls-key = 'y.pem'", "x.pem"),
         ("api-keys-file = 'none.txt'", "none.txt"),
         ("cors-origin = ['example.org']", "https://example.org"),
+        ("max-body-mb = 600", "--max-body-mb 600 exceeds --max-buffered-mb 512"),
+        ("otlp = 'collector'", "--otlp"),
     ] {
         std::fs::write(&file, content).unwrap();
         let (code, _, error) = serve_with(&["--config", path], &[]);

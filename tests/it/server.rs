@@ -4,7 +4,7 @@ use std::time::Duration;
 use image::ImageFormat;
 use nbn::runtime::RuntimeError;
 use nbn::serve::{Ended, RequestLimits};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Faulty, Gated, Server, nbn, picture, root, text};
 
@@ -237,6 +237,22 @@ async fn a_full_queue_answers_503_with_retry_after() {
         }
     };
     assert_eq!(refused.status(), 503);
+    // Over gRPC, too, and it is counted: model "test", an input of one picture.
+    let input = b"\x0A\x05image\x12\x05BYTES\x1A\x01\x01\x2A\x0A\x42\x08no image";
+    let message = [&b"\x0A\x04test\x2A"[..], &[input.len() as u8], input].concat();
+    let framed = [&[0, 0, 0, 0, message.len() as u8][..], &message].concat();
+    let call =
+        reqwest::Client::new().post(format!("http://{}/inference.GRPCInferenceService/ModelInfer", server.address));
+    let call = call.header("content-type", "application/grpc").body(framed).send().await.unwrap();
+    // UNAVAILABLE
+    assert_eq!(
+        (&call.headers()["grpc-status"], call.headers().contains_key("retry-after")),
+        (&"14".parse().unwrap(), true)
+    );
+    let counted = text(&server.get("/metrics").await.body);
+    let counted =
+        counted.lines().find(|line| line.contains("reason=\"queue_full\"")).unwrap().rsplit_once(' ').unwrap().1;
+    assert!(counted.parse::<u64>().unwrap() >= 2);
     assert!(refused.headers()["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
     for _ in 0..10 {
         gate.send(vec![0.0; 10]).unwrap();
@@ -244,6 +260,38 @@ async fn a_full_queue_answers_503_with_retry_after() {
     assert_eq!(running.await.unwrap(), 200);
     assert_eq!(waiting.await.unwrap(), 200);
     drop(inside);
+}
+
+#[tokio::test]
+async fn a_v2_request_takes_no_more_memory_than_its_images_and_outputs_need() {
+    let server = Server::shipped().await;
+    let png = base64(&picture(8, 8, ImageFormat::Png));
+    let ask = async |more: Value| {
+        let mut body = json!({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [png]}]});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.post("/v2/models/cifar10-lt/infer", "application/json", body.to_string()).await
+    };
+    let logits = json!({"name": "logits"});
+    assert_eq!(ask(json!({"outputs": [logits]})).await.status, 200);
+    // What is not known is not kept.
+    assert_eq!(ask(json!({"parameters": {"sequence": vec![0; 300_000]}})).await.status, 200);
+    let strings = vec![""; 200_000];
+    for (more, words) in [
+        (json!({"outputs": [logits, logits]}), "the output logits is asked for twice"),
+        (json!({"parameters": {"nbn_prior": vec![1; 300_000]}}), "too many values"),
+        (
+            json!({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": strings}]}),
+            "more than 100000",
+        ),
+        (json!({"inputs": vec![json!({"name": "", "datatype": "", "shape": []}); 100_001]}), "more than 100000"),
+    ] {
+        let answer = ask(more).await;
+        let error = answer.json()["error"].as_str().unwrap().to_owned();
+        assert!(answer.status == 400 && error.contains(words), "{words}: {} {error}", answer.status);
+    }
+    let prior = format!("{{\"images\":[{{\"b64\":\"{png}\"}}],\"options\":{{\"prior\":{:?}}}}}", vec![1; 100_001]);
+    let answer = server.post("/v1/classify", "application/json", prior).await;
+    assert!(answer.status == 400 && answer.json()["detail"].as_str().unwrap().contains("more than 100000"));
 }
 
 #[tokio::test]

@@ -146,6 +146,12 @@ pub(crate) fn check(args: &Serve) -> anyhow::Result<()> {
         args.tls_cert.is_some() == args.tls_key.is_some(),
         "--tls-cert and --tls-key belong together: give both or neither"
     );
+    ensure!(
+        args.max_body_mb <= args.max_buffered_mb,
+        "--max-body-mb {} exceeds --max-buffered-mb {}: a body as large as that would never be let in; raise the latter",
+        args.max_body_mb,
+        args.max_buffered_mb
+    );
     for origin in &args.cors_origin {
         let fits = origin == "*" || origin.starts_with("http://") || origin.starts_with("https://");
         ensure!(

@@ -60,10 +60,10 @@ pub(crate) struct Serve {
     max_images: u32,
     /// Largest body, in MiB
     #[arg(long, env = "NBN_MAX_BODY_MB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    max_body_mb: u32,
+    pub(crate) max_body_mb: u32,
     /// All bodies in memory together, in MiB
     #[arg(long, env = "NBN_MAX_BUFFERED_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    max_buffered_mb: u32,
+    pub(crate) max_buffered_mb: u32,
     /// Seconds that a request may take
     #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     timeout: u32,
@@ -138,7 +138,8 @@ pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
 
 async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
     configuration::check(&args).context(Unusable)?;
-    let traces = nbn::telemetry::init_traced("info", args.otlp.as_deref()).map_err(|e| anyhow!("--otlp: {e}"))?;
+    let traces = nbn::telemetry::init_traced("info", args.otlp.as_deref());
+    let traces = traces.map_err(|e| anyhow!("--otlp: {e}")).context(Unusable)?;
     let result = serve(args).await;
     if let Some(traces) = traces {
         // What has not been sent yet is worth a moment, not more.
@@ -213,21 +214,23 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         cors_origins: args.cors_origin.clone(),
         access_log: args.access_log,
     };
-    let ended = serve::run(listeners, registry, options, stopped).await;
+    let ended = serve::run(listeners, registry.clone(), options, stopped).await;
     if let Ok(error) = failed.try_recv() {
         return Err(error);
     }
-    match ended {
-        Ended::Drained => {
-            tracing::info!("drained");
-            Ok(ExitCode::SUCCESS)
-        }
-        Ended::DeadlinePassed => {
-            tracing::error!(seconds = args.drain_timeout, "requests were still open at the end of --drain-timeout");
-            // Not waiting for the workers: the deadline has passed.
-            std::process::exit(1);
-        }
+    if ended == Ended::DeadlinePassed {
+        tracing::error!(seconds = args.drain_timeout, "requests were still open at the end of --drain-timeout");
+        // Not waiting for the workers: the deadline has passed.
+        std::process::exit(1);
     }
+    // A thread that opens a network cannot be stopped; the process would wait for it without end and without ears.
+    let closed = tokio::task::spawn_blocking(move || registry.close());
+    if tokio::time::timeout(drain_timeout.max(Duration::from_millis(100)), closed).await.is_err() {
+        tracing::warn!(seconds = args.drain_timeout, "a model was still being opened at the end of --drain-timeout");
+        std::process::exit(0);
+    }
+    tracing::info!("drained");
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Stops the server when its models cannot be opened.
@@ -241,6 +244,8 @@ async fn watch_filling(
             tracing::info!("ready");
             return;
         }
+        // Stopped before it was ready.
+        Ok(Err(RegistryError::Closing)) => return,
         Ok(Err(error)) => error.into(),
         Err(panic) => panic.into(),
     };
@@ -326,8 +331,8 @@ fn on_hangup(
                 }
             }
             let registry = registry.clone();
-            // A panic there is logged by the runtime, and must not end this loop.
-            let _ = tokio::task::spawn_blocking(move || registry.refresh()).await;
+            // Not waited for: the next signal may take a key away.
+            drop(tokio::task::spawn_blocking(move || registry.refresh()));
         }
     });
     Ok(())

@@ -61,8 +61,8 @@ pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
     }
 }
 
-/// The part of Triton's model configuration that its clients read.
-pub(super) fn config(model: &ServedModel) -> serde_json::Value {
+/// The part of Triton's model configuration that its clients read. `max_batch_size` is what one request may have.
+pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Value {
     let info = self::model(model, Vec::new());
     let kind = |datatype| match datatype {
         "FP32" => "TYPE_FP32",
@@ -78,7 +78,7 @@ pub(super) fn config(model: &ServedModel) -> serde_json::Value {
         "name": model.name,
         "platform": info.platform,
         "backend": "onnxruntime",
-        "max_batch_size": model.max_batch,
+        "max_batch_size": max_images,
         "input": tensors(&info.inputs),
         "output": tensors(&info.outputs),
     })

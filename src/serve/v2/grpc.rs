@@ -1,7 +1,7 @@
 //! The protocol over gRPC, and `grpc.health.v1`. Calls are unary; bodies are read within the same bounds as over REST.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Path, Request, State};
@@ -14,8 +14,10 @@ use tonic::codec::EnabledCompressionEncodings;
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
-use super::super::body;
+use super::super::RequestLimits;
+use super::super::body::{self, BodyMemory};
 use super::super::keys::Caller;
+use super::bounds;
 use super::describe::{self, CountAndTime, TensorInfo};
 use super::messages as m;
 use super::messages::Choice;
@@ -27,7 +29,7 @@ pub(crate) fn status_of(problem: &Problem) -> Status {
     let code = match problem.status {
         StatusCode::UNAUTHORIZED => Code::Unauthenticated,
         StatusCode::FORBIDDEN => Code::PermissionDenied,
-        StatusCode::NOT_FOUND if problem.code == "no_such_method" => Code::Unimplemented,
+        StatusCode::NOT_FOUND if ["no_such_method", "not_found"].contains(&problem.code) => Code::Unimplemented,
         StatusCode::NOT_FOUND => Code::NotFound,
         StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => Code::DeadlineExceeded,
         StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
@@ -57,7 +59,7 @@ pub(crate) async fn method(
     request: Request,
 ) -> Result<Response, Problem> {
     let (context, request) = read(app, notes, caller, request).await?;
-    Ok(match method.as_str() {
+    match method.as_str() {
         "ServerLive" => unary(request, |_: m::Empty| async { Ok(m::Live { live: true }) }).await,
         "ServerReady" => {
             let ready = context.app.ready().is_ok();
@@ -71,8 +73,16 @@ pub(crate) async fn method(
         }
         "ServerMetadata" => unary(request, |_: m::Empty| async { Ok(server()) }).await,
         "ModelMetadata" => unary(request, |r| async move { metadata(&context.app, &r) }).await,
-        "ModelInfer" => unary(request, |r| async move { infer(&context, r).await }).await,
+        "ModelConfig" => unary(request, |r| async move { config(&context.app, &r) }).await,
+        "ModelInfer" => {
+            bounds::check(message(request.body()))?;
+            unary(request, |r| async move { infer(&context, r).await }).await
+        }
         "ModelStatistics" => unary(request, |r| async move { statistics(&context.app, &r) }).await,
+        "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !context.app.administers => {
+            let detail = "the repository is spoken of on the admin listener (--admin-addr), over gRPC, too";
+            Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
+        }
         "RepositoryIndex" => unary(request, |r| async move { Ok(index(&context.app, &r)) }).await,
         "RepositoryModelLoad" => {
             let load = |r: m::ControlRequest| async move {
@@ -90,8 +100,8 @@ pub(crate) async fn method(
             };
             unary(request, unload).await
         }
-        _ => return Err(no_such_method(&method)),
-    })
+        _ => Err(no_such_method(&method)),
+    }
 }
 
 /// `/grpc.health.v1.Health/{method}`: the server's health, or a model's.
@@ -106,16 +116,20 @@ pub(crate) async fn health(
     if method != "Check" {
         return Err(no_such_method(&method));
     }
-    let (context, request) = read(app, notes, Arc::default(), request).await?;
+    // Anybody may ask: little is read, and not out of the memory that requests with a key share.
+    let limits = RequestLimits { max_body_bytes: 4 << 10, ..app.limits };
+    let (context, request) = read_within(app, notes, Arc::default(), request, &limits, &BodyMemory::of(0)).await?;
     let check = |r: m::HealthRequest| async move {
         let ready = context.app.ready().is_ok();
         let own = r.service.is_empty() || r.service == "inference.GRPCInferenceService";
-        if !own && ready {
-            find(&context.app, &r.service, None)?;
+        if !own && ready && context.app.registry.get(&r.service, None).is_none() {
+            // Without the names that there are: a key is needed to learn them.
+            let detail = format!("no model is named {:?}", r.service);
+            return Err(Problem::new(StatusCode::NOT_FOUND, "no_such_model", detail));
         }
         Ok(m::Health { status: if ready { SERVING } else { NOT_SERVING } })
     };
-    Ok(unary(request, check).await)
+    unary(request, check).await
 }
 
 fn no_such_method(method: &str) -> Problem {
@@ -128,17 +142,30 @@ async fn read(
     caller: Arc<Caller>,
     request: Request,
 ) -> Result<(Context, axum::http::Request<Full<Bytes>>), Problem> {
+    let (limits, memory) = (app.limits, app.memory.clone());
+    read_within(app, notes, caller, request, &limits, &memory).await
+}
+
+async fn read_within(
+    app: App,
+    notes: Notes,
+    caller: Arc<Caller>,
+    request: Request,
+    limits: &RequestLimits,
+    memory: &BodyMemory,
+) -> Result<(Context, axum::http::Request<Full<Bytes>>), Problem> {
     let deadline = shared::deadline(&app, request.headers());
     let (parts, body) = request.into_parts();
-    let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
+    let held = body::read(body, &parts.headers, limits, memory, deadline).await?;
     let mut request = axum::http::Request::from_parts(parts, Full::new(held.bytes.clone()));
     // Its share of the memory lasts as long as the request does.
     request.extensions_mut().insert(Arc::new(held));
     Ok((Context { app, notes, caller, deadline }, request))
 }
 
-/// Decodes the message, has `work` answer it, and encodes the answer or the status.
-async fn unary<Q, A, F, W>(request: axum::http::Request<Full<Bytes>>, work: W) -> Response
+/// Decodes the message, has `work` answer it, and encodes the answer or the status. A problem of the work is given back as
+/// it is: the envelope counts it, and says when to try again.
+async fn unary<Q, A, F, W>(request: axum::http::Request<Full<Bytes>>, work: W) -> Result<Response, Problem>
 where
     Q: Message + Default + Send + 'static,
     A: Message + Send + 'static,
@@ -146,12 +173,18 @@ where
     W: FnOnce(Q) -> F + Send,
 {
     let mut work = Some(work);
+    let failed = Arc::new(OnceLock::new());
     let service = tower::service_fn(|request: tonic::Request<Q>| {
-        let work = work.take();
+        let (work, failed) = (work.take(), failed.clone());
         async move {
             let Some(work) = work else { return Err(Status::internal("a unary call has one message")) };
             let (_metadata, _extensions, message) = request.into_parts();
-            work(message).await.map(tonic::Response::new).map_err(|problem| status_of(&problem))
+            work(message).await.map(tonic::Response::new).map_err(|problem| {
+                let status = status_of(&problem);
+                // Once: a unary call has one message.
+                let _ = failed.set(problem);
+                status
+            })
         }
     });
     let limit = usize::MAX;
@@ -161,7 +194,13 @@ where
         .apply_max_message_size_config(Some(limit), Some(limit))
         .unary(service, request)
         .await;
-    response.map(Body::new)
+    failed.get().cloned().map_or_else(|| Ok(response.map(Body::new)), Err)
+}
+
+/// The message of a unary call, behind the byte that says whether it is compressed and its length in four.
+fn message(body: &Full<Bytes>) -> Bytes {
+    let framed = body.clone().into_inner().unwrap_or_default();
+    if framed.len() > 5 { framed.slice(5..) } else { Bytes::new() }
 }
 
 /// The empty string is no version.
@@ -190,6 +229,35 @@ fn metadata(app: &App, request: &m::ModelRequest) -> Result<m::ModelMetadata, Pr
         inputs: tensors(info.inputs),
         outputs: tensors(info.outputs),
     })
+}
+
+fn config(app: &App, request: &m::ModelRequest) -> Result<m::ModelConfigResponse, Problem> {
+    let model = find(app, &request.name, version(&request.version))?;
+    let info = describe::model(&model, Vec::new());
+    // Triton's numbers of its data types.
+    let kind = |datatype| match datatype {
+        "BOOL" => 1,
+        "FP32" => 11,
+        _ => 13,
+    };
+    let parts = |t: TensorInfo| (t.name.to_owned(), kind(t.datatype), t.shape[1..].to_vec());
+    let input = |t| {
+        let (name, data_type, dims) = parts(t);
+        m::ModelInput { name, data_type, dims }
+    };
+    let output = |t| {
+        let (name, data_type, dims) = parts(t);
+        m::ModelOutput { name, data_type, dims }
+    };
+    let config = m::ModelConfig {
+        name: model.name.clone(),
+        platform: info.platform.into(),
+        max_batch_size: i32::try_from(app.limits.max_images).unwrap_or(i32::MAX),
+        input: info.inputs.into_iter().map(input).collect(),
+        output: info.outputs.into_iter().map(output).collect(),
+        backend: "onnxruntime".into(),
+    };
+    Ok(m::ModelConfigResponse { config: Some(config) })
 }
 
 fn statistics(app: &App, request: &m::ModelRequest) -> Result<m::Statistics, Problem> {
@@ -265,9 +333,15 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     let wanted = |output: m::RequestedOutput| {
         let parameters = values(output.parameters);
         let classification = rest::classification(parameters.get("classification"))?;
-        Ok(Wanted { output: Output::of(&output.name)?, classification })
+        Ok::<_, Problem>(Wanted { output: Output::of(&output.name)?, classification })
     };
-    let outputs = outputs.into_iter().map(wanted).collect::<Result<_, Problem>>()?;
+    let mut asked = Vec::new();
+    for output in outputs {
+        let one = wanted(output)?;
+        super::once(one.output, &asked)?;
+        asked.push(one);
+    }
+    let outputs = asked;
     let call = Call { id, parameters: values(parameters), inputs: tensors, outputs };
     let Context { app, notes, deadline, .. } = context;
     let model = find(app, &model_name, version(&model_version))?;

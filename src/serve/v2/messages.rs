@@ -98,6 +98,26 @@ messages! {
         outputs: Vec<OutputTensor> = [message, repeated, tag = "5"],
         raw_output_contents: Vec<bytes::Bytes> = [bytes = "bytes", repeated, tag = "6"],
     }
+    ModelInput {
+        name: String = [string, tag = "1"],
+        data_type: i32 = [int32, tag = "2"],
+        dims: Vec<i64> = [int64, repeated, tag = "4"],
+    }
+    ModelOutput {
+        name: String = [string, tag = "1"],
+        data_type: i32 = [int32, tag = "2"],
+        dims: Vec<i64> = [int64, repeated, tag = "3"],
+    }
+    /// The part of Triton's model configuration that its clients read.
+    ModelConfig {
+        name: String = [string, tag = "1"],
+        platform: String = [string, tag = "2"],
+        max_batch_size: i32 = [int32, tag = "4"],
+        input: Vec<ModelInput> = [message, repeated, tag = "5"],
+        output: Vec<ModelOutput> = [message, repeated, tag = "6"],
+        backend: String = [string, tag = "17"],
+    }
+    ModelConfigResponse { config: Option<ModelConfig> = [message, optional, tag = "1"], }
     Duration { count: u64 = [uint64, tag = "1"], ns: u64 = [uint64, tag = "2"], }
     InferStatistics {
         success: Option<Duration> = [message, optional, tag = "1"],

@@ -1,6 +1,7 @@
 //! The Open Inference Protocol, version 2, as KServe and Triton speak it: over REST with binary tensors (`rest`) and over
 //! gRPC (`grpc`). Both turn a request into a [`Call`] and an [`Answer`] into their own form.
 
+mod bounds;
 mod describe;
 mod grpc;
 mod messages;
@@ -94,6 +95,14 @@ struct Answer {
     version: String,
     id: String,
     tensors: Vec<Tensor>,
+}
+
+/// Refuses an output that is `before` already: each takes memory for every class of every image.
+fn once(output: Output, before: &[Wanted]) -> Result<(), Problem> {
+    if before.iter().any(|wanted| wanted.output == output) {
+        return Err(bad(format!("the output {} is asked for twice: name it once", output.name())));
+    }
+    Ok(())
 }
 
 fn bad(detail: impl Into<String>) -> Problem {
@@ -248,10 +257,10 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
 
 /// Whether this request may load and unload models.
 fn may_control(app: &App, admin: bool) -> Result<(), Problem> {
-    if admin || (app.control && app.keys.is_empty()) {
+    if app.administers && (admin || (app.control && app.keys.is_empty())) {
         return Ok(());
     }
-    let detail = if app.keys.is_empty() {
+    let detail = if !app.administers || app.keys.is_empty() {
         "models are loaded and unloaded on the admin listener (--admin-addr), or here with --control"
     } else {
         "loading and unloading models takes a key with the word admin in its line"

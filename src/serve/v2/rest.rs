@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 
+use super::super::RequestLimits;
 use super::super::body::{self, Held};
 use super::super::keys::Caller;
 use super::super::objects;
@@ -21,6 +22,9 @@ use super::{
 
 /// The binary extension: bytes of the JSON before the tensors; 0 when the body is one encoded picture.
 const JSON_LENGTH: &str = "inference-header-content-length";
+
+/// Bytes of a request about the repository.
+const SMALL_BODY: usize = 64 << 10;
 
 /// Describes the server
 #[utoipa::path(get, path = "/v2", tag = "v2", responses((status = 200, description = "Name, version, extensions", body = ServerInfo)))]
@@ -112,7 +116,7 @@ with_and_without_version! {
     config config_version "/v2/models/{model}/config" "/v2/models/{model}/versions/{version}/config" Object,
     "Tensors and batch size",
     |app: &App, name: &str, version: Option<&str>| {
-        Ok(Json(describe::config(&*find(app, name, version)?)).into_response())
+        Ok(Json(describe::config(&*find(app, name, version)?, app.limits.max_images)).into_response())
     }
 }
 
@@ -234,6 +238,7 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
     let mut outputs = Vec::with_capacity(request.outputs.len());
     for WireOutput { name, parameters } in request.outputs {
         let output = Output::of(&name)?;
+        super::once(output, &outputs)?;
         if let Some(flag) = flag(parameters.get("binary_data")) {
             binary.by_name.insert(output.name(), flag);
         }
@@ -321,7 +326,8 @@ fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
         (status = "default", description = "An error", body = ErrorBody),
     )
 )]
-pub(crate) async fn index(State(app): State<App>, body: Bytes) -> Result<Json<Vec<IndexLine>>, Problem> {
+pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Json<Vec<IndexLine>>, Problem> {
+    let body = small(&app, request).await?.bytes;
     let query = if body.is_empty() || body.trim_ascii() == b"null" {
         IndexQuery::default()
     } else {
@@ -346,9 +352,16 @@ pub(crate) async fn load(
     State(app): State<App>,
     Extension(caller): Extension<std::sync::Arc<Caller>>,
     Path(model): Path<String>,
-    body: Bytes,
+    request: Request,
 ) -> Result<StatusCode, Problem> {
     super::may_control(&app, caller.admin)?;
+    let body = match small(&app, request).await {
+        // Only uploads are large.
+        Err(problem) if problem.status == StatusCode::PAYLOAD_TOO_LARGE => {
+            return no_upload(true).map(|()| StatusCode::OK);
+        }
+        body => body?.bytes,
+    };
     let value: Value = serde_json::from_slice(&body).unwrap_or_default();
     let parameters = value.get("parameters").and_then(Value::as_object);
     no_upload(parameters.is_some_and(|p| !p.is_empty()))?;
@@ -374,6 +387,13 @@ pub(crate) async fn unload(
     super::may_control(&app, caller.admin)?;
     control(&app, move |registry| registry.unload(&model)).await?;
     Ok(StatusCode::OK)
+}
+
+/// Reads the body of a request that has little to say.
+async fn small(app: &App, request: Request) -> Result<Held, Problem> {
+    let (parts, body) = request.into_parts();
+    let limits = RequestLimits { max_body_bytes: app.limits.max_body_bytes.min(SMALL_BODY), ..app.limits };
+    body::read(body, &parts.headers, &limits, &app.memory, shared::deadline(app, &parts.headers)).await
 }
 
 pub(super) fn no_upload(parameters: bool) -> Result<(), Problem> {

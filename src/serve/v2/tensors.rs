@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::super::objects;
 use super::{Problem, bad};
 use crate::classify::Input;
 use crate::registry::ServedModel;
@@ -105,7 +106,8 @@ impl<'de> Visitor<'de> for FlattenInto<'_> {
         Ok(())
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<(), E> {
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
+        objects::few(self.0.strings.len())?;
         self.0.strings.push(value.to_owned());
         Ok(())
     }
@@ -146,7 +148,7 @@ impl JsonData {
 
 /// The pictures of a request: exactly one of the inputs `images` and `image`.
 pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize) -> Result<Vec<Input>, Problem> {
-    let given: Vec<_> = tensors.iter().map(|tensor| tensor.name.clone()).collect();
+    let given: Vec<_> = tensors.iter().take(10).map(|tensor| tensor.name.clone()).collect();
     let [tensor] = <[RawTensor; 1]>::try_from(tensors).map_err(|_| {
         bad(format!("the request has the inputs {given:?}; expected one: images (FP32), or image (BYTES)"))
     })?;
@@ -179,7 +181,7 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
     }
     if name == "image" {
         let elements = match data {
-            RawData::Binary(bytes) => split(&bytes)?,
+            RawData::Binary(bytes) => split(&bytes, count)?,
             RawData::One(bytes) => vec![bytes],
             RawData::Elements(elements) => elements,
             RawData::Floats(values) => {
@@ -214,11 +216,15 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
     Ok((0..count).map(|n| Input::Pixels(bytes.slice(4 * n * item..4 * (n + 1) * item))).collect())
 }
 
-/// The elements of a BYTES tensor.
-fn split(bytes: &Bytes) -> Result<Vec<Bytes>, Problem> {
-    let mut elements = Vec::new();
+/// The elements of a BYTES tensor that should have `count`.
+fn split(bytes: &Bytes, count: usize) -> Result<Vec<Bytes>, Problem> {
+    let mut elements = Vec::with_capacity(count);
     let mut at = 0;
     while at < bytes.len() {
+        if elements.len() == count {
+            let rest = bytes.len() - at;
+            return Err(bad(format!("input image has {rest} bytes after the {count} elements that its shape says")));
+        }
         let broken = || {
             let n = elements.len();
             bad(format!("element {n} of a BYTES tensor is cut short: expected a length in four bytes, then that many"))

@@ -1,7 +1,9 @@
 //! The protocol's JSON, with the descriptions that openapi.yaml carries.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -16,7 +18,7 @@ pub(crate) struct WireInfer {
     #[serde(default)]
     pub(super) id: String,
     /// `timeout` (µs), `nbn_alpha`, `nbn_prior`, `binary_data_output`; unknown ones are ignored.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "known")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// One input: `images` or `image`.
     #[serde(deserialize_with = "objects::objects")]
@@ -24,6 +26,104 @@ pub(crate) struct WireInfer {
     /// All there are when absent.
     #[serde(default, deserialize_with = "objects::objects")]
     pub(super) outputs: Vec<WireOutput>,
+}
+
+/// The parameters that mean something here; the protocol has others ignored.
+const KNOWN: [&str; 7] =
+    ["timeout", "nbn_alpha", "nbn_prior", "binary_data_output", "binary_data", "binary_data_size", "classification"];
+
+/// For a field with parameters.
+fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
+    struct Known;
+
+    impl<'de> Visitor<'de> for Known {
+        type Value = BTreeMap<String, Value>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object of parameters")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut found = BTreeMap::new();
+            let mut left = objects::MAX_ELEMENTS;
+            while let Some(name) = map.next_key::<String>()? {
+                if KNOWN.contains(&name.as_str()) {
+                    found.insert(name, map.next_value_seed(FewValues(&mut left))?);
+                } else {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+            Ok(found)
+        }
+    }
+
+    deserializer.deserialize_map(Known)
+}
+
+/// A value of few values: each takes many times the two bytes that it may have in a body.
+struct FewValues<'a>(&'a mut usize);
+
+impl FewValues<'_> {
+    fn one<E: de::Error>(&mut self, value: Value) -> Result<Value, E> {
+        *self.0 = self.0.checked_sub(1).ok_or_else(|| E::custom("the parameters have too many values"))?;
+        Ok(value)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for FewValues<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for FewValues<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E: de::Error>(mut self) -> Result<Value, E> {
+        self.one(Value::Null)
+    }
+
+    fn visit_bool<E: de::Error>(mut self, value: bool) -> Result<Value, E> {
+        self.one(value.into())
+    }
+
+    fn visit_i64<E: de::Error>(mut self, value: i64) -> Result<Value, E> {
+        self.one(value.into())
+    }
+
+    fn visit_u64<E: de::Error>(mut self, value: u64) -> Result<Value, E> {
+        self.one(value.into())
+    }
+
+    fn visit_f64<E: de::Error>(mut self, value: f64) -> Result<Value, E> {
+        self.one(value.into())
+    }
+
+    fn visit_str<E: de::Error>(mut self, value: &str) -> Result<Value, E> {
+        self.one(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        let mut all = Vec::new();
+        while let Some(one) = list.next_element_seed(FewValues(&mut *self.0))? {
+            all.push(one);
+        }
+        Ok(all.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut all = serde_json::Map::new();
+        while let Some(name) = map.next_key()? {
+            all.insert(name, map.next_value_seed(FewValues(&mut *self.0))?);
+        }
+        Ok(all.into())
+    }
 }
 
 /// An input.
@@ -34,9 +134,10 @@ pub(crate) struct WireInput {
     /// `FP32` for `images`, `BYTES` for `image`.
     pub(super) datatype: String,
     /// `[N, 3, H, W]`, or `[N]`.
+    #[serde(deserialize_with = "objects::list")]
     pub(super) shape: Vec<i64>,
     /// `binary_data_size`: the tensor's bytes after the JSON.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "known")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// Numbers, nested or flat; for BYTES pictures in base64.
     #[serde(default)]
@@ -44,8 +145,8 @@ pub(crate) struct WireInput {
     pub(super) data: Option<JsonData>,
 }
 
-impl std::fmt::Debug for WireInput {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for WireInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WireInput").field("name", &self.name).field("shape", &self.shape).finish_non_exhaustive()
     }
 }
@@ -56,7 +157,7 @@ pub(crate) struct WireOutput {
     /// `logits`, `probabilities` or `set`.
     pub(super) name: String,
     /// `classification` (the best so many as `value:index:label`), `binary_data`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "known")]
     pub(super) parameters: BTreeMap<String, Value>,
 }
 
