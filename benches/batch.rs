@@ -5,7 +5,8 @@
 //!
 //! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, three times; medians are compared. The
 //! loop has one session a processor, warm before the clock starts, and runs on a ready tensor. NBN_BENCH_PYTHON needs
-//! onnxruntime, pillow and numpy.
+//! onnxruntime, pillow and numpy. The network's share of the workers' time is told, too: it needs no second run, so that a
+//! machine whose speed changes does not blur it.
 #![allow(missing_docs)]
 
 use std::fmt::Write as _;
@@ -37,7 +38,7 @@ fn main() -> anyhow::Result<()> {
     files.sort();
     ensure!(!files.is_empty(), "{} holds no .jpg", photos.display());
     let scratch = tempfile::tempdir()?;
-    let (list, cache) = (scratch.path().join("list.txt"), scratch.path().join("cache"));
+    let [list, cache, summary] = ["list.txt", "cache", "summary.json"].map(|name| scratch.path().join(name));
     let lines = files.iter().cycle().take(images).fold(String::new(), |mut text, path| {
         // Writing into a string cannot fail.
         let _ = writeln!(text, "{}", std::fs::canonicalize(path).unwrap_or_default().display());
@@ -52,6 +53,8 @@ fn main() -> anyhow::Result<()> {
                 .arg(&model)
                 .arg("--cache")
                 .arg(&cache)
+                .arg("--summary")
+                .arg(&summary)
                 .arg(&list),
         )
     };
@@ -59,10 +62,16 @@ fn main() -> anyhow::Result<()> {
     score()?;
     let bundle = Bundle::load(&model)?;
     let library = Library::load(None)?;
+    let workers = thread::available_parallelism()?.get();
     let mut seconds = [const { Vec::new() }; 3];
+    // What the network has of the workers' time from the first picture to the last.
+    let mut shares = Vec::new();
     for _ in 0..ROUNDS {
         seconds[0].push(bare(&bundle, library, &cache, images)?);
         seconds[1].push(score()?);
+        let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&summary)?)?;
+        let part = |name: &str| told["seconds"][name].as_f64().context("no seconds in the summary");
+        shares.push(part("infer")? / part("total")? / workers as f64);
         if let Some(python) = set("NBN_BENCH_PYTHON") {
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/others/batch.py");
             seconds[2].push(program(Command::new(python).arg(script).arg(&list).env("BUNDLE", &model))?);
@@ -81,6 +90,8 @@ fn main() -> anyhow::Result<()> {
             println!("{name:<28} {rate:8.1} images/s   {:.3} of the loop", rate / bare);
         }
     }
+    shares.sort_by(f64::total_cmp);
+    println!("of nbn score's workers' time the network has {:.3}, start not counted", shares[shares.len() / 2]);
     Ok(())
 }
 
