@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use super::tls::Tls;
@@ -87,12 +88,13 @@ async fn accept(
         let (router, tls, shared, watcher) = (router.clone(), tls.clone(), shared.clone(), graceful.watcher());
         tokio::spawn(async move {
             shared.telemetry.connections.inc();
+            let stuck = shared.limits.timeout;
             let _open = Open { shared, _place: place };
             match tls {
-                None => connection(stream, router, limits, watcher).await,
+                None => connection(stream, router, limits, stuck, watcher).await,
                 Some(tls) => {
                     if let Some(stream) = handshake(&tls, stream, limits.header_timeout).await {
-                        connection(stream, router, limits, watcher).await;
+                        connection(stream, router, limits, stuck, watcher).await;
                     }
                 }
             }
@@ -132,10 +134,13 @@ async fn handshake(
     }
 }
 
-async fn connection<S>(stream: S, router: Router, limits: ConnectionLimits, watcher: Watcher)
+/// `stuck`: how long a peer may leave an answer unread.
+async fn connection<S>(stream: S, router: Router, limits: ConnectionLimits, stuck: Duration, watcher: Watcher)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(stuck));
     let begun = Arc::new(AtomicBool::new(false));
     let noted = begun.clone();
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
@@ -156,7 +161,7 @@ where
         .max_header_list_size(MAX_HEAD as u32)
         .keep_alive_interval(limits.header_timeout)
         .keep_alive_timeout(limits.header_timeout);
-    let connection = watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+    let connection = watcher.watch(builder.serve_connection(TokioIo::new(Box::pin(stream)), service).into_owned());
     tokio::pin!(connection);
     let ended = match tokio::time::timeout(limits.header_timeout, &mut connection).await {
         Ok(ended) => ended,

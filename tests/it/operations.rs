@@ -402,6 +402,27 @@ async fn a_connection_that_never_begins_a_request_is_closed() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_leaves_its_answers_unread_is_let_go() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let limits = RequestLimits { timeout: std::time::Duration::from_secs(1), ..RequestLimits::default() };
+    let server = Server::of(Vec::new(), limits).await;
+    let document = server.get("/openapi.yaml").await.body.len();
+    let mut stream = tokio::net::TcpStream::connect(&server.address).await.unwrap();
+    // More than the system keeps for a connection.
+    let requests = (64 << 20) / document;
+    let asked = "GET /openapi.yaml HTTP/1.1\r\nhost: x\r\n\r\n".repeat(requests);
+    let write = tokio::time::timeout(std::time::Duration::from_secs(20), stream.write_all(asked.as_bytes()));
+    // It may be let go before it has asked for all.
+    let _ = write.await.expect("the server goes on reading, or lets go");
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let mut rest = Vec::new();
+    let end = tokio::time::timeout(std::time::Duration::from_secs(20), stream.read_to_end(&mut rest)).await;
+    // A reset ends it as well as a close.
+    let _ = end.expect("the connection ends");
+    assert!(rest.len() < requests * document, "everything was kept for it");
+}
+
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn traces_reach_a_collector() {
