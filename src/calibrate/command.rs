@@ -34,8 +34,17 @@ mod tests {
 
     #[test]
     fn no_folder_of_the_machine_is_recorded() {
-        let words = ["calibrate", "/work/m/1", "--data", "/home/me/photos", "--out=/work/x.json", "a/b", "/work", "/"];
-        let line = command_line(words.into_iter().map(OsString::from), Path::new("/work"));
+        let words = [
+            "calibrate",
+            "/project/m/1",
+            "--data",
+            "/elsewhere/photos",
+            "--out=/project/x.json",
+            "a/b",
+            "/project",
+            "/",
+        ];
+        let line = command_line(words.into_iter().map(OsString::from), Path::new("/project"));
         assert_eq!(line, "fold calibrate m/1 --data …/photos --out=x.json a/b . …/");
     }
 }

@@ -149,26 +149,14 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImag
     }
     Ok(match picture {
         // Pillow takes the high byte of colours with 16 bits; `image` would round.
-        DynamicImage::ImageRgb16(picture) => {
-            high_bytes(picture.width(), picture.height(), picture.pixels().map(|p| p.0))
-        }
-        DynamicImage::ImageRgba16(picture) => {
-            let colours = picture.pixels().map(|image::Rgba([red, green, blue, _])| [*red, *green, *blue]);
-            high_bytes(picture.width(), picture.height(), colours)
-        }
-        DynamicImage::ImageLumaA16(picture) => {
-            high_bytes(picture.width(), picture.height(), picture.pixels().map(|image::LumaA([grey, _])| [*grey; 3]))
+        DynamicImage::ImageRgb16(_) | DynamicImage::ImageRgba16(_) | DynamicImage::ImageLumaA16(_) => {
+            let picture = picture.into_rgb16();
+            RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
+                image::Rgb(picture.get_pixel(x, y).0.map(|value| (value >> 8) as u8))
+            })
         }
         picture => picture.into_rgb8(),
     })
-}
-
-fn high_bytes(width: u32, height: u32, pixels: impl Iterator<Item = [u16; 3]>) -> RgbImage {
-    let mut bytes = RgbImage::new(width, height);
-    for (to, from) in bytes.pixels_mut().zip(pixels) {
-        to.0 = from.map(|value| (value >> 8) as u8);
-    }
-    bytes
 }
 
 fn name(format: ImageFormat) -> &'static str {

@@ -1,6 +1,7 @@
 //! The models that are being served, each version with its own engine; loading, swapping and unloading them.
 
 mod error;
+mod index;
 mod model;
 mod requests;
 
@@ -15,6 +16,7 @@ use crate::pixels::DecodeLimits;
 use crate::runtime::{Library, NetworkCache, SessionOptions};
 
 pub use error::RegistryError;
+pub use index::{IndexEntry, ModelState};
 pub use model::{BatchChoice, ServedModel};
 pub use requests::{RequestCounts, RequestStats};
 
@@ -48,30 +50,6 @@ pub struct RegistryOptions {
     pub require_calibration: bool,
     /// How each model is opened.
     pub model: ModelOptions,
-}
-
-/// What the index says of a version.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ModelState {
-    /// It answers.
-    Ready,
-    /// It is being opened for the first time.
-    Loading,
-    /// It does not answer.
-    Unavailable,
-}
-
-/// One line of the index.
-#[derive(Debug, Clone)]
-pub struct IndexEntry {
-    /// The model.
-    pub name: String,
-    /// Its version; empty where none is known.
-    pub version: String,
-    /// Whether it answers.
-    pub state: ModelState,
-    /// Why it does not, or why a newer state of its folder does not.
-    pub reason: String,
 }
 
 struct Slot {
@@ -412,34 +390,6 @@ impl Registry {
     /// All versions that are ready, by name and version.
     pub fn models(&self) -> Vec<Arc<ServedModel>> {
         self.read(|all| all.values().flat_map(|versions| versions.values().filter_map(|s| s.model.clone())).collect())
-    }
-
-    /// What is served and what is not, with reasons. Names the repository's other folders, too.
-    pub fn index(&self) -> Vec<IndexEntry> {
-        let mut entries: Vec<IndexEntry> = self.read(|all| {
-            let entry = |(name, number, slot): (&String, &u64, &Slot)| IndexEntry {
-                name: name.clone(),
-                version: slot.model.as_ref().map_or_else(|| number.to_string(), |m| m.version.clone()),
-                state: match slot {
-                    Slot { model: Some(_), .. } => ModelState::Ready,
-                    Slot { loading: true, .. } => ModelState::Loading,
-                    _ => ModelState::Unavailable,
-                },
-                reason: slot.reason.clone(),
-            };
-            all.iter().flat_map(|(name, versions)| versions.iter().map(move |(n, s)| entry((name, n, s)))).collect()
-        });
-        let others = self.repository().and_then(|r| Ok(r.models()?)).unwrap_or_default();
-        for name in others {
-            if !entries.iter().any(|entry| entry.name == name) {
-                let reason = match self.wanted(&name) {
-                    Ok(_) => "not loaded".into(),
-                    Err(error) => self.public(&error),
-                };
-                entries.push(IndexEntry { name, version: String::new(), state: ModelState::Unavailable, reason });
-            }
-        }
-        entries
     }
 }
 

@@ -88,6 +88,27 @@ pub(crate) async fn read(
     Ok(Held { bytes: whole.freeze(), _share: share })
 }
 
+/// As [`read`], of a request that has little to say: at most `most` bytes.
+pub(crate) async fn read_little(
+    body: Body,
+    headers: &HeaderMap,
+    limits: &RequestLimits,
+    memory: &BodyMemory,
+    deadline: Instant,
+    most: usize,
+) -> Result<Held, Problem> {
+    let most = limits.max_body_bytes.min(most);
+    let limits = RequestLimits { max_body_bytes: most, ..*limits };
+    read(body, headers, &limits, memory, deadline).await.map_err(|problem| match problem.status {
+        // No flag raises this.
+        StatusCode::PAYLOAD_TOO_LARGE => Problem {
+            detail: format!("the body is too large; a request of this kind has at most {most} bytes"),
+            ..problem
+        },
+        _ => problem,
+    })
+}
+
 fn slow(limit: Duration) -> Problem {
     let detail = format!("the body did not arrive within {} s (--timeout)", limit.as_secs_f64());
     Problem::new(StatusCode::REQUEST_TIMEOUT, "slow_body", detail).with_limit(limit.as_secs())

@@ -29,24 +29,13 @@ impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Object<T> {
     }
 }
 
-struct Objects<T>(PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Objects<T> {
-    type Value = Vec<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of objects")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
-        let mut all = Vec::new();
-        while let Some(one) = list.next_element_seed(Object(PhantomData))? {
-            few(all.len())?;
-            all.push(one);
-        }
-        Ok(all)
+impl<T> Clone for Object<T> {
+    fn clone(&self) -> Self {
+        *self
     }
 }
+
+impl<T> Copy for Object<T> {}
 
 /// Elements of a list in a request's JSON. A body of two bytes an element would take many times its size otherwise.
 pub(crate) const MAX_ELEMENTS: usize = 100_000;
@@ -56,19 +45,22 @@ pub(crate) fn few<E: de::Error>(before: usize) -> Result<(), E> {
     if before < MAX_ELEMENTS { Ok(()) } else { Err(E::custom(format!("more than {MAX_ELEMENTS} elements"))) }
 }
 
-/// A list of at most [`MAX_ELEMENTS`].
-struct Few<T>(PhantomData<T>);
+/// A list of at most [`MAX_ELEMENTS`], each read by a copy of the seed.
+struct Few<S> {
+    each: S,
+    expected: &'static str,
+}
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
-    type Value = Vec<T>;
+impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for Few<S> {
+    type Value = Vec<S::Value>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list")
+        f.write_str(self.expected)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
         let mut all = Vec::new();
-        while let Some(one) = list.next_element()? {
+        while let Some(one) = list.next_element_seed(self.each)? {
             few(all.len())?;
             all.push(one);
         }
@@ -78,7 +70,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
 
 /// For a field that is a list, of at most [`MAX_ELEMENTS`].
 pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
-    deserializer.deserialize_seq(Few(PhantomData))
+    deserializer.deserialize_seq(Few { each: PhantomData, expected: "a list" })
 }
 
 /// For a field that is an object.
@@ -86,9 +78,9 @@ pub(crate) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserialize
     Object(PhantomData).deserialize(deserializer)
 }
 
-/// For a field that is a list of objects.
+/// For a field that is a list of objects, of at most [`MAX_ELEMENTS`].
 pub(crate) fn objects<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
-    deserializer.deserialize_seq(Objects(PhantomData))
+    deserializer.deserialize_seq(Few { each: Object(PhantomData), expected: "a list of objects" })
 }
 
 /// A whole document that is an object.

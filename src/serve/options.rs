@@ -85,6 +85,7 @@ pub(crate) struct QueryOptions {
 
 /// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
 /// object from label to number. Numbers must be above 0 and need not sum to 1.
+// Serialised for openapi.yaml's sake, which reads `untagged` off it; what is read goes through `PriorVisitor`, bounded.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum WirePrior {

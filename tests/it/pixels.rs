@@ -78,12 +78,17 @@ fn of_colours_with_16_bits_the_high_byte_counts() {
     let colours = image::ImageBuffer::<image::Rgb<u16>, _>::from_raw(2, 1, values.to_vec()).unwrap();
     let with_alpha: Vec<u16> = values.chunks(3).flat_map(|rgb| [rgb, &[9][..]].concat()).collect();
     let with_alpha = image::ImageBuffer::<image::Rgba<u16>, _>::from_raw(2, 1, with_alpha).unwrap();
-    for picture in [image::DynamicImage::ImageRgb16(colours), image::DynamicImage::ImageRgba16(with_alpha)] {
+    let greys = image::ImageBuffer::<image::LumaA<u16>, _>::from_raw(2, 1, vec![0x7FFF, 9, 0xFF00, 9]).unwrap();
+    // As Pillow 13.0 has it.
+    for (picture, expected) in [
+        (image::DynamicImage::ImageRgb16(colours), [0x00, 0x01, 0x7F, 0x80, 0xFF, 0xFF]),
+        (image::DynamicImage::ImageRgba16(with_alpha), [0x00, 0x01, 0x7F, 0x80, 0xFF, 0xFF]),
+        (image::DynamicImage::ImageLumaA16(greys), [0x7F, 0x7F, 0x7F, 0xFF, 0xFF, 0xFF]),
+    ] {
         let mut bytes = std::io::Cursor::new(Vec::new());
         picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
         let found = decode(bytes.get_ref(), Exif::Apply, &DecodeLimits::default()).unwrap();
-        // As Pillow 13.0 has it.
-        assert_eq!(found.as_raw(), &[0x00, 0x01, 0x7F, 0x80, 0xFF, 0xFF]);
+        assert_eq!(found.as_raw(), &expected);
     }
 }
 

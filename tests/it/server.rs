@@ -279,6 +279,9 @@ async fn a_v2_request_takes_no_more_memory_than_its_images_and_outputs_need() {
     for (more, words) in [
         (json!({"outputs": [logits, logits]}), "the output logits is asked for twice"),
         (json!({"parameters": {"nbn_prior": vec![1; 300_000]}}), "too many values"),
+        (json!({"parameters": {"nbn_prior": vec![json!([]); 300_000]}}), "too many values"),
+        (json!({"parameters": {"timeout": [1]}}), "too many values"),
+        (json!({"outputs": [{"name": "logits", "parameters": {"classification": [1]}}]}), "too many values"),
         (
             json!({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": strings}]}),
             "more than 100000",

@@ -51,7 +51,8 @@ pub(crate) struct Score {
     #[command(flatten)]
     engine: EngineArgs,
     /// Pictures, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
-    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://; patterns there with * and [ only); without any, or with -, a list of paths on stdin
+    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://; patterns there with * and [ only); without any, or
+    /// with -, a list of paths on stdin
     inputs: Vec<PathBuf>,
 }
 

@@ -1,6 +1,8 @@
 //! Where the pictures come from: files, folders, patterns, lists, tar archives, Parquet; on disk or in object stores.
 
 mod archive;
+mod error;
+mod form;
 mod list;
 mod objects;
 mod place;
@@ -20,53 +22,13 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Shard;
-use crate::pixels::{ENDINGS, has_picture_ending};
+use crate::pixels::has_picture_ending;
 
+use form::{Form, fits};
+
+pub use error::SourceError;
 pub use objects::Stores;
 pub(super) use place::Place;
-
-/// An input that cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// Not there, or not readable.
-    #[error("{path}: {cause}")]
-    Io {
-        /// The input.
-        path: PathBuf,
-        /// What the system said.
-        cause: io::Error,
-    },
-    /// A folder without a picture.
-    #[error("{}: the folder holds no file that ends in .{}", .0.display(), ENDINGS.join(", ."))]
-    NoImages(PathBuf),
-    /// A URL that names no object store.
-    #[error("{0}")]
-    Url(String),
-    /// A pattern that is none, or that nothing matches.
-    #[error("the pattern {pattern}: {reason}")]
-    Pattern {
-        /// The pattern.
-        pattern: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// An option that none of the inputs can use.
-    #[error("{option} is of use only with {wanted}; no input is one: leave it out")]
-    Unused {
-        /// The option.
-        option: &'static str,
-        /// What it is for.
-        wanted: &'static str,
-    },
-    /// A list or table of another form.
-    #[error("{}: {reason}", path.display())]
-    Content {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, and what would be right.
-        reason: String,
-    },
-}
 
 /// Where the true class of a picture is read from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -222,8 +184,8 @@ impl Source {
     /// - a folder is every picture in it and below, by name;
     /// - a path with `*`, `?` or `[` that is no file is a pattern;
     /// - .txt, .csv, .jsonl, .ndjson, .parquet are lists and tables, .tar, .tar.gz, .tgz archives of pictures;
-    /// - a URL (s3://, gs://, az://, file://) is the same in an object store, where patterns have `*` and `[`; one that ends as neither list, archive nor
-    ///   picture is every picture below it;
+    /// - a URL (s3://, gs://, az://, file://) is the same in an object store, where patterns have `*` and `[`; one that ends
+    ///   as neither list, archive nor picture is every picture below it;
     /// - `-` is a list of paths on `stdin`;
     /// - every other file is a picture, even when it is missing, which its row will tell.
     ///
@@ -258,8 +220,6 @@ impl Source {
         } else {
             Place::File(input.to_owned())
         };
-        let name = text.to_ascii_lowercase();
-        let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
         if let Place::File(path) = &place {
             if path.is_dir() {
                 let (mut files, mut shut) = (Vec::new(), Vec::new());
@@ -284,26 +244,19 @@ impl Source {
             }
             return Ok(Self::of_files(found.into_iter().map(Place::Object).collect(), options));
         }
-        if ends(&[".tar", ".tar.gz", ".tgz"]) {
-            archive::open(place, options)
-        } else if ends(&[".parquet"]) {
-            table::open(place, options)
-        } else if ends(&[".csv"]) {
-            list::csv(place, options)
-        } else if ends(&[".jsonl", ".ndjson"]) {
-            list::json_lines(place, options)
-        } else if ends(&[".txt"]) {
-            list::text(place, options)
-        } else {
-            match &place {
-                // Stores have no folders: what is no picture by its name is the head of their names.
-                Place::Object(object) if !has_picture_ending(input) => {
-                    let found = object.below().map_err(|cause| SourceError::Io { path: input.to_owned(), cause })?;
-                    let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
-                    Self::of_folder(input, pictures.map(Place::Object).collect(), options)
-                }
-                _ => Ok(Self::of_files(vec![place], options)),
+        match (Form::of(input), &place) {
+            (Form::Archive, _) => archive::open(place, options),
+            (Form::Table, _) => table::open(place, options),
+            (Form::Csv, _) => list::csv(place, options),
+            (Form::JsonLines, _) => list::json_lines(place, options),
+            (Form::Text, _) => list::text(place, options),
+            // Stores have no folders: what is no picture by its name is the head of their names.
+            (Form::Other, Place::Object(object)) if !has_picture_ending(input) => {
+                let found = object.below().map_err(|cause| SourceError::Io { path: input.to_owned(), cause })?;
+                let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
+                Self::of_folder(input, pictures.map(Place::Object).collect(), options)
             }
+            (Form::Other, _) => Ok(Self::of_files(vec![place], options)),
         }
     }
 
@@ -383,36 +336,6 @@ impl Source {
     pub fn is_empty(&self) -> bool {
         self.len == Some(0)
     }
-}
-
-/// Refuses options that none of `inputs` can use.
-fn fits(inputs: &[PathBuf], options: &SourceOptions) -> Result<(), SourceError> {
-    let ends = |endings: &[&str]| {
-        let name = |input: &PathBuf| input.to_string_lossy().to_ascii_lowercase();
-        inputs.iter().any(|input| endings.iter().any(|ending| name(input).ends_with(ending)))
-    };
-    let columns = ends(&[".csv", ".jsonl", ".ndjson", ".parquet"]);
-    let lines = ends(&[".txt"]) || inputs.iter().any(|input| input == Path::new("-"));
-    for (given, usable, option, wanted) in [
-        (
-            options.image_column.is_some(),
-            columns,
-            "--image-column",
-            "a list or table with columns (.csv, .jsonl, .parquet)",
-        ),
-        (
-            options.label_column.is_some(),
-            columns,
-            "--label-column",
-            "a list or table with columns (.csv, .jsonl, .parquet)",
-        ),
-        (options.labels == Labels::Line, lines, "--labels line", "a text list (.txt, or - for stdin)"),
-    ] {
-        if given && !usable {
-            return Err(SourceError::Unused { option, wanted });
-        }
-    }
-    Ok(())
 }
 
 /// The items up to the first that says that there are no more.

@@ -4,7 +4,7 @@ use axum::http::StatusCode;
 use bytes::{Buf, Bytes};
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
-use super::Problem;
+use super::{Problem, bad};
 
 /// Parts of a request, in all.
 const MAX_PARTS: usize = 100_000;
@@ -20,24 +20,27 @@ const REQUEST: &[u32] = &[INPUTS, OUTPUTS];
 /// Refuses an inference request of more than [`MAX_PARTS`] parts. What is broken is left for the decoder to refuse.
 pub(super) fn check(message: Bytes) -> Result<(), Problem> {
     let mut left = MAX_PARTS;
-    match count(message, REQUEST, &mut left) {
-        Err(TooMany) => {
+    count(message, REQUEST, &mut left).map_err(|beyond| match beyond {
+        Beyond::Parts => {
             let detail = format!("the message has more than {MAX_PARTS} parts: send fewer images at a time");
-            Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail).with_limit(MAX_PARTS as u64))
+            Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail).with_limit(MAX_PARTS as u64)
         }
-        Ok(()) => Ok(()),
-    }
+        Beyond::Shape => bad("an input's shape has hundreds of dimensions; expected [N, 3, H, W] or [N]"),
+    })
 }
 
-struct TooMany;
+enum Beyond {
+    Parts,
+    Shape,
+}
 
 /// Counts the fields of `message`, and those of its fields `deeper`.
-fn count(mut message: Bytes, deeper: &[u32], left: &mut usize) -> Result<(), TooMany> {
+fn count(mut message: Bytes, deeper: &[u32], left: &mut usize) -> Result<(), Beyond> {
     while message.has_remaining() {
         let Ok((tag, wire_type)) = decode_key(&mut message) else { return Ok(()) };
         // Numbers one by one take no more in memory.
         if wire_type != WireType::ThirtyTwoBit {
-            *left = left.checked_sub(1).ok_or(TooMany)?;
+            *left = left.checked_sub(1).ok_or(Beyond::Parts)?;
         }
         if wire_type == WireType::LengthDelimited && deeper.contains(&tag) {
             let Ok(length) = decode_varint(&mut message) else { return Ok(()) };
@@ -47,7 +50,7 @@ fn count(mut message: Bytes, deeper: &[u32], left: &mut usize) -> Result<(), Too
             let part = message.split_to(length);
             match (deeper == REQUEST, tag) {
                 (true, _) => count(part, &[SHAPE, CONTENTS], left)?,
-                (false, SHAPE) if length > MAX_SHAPE => return Err(TooMany),
+                (false, SHAPE) if length > MAX_SHAPE => return Err(Beyond::Shape),
                 (false, SHAPE) => {}
                 _ => count(part, &[], left)?,
             }

@@ -61,17 +61,21 @@ pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
     }
 }
 
+/// Triton's word and number for a data type.
+pub(super) fn triton_type(datatype: &str) -> (&'static str, i32) {
+    match datatype {
+        "BOOL" => ("TYPE_BOOL", 1),
+        "FP32" => ("TYPE_FP32", 11),
+        _ => ("TYPE_STRING", 13),
+    }
+}
+
 /// The part of Triton's model configuration that its clients read. `max_batch_size` is what one request may have.
 pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Value {
     let info = self::model(model, Vec::new());
-    let kind = |datatype| match datatype {
-        "FP32" => "TYPE_FP32",
-        "BOOL" => "TYPE_BOOL",
-        _ => "TYPE_STRING",
-    };
     let dims = |tensor: &TensorInfo| tensor.shape[1..].to_vec();
     let tensors = |tensors: &[TensorInfo]| -> Vec<serde_json::Value> {
-        let one = |t: &TensorInfo| serde_json::json!({"name": t.name, "data_type": kind(t.datatype), "dims": dims(t)});
+        let one = |t: &TensorInfo| serde_json::json!({"name": t.name, "data_type": triton_type(t.datatype).0, "dims": dims(t)});
         tensors.iter().map(one).collect()
     };
     serde_json::json!({

@@ -14,7 +14,6 @@ use tonic::codec::EnabledCompressionEncodings;
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
-use super::super::RequestLimits;
 use super::super::body::{self, BodyMemory};
 use super::super::keys::Caller;
 use super::bounds;
@@ -107,22 +106,26 @@ pub(crate) async fn method(
 /// `/grpc.health.v1.Health/{method}`: the server's health, or a model's.
 pub(crate) async fn health(
     State(app): State<App>,
-    Extension(notes): Extension<Notes>,
     Path(method): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
     const SERVING: i32 = 1;
     const NOT_SERVING: i32 = 2;
+    /// Bytes: a model's name.
+    const HEALTH_BODY: usize = 4 << 10;
     if method != "Check" {
         return Err(no_such_method(&method));
     }
     // Anybody may ask: little is read, and not out of the memory that requests with a key share.
-    let limits = RequestLimits { max_body_bytes: 4 << 10, ..app.limits };
-    let (context, request) = read_within(app, notes, Arc::default(), request, &limits, &BodyMemory::of(0)).await?;
+    let deadline = shared::deadline(&app, request.headers());
+    let (parts, body) = request.into_parts();
+    let own = BodyMemory::of(HEALTH_BODY);
+    let held = body::read_little(body, &parts.headers, &app.limits, &own, deadline, HEALTH_BODY).await?;
+    let request = axum::http::Request::from_parts(parts, Full::new(held.bytes));
     let check = |r: m::HealthRequest| async move {
-        let ready = context.app.ready().is_ok();
+        let ready = app.ready().is_ok();
         let own = r.service.is_empty() || r.service == "inference.GRPCInferenceService";
-        if !own && ready && context.app.registry.get(&r.service, None).is_none() {
+        if !own && ready && app.registry.get(&r.service, None).is_none() {
             // Without the names that there are: a key is needed to learn them.
             let detail = format!("no model is named {:?}", r.service);
             return Err(Problem::new(StatusCode::NOT_FOUND, "no_such_model", detail));
@@ -142,21 +145,9 @@ async fn read(
     caller: Arc<Caller>,
     request: Request,
 ) -> Result<(Context, axum::http::Request<Full<Bytes>>), Problem> {
-    let (limits, memory) = (app.limits, app.memory.clone());
-    read_within(app, notes, caller, request, &limits, &memory).await
-}
-
-async fn read_within(
-    app: App,
-    notes: Notes,
-    caller: Arc<Caller>,
-    request: Request,
-    limits: &RequestLimits,
-    memory: &BodyMemory,
-) -> Result<(Context, axum::http::Request<Full<Bytes>>), Problem> {
     let deadline = shared::deadline(&app, request.headers());
     let (parts, body) = request.into_parts();
-    let held = body::read(body, &parts.headers, limits, memory, deadline).await?;
+    let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
     let mut request = axum::http::Request::from_parts(parts, Full::new(held.bytes.clone()));
     // Its share of the memory lasts as long as the request does.
     request.extensions_mut().insert(Arc::new(held));
@@ -234,13 +225,7 @@ fn metadata(app: &App, request: &m::ModelRequest) -> Result<m::ModelMetadata, Pr
 fn config(app: &App, request: &m::ModelRequest) -> Result<m::ModelConfigResponse, Problem> {
     let model = find(app, &request.name, version(&request.version))?;
     let info = describe::model(&model, Vec::new());
-    // Triton's numbers of its data types.
-    let kind = |datatype| match datatype {
-        "BOOL" => 1,
-        "FP32" => 11,
-        _ => 13,
-    };
-    let parts = |t: TensorInfo| (t.name.to_owned(), kind(t.datatype), t.shape[1..].to_vec());
+    let parts = |t: TensorInfo| (t.name.to_owned(), describe::triton_type(t.datatype).1, t.shape[1..].to_vec());
     let input = |t| {
         let (name, data_type, dims) = parts(t);
         m::ModelInput { name, data_type, dims }

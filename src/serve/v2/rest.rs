@@ -9,7 +9,6 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 
-use super::super::RequestLimits;
 use super::super::body::{self, Held};
 use super::super::keys::Caller;
 use super::super::objects;
@@ -392,8 +391,8 @@ pub(crate) async fn unload(
 /// Reads the body of a request that has little to say.
 async fn small(app: &App, request: Request) -> Result<Held, Problem> {
     let (parts, body) = request.into_parts();
-    let limits = RequestLimits { max_body_bytes: app.limits.max_body_bytes.min(SMALL_BODY), ..app.limits };
-    body::read(body, &parts.headers, &limits, &app.memory, shared::deadline(app, &parts.headers)).await
+    let deadline = shared::deadline(app, &parts.headers);
+    body::read_little(body, &parts.headers, &app.limits, &app.memory, deadline, SMALL_BODY).await
 }
 
 pub(super) fn no_upload(parameters: bool) -> Result<(), Problem> {

@@ -18,7 +18,7 @@ pub(crate) struct WireInfer {
     #[serde(default)]
     pub(super) id: String,
     /// `timeout` (µs), `nbn_alpha`, `nbn_prior`, `binary_data_output`; unknown ones are ignored.
-    #[serde(default, deserialize_with = "known")]
+    #[serde(default, deserialize_with = "of_request")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// One input: `images` or `image`.
     #[serde(deserialize_with = "objects::objects")]
@@ -28,36 +28,42 @@ pub(crate) struct WireInfer {
     pub(super) outputs: Vec<WireOutput>,
 }
 
-/// The parameters that mean something here; the protocol has others ignored.
-const KNOWN: [&str; 7] =
-    ["timeout", "nbn_alpha", "nbn_prior", "binary_data_output", "binary_data", "binary_data_size", "classification"];
+/// The parameters that mean something here, of a request and of a tensor; the protocol has others ignored.
+const OF_REQUEST: [&str; 4] = ["timeout", "nbn_alpha", "nbn_prior", "binary_data_output"];
+const OF_TENSOR: [&str; 3] = ["binary_data", "binary_data_size", "classification"];
 
-/// For a field with parameters.
-fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
-    struct Known;
+fn of_request<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
+    deserializer.deserialize_map(Parameters(&OF_REQUEST))
+}
 
-    impl<'de> Visitor<'de> for Known {
-        type Value = BTreeMap<String, Value>;
+fn of_tensor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
+    deserializer.deserialize_map(Parameters(&OF_TENSOR))
+}
 
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an object of parameters")
-        }
+/// Parameters of these names.
+struct Parameters(&'static [&'static str]);
 
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut found = BTreeMap::new();
-            let mut left = objects::MAX_ELEMENTS;
-            while let Some(name) = map.next_key::<String>()? {
-                if KNOWN.contains(&name.as_str()) {
-                    found.insert(name, map.next_value_seed(FewValues(&mut left))?);
-                } else {
-                    map.next_value::<IgnoredAny>()?;
-                }
-            }
-            Ok(found)
-        }
+impl<'de> Visitor<'de> for Parameters {
+    type Value = BTreeMap<String, Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of parameters")
     }
 
-    deserializer.deserialize_map(Known)
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = BTreeMap::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if !self.0.contains(&name.as_str()) {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            // Only a prior is more than one value; a list or an object is one, too.
+            let mut left = if name == "nbn_prior" { 1 + objects::MAX_ELEMENTS } else { 1 };
+            let value = map.next_value_seed(FewValues(&mut left))?;
+            found.insert(name, value);
+        }
+        Ok(found)
+    }
 }
 
 /// A value of few values: each takes many times the two bytes that it may have in a body.
@@ -65,7 +71,7 @@ struct FewValues<'a>(&'a mut usize);
 
 impl FewValues<'_> {
     fn one<E: de::Error>(&mut self, value: Value) -> Result<Value, E> {
-        *self.0 = self.0.checked_sub(1).ok_or_else(|| E::custom("the parameters have too many values"))?;
+        *self.0 = self.0.checked_sub(1).ok_or_else(|| E::custom("a parameter has too many values"))?;
         Ok(value)
     }
 }
@@ -109,7 +115,9 @@ impl<'de> Visitor<'de> for FewValues<'_> {
         self.one(value.into())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Value, A::Error> {
+        // Before what is in it: lists of nothing take memory, too.
+        self.one(Value::Null)?;
         let mut all = Vec::new();
         while let Some(one) = list.next_element_seed(FewValues(&mut *self.0))? {
             all.push(one);
@@ -117,7 +125,8 @@ impl<'de> Visitor<'de> for FewValues<'_> {
         Ok(all.into())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Value, A::Error> {
+        self.one(Value::Null)?;
         let mut all = serde_json::Map::new();
         while let Some(name) = map.next_key()? {
             all.insert(name, map.next_value_seed(FewValues(&mut *self.0))?);
@@ -137,7 +146,7 @@ pub(crate) struct WireInput {
     #[serde(deserialize_with = "objects::list")]
     pub(super) shape: Vec<i64>,
     /// `binary_data_size`: the tensor's bytes after the JSON.
-    #[serde(default, deserialize_with = "known")]
+    #[serde(default, deserialize_with = "of_tensor")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// Numbers, nested or flat; for BYTES pictures in base64.
     #[serde(default)]
@@ -157,7 +166,7 @@ pub(crate) struct WireOutput {
     /// `logits`, `probabilities` or `set`.
     pub(super) name: String,
     /// `classification` (the best so many as `value:index:label`), `binary_data`.
-    #[serde(default, deserialize_with = "known")]
+    #[serde(default, deserialize_with = "of_tensor")]
     pub(super) parameters: BTreeMap<String, Value>,
 }
 
