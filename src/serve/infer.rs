@@ -9,8 +9,9 @@ use tokio::time::{Instant, timeout_at};
 use super::App;
 use super::envelope::Notes;
 use super::problem::{self, Problem};
-use crate::classify::{Input, Prediction, ScoreRule, Scored};
+use crate::classify::{ClassifyError, Input, Prediction, ScoreRule, Scored};
 use crate::registry::ServedModel;
+use crate::scores::LogitsError;
 
 /// A model, for as long as one request needs it: a swap meanwhile does not take it away.
 pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<ServedModel>, Problem> {
@@ -101,11 +102,16 @@ pub(crate) async fn predict(
     inputs: Vec<Input>,
     deadline: Instant,
 ) -> Result<Vec<Result<Prediction, Problem>>, Problem> {
+    // A tensor's values are the client's: what becomes of them in the network is not the server's failure.
+    let tensors = matches!(inputs.first(), Some(Input::Pixels(_)));
     let tickets = model.engine.submit(inputs, Some(deadline.into_std()))?;
     let mut answers = Vec::with_capacity(tickets.len());
     for ticket in tickets {
         let reply = timeout_at(deadline, ticket).await.map_err(|_| late(app))?;
-        let answer = reply.map_err(|_| lost())?.map_err(|error| Problem::from(&error));
+        let answer = reply.map_err(|_| lost())?.map_err(|error| match error {
+            ClassifyError::Logits(LogitsError::NotFinite { .. }) if tensors => overflow(),
+            error => Problem::from(&error),
+        });
         if let Ok(prediction) = &answer {
             app.telemetry.prediction(model, prediction);
         }
@@ -137,6 +143,12 @@ fn late(app: &App) -> Problem {
          the load is less"
     );
     Problem::new(StatusCode::GATEWAY_TIMEOUT, "deadline", detail).with_limit(seconds)
+}
+
+fn overflow() -> Problem {
+    let detail = "the network's answer to this tensor is not finite: its values overflow there. Expected is a picture's \
+                  pixels, normalised by the mean and std of /v1/models/NAME";
+    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "overflow", detail)
 }
 
 /// A worker went away without an answer; it cannot, short of a bug.

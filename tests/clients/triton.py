@@ -273,6 +273,17 @@ def check_inference(report, protocol, native, tensor, png, jpeg, reference):
                 value, found, label = string.decode().split(":", 2)
                 expect((int(found), label), (index, native.classes[index]), f"index and label of {string}")
                 assert abs(float(value) - scores[0, index]) < 1e-4, f"{string} does not carry {scores[0, index]}"
+    with report.check(f"{name}: nbn_top_k is classification of every output with scores"):
+        best = protocol.infer([single], ["probabilities", "logits", "set"], parameters={"nbn_top_k": 2})
+        alone = protocol.infer([single], protocol.outputs(["probabilities", "logits"], class_count=2))
+        for output in ("probabilities", "logits"):
+            expect(best.as_numpy(output).tolist(), alone.as_numpy(output).tolist(), output)
+        expect(best.as_numpy("set").shape, (1, len(native.classes)), "the set's shape")
+        with protocol.refused(INVALID):
+            protocol.infer([single], ["probabilities"], parameters={"nbn_top_k": -1})
+    with report.check(f"{name}: values that overflow in the network"):
+        with protocol.refused(BAD_IMAGE, "overflow"):
+            protocol.infer([protocol.input("images", np.full_like(tensor, 3e38))])
     with report.check(f"{name}: request id and version"):
         result = protocol.infer([single], request_id="abc-1", model_version=reference["version"])
         expect(protocol.dictionary(result.get_response())["id"], "abc-1", "the id")

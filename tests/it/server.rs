@@ -18,7 +18,9 @@ fn base64(bytes: &[u8]) -> String {
 #[test]
 fn openapi_yaml_is_the_document_that_the_code_generates() {
     let file = std::fs::read_to_string(root().join("openapi.yaml")).unwrap();
-    assert_eq!(file, nbn::serve::document(), "run: cargo run -- openapi > openapi.yaml");
+    let document = nbn::serve::document();
+    let differs = file.lines().zip(document.lines()).find(|(a, b)| a != b);
+    assert!(file == document, "run: cargo run -- openapi > openapi.yaml; the first lines that differ: {differs:?}");
     assert!(file.starts_with("openapi: 3.1"));
 }
 

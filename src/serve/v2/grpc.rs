@@ -317,7 +317,7 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     }
     let wanted = |output: m::RequestedOutput| {
         let parameters = values(output.parameters);
-        let classification = rest::classification(parameters.get("classification"))?;
+        let classification = super::best_of("classification", &parameters)?;
         Ok::<_, Problem>(Wanted { output: Output::of(&output.name)?, classification })
     };
     let mut asked = Vec::new();

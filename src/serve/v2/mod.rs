@@ -109,6 +109,16 @@ fn bad(detail: impl Into<String>) -> Problem {
     Problem::bad_request("bad_request", detail)
 }
 
+/// The parameter of that name: so many of the best classes; 0 is none.
+fn best_of(name: &str, parameters: &BTreeMap<String, Value>) -> Result<Option<usize>, Problem> {
+    let Some(value) = parameters.get(name) else { return Ok(None) };
+    match value.as_u64() {
+        Some(0) => Ok(None),
+        Some(k) => Ok(Some(usize::try_from(k).unwrap_or(usize::MAX))),
+        None => Err(bad(format!("{name} is {value}; expected a whole number from 1"))),
+    }
+}
+
 impl Call {
     /// What the parameters ask of the scorer. Unknown ones are ignored, as the protocol wants it.
     fn options(&self) -> Result<Options, Problem> {
@@ -161,6 +171,7 @@ async fn answer_with(
 ) -> Result<(Answer, Duration), Problem> {
     let deadline = call.deadline(server_deadline)?;
     let options = call.options()?;
+    let top_k = best_of("nbn_top_k", &call.parameters)?;
     let calibrated = model.scorer.calibration().is_some();
     let asked = |output| call.outputs.iter().any(|wanted| wanted.output == output);
     let every = call.outputs.is_empty();
@@ -177,7 +188,7 @@ async fn answer_with(
         rule => rule?,
     };
     let has_set = rule.set_request().is_some();
-    let outputs = match call.outputs {
+    let mut outputs = match call.outputs {
         outputs if outputs.is_empty() => Output::ALL
             .into_iter()
             .filter(|output| *output != Output::Set || has_set)
@@ -185,6 +196,9 @@ async fn answer_with(
             .collect(),
         outputs => outputs,
     };
+    for wanted in outputs.iter_mut().filter(|wanted| wanted.output != Output::Set) {
+        wanted.classification = wanted.classification.or(top_k);
+    }
     let inputs = tensors::inputs(call.inputs, model, app.limits.max_images)?;
     let count = inputs.len();
     let mut seen: Vec<(Prediction, Option<Scored>)> = Vec::with_capacity(count);

@@ -16,7 +16,7 @@ use super::tensors::{Data, RawData, RawTensor};
 use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
 use super::{
     Answer, App, Call, ErrorBody, IndexLine, ModelInfo, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad,
-    describe, find, infer as shared,
+    best_of, describe, find, infer as shared,
 };
 
 /// The binary extension: bytes of the JSON before the tensors; 0 when the body is one encoded picture.
@@ -241,19 +241,9 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
         if let Some(flag) = flag(parameters.get("binary_data")) {
             binary.by_name.insert(output.name(), flag);
         }
-        outputs.push(Wanted { output, classification: classification(parameters.get("classification"))? });
+        outputs.push(Wanted { output, classification: best_of("classification", &parameters)? });
     }
     Ok((Call { id: request.id, parameters: request.parameters, inputs, outputs }, binary))
-}
-
-/// The parameter of that name: so many classes; 0 is none.
-pub(super) fn classification(value: Option<&Value>) -> Result<Option<usize>, Problem> {
-    let Some(value) = value else { return Ok(None) };
-    match value.as_u64() {
-        Some(0) => Ok(None),
-        Some(k) => Ok(Some(usize::try_from(k).unwrap_or(usize::MAX))),
-        None => Err(bad(format!("classification is {value}; expected a whole number from 1"))),
-    }
 }
 
 fn raw(input: WireInput, rest: &mut Bytes) -> Result<RawTensor, Problem> {

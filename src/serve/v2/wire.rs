@@ -17,7 +17,8 @@ pub(crate) struct WireInfer {
     /// Echoed.
     #[serde(default)]
     pub(super) id: String,
-    /// `timeout` (µs), `nbn_alpha`, `nbn_prior`, `binary_data_output`; unknown ones are ignored.
+    /// `timeout` (µs), `nbn_top_k` (`classification` of every output that has scores), `nbn_alpha`, `nbn_prior`,
+    /// `binary_data_output`; others are ignored, `priority` among them: all wait in one queue.
     #[serde(default, deserialize_with = "of_request")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// One input: `images` or `image`.
@@ -29,7 +30,7 @@ pub(crate) struct WireInfer {
 }
 
 /// The parameters that mean something here, of a request and of a tensor; the protocol has others ignored.
-const OF_REQUEST: [&str; 4] = ["timeout", "nbn_alpha", "nbn_prior", "binary_data_output"];
+const OF_REQUEST: [&str; 5] = ["timeout", "nbn_top_k", "nbn_alpha", "nbn_prior", "binary_data_output"];
 const OF_TENSOR: [&str; 3] = ["binary_data", "binary_data_size", "classification"];
 
 fn of_request<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
