@@ -102,6 +102,26 @@ async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancella
 }
 
 #[tokio::test]
+async fn what_other_models_take_of_the_processors_counts_in_when_an_answer_can_come() {
+    let budget = Arc::new(Budget::new(1));
+    let runner = Marking { random: fastrand::Rng::with_seed(1) };
+    let classifier = Classifier::new(Arc::new(shipped().manifest), DecodeLimits::default(), Box::new(runner));
+    let engine = Engine::start(vec![classifier], 64, budget.clone()).unwrap();
+    let another_model = budget.take();
+    let ticket = engine.submit(vec![marked(1.0)], None).unwrap().remove(0);
+    std::thread::sleep(Duration::from_millis(300));
+    drop(another_model);
+    assert!(ticket.await.unwrap().is_ok());
+    // One picture took 300 ms, if little of that was its own: eight take longer than two seconds.
+    let _another_model = budget.take();
+    let waiting = engine.submit((0..8).map(|n| marked(n as f32)).collect(), None).unwrap();
+    let deadline = Some(Instant::now() + Duration::from_secs(2));
+    let refused = engine.submit(vec![marked(9.0)], deadline).err();
+    assert!(matches!(refused, Some(Refused::TooSlow { .. })), "{refused:?}");
+    drop(waiting);
+}
+
+#[tokio::test]
 async fn a_killed_client_ends_its_batch_and_frees_its_place() {
     let (entered, inside) = mpsc::channel();
     let server = Server::with_runner(Endless { entered }, 4, nbn::serve::RequestLimits::default()).await;
