@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use half::{bf16, f16};
-use pytorch_reader::{DType, PytorchError, PytorchReader};
+use pytorch_reader::{DType, PickleValue, PytorchError, PytorchReader};
 use safetensors::{Dtype, SafeTensors};
 
 use super::FoldError;
@@ -103,7 +103,7 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
     }
     let reader = match opened {
         Some(reader) => reader,
-        None => PytorchReader::new(path).map_err(refuse)?,
+        None => PytorchReader::new(path).map_err(|error| no_dictionary(path).unwrap_or_else(|| refuse(error)))?,
     };
     if reader.is_empty() {
         return Err(FoldError::NotACheckpoint { path: path.to_owned(), reason: "it holds no tensors".into() });
@@ -127,13 +127,24 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
     Ok(checkpoint)
 }
 
+/// What an intact file holds at its root when that is no dictionary: often the whole network, pickled.
+fn no_dictionary(path: &Path) -> Option<FoldError> {
+    let found = match PytorchReader::read_pickle_data(path, None).ok()? {
+        PickleValue::Dict(_) => return None,
+        PickleValue::List(_) => "a list".to_owned(),
+        PickleValue::Unsupported(class) => format!("one {class}"),
+        _ => "one value".to_owned(),
+    };
+    let reason = format!("it holds {found} and no dictionary of tensors: save the network's `state_dict()`");
+    Some(FoldError::NotACheckpoint { path: path.to_owned(), reason })
+}
+
 fn read(tensor: &pytorch_reader::Tensor, path: &Path) -> Result<Vec<u8>, FoldError> {
     tensor.read().map_err(|error| FoldError::Damaged { path: path.to_owned(), reason: error.to_string() })
 }
 
 /// `epoch`, `arch` and the like; a checkpoint without them is no less a checkpoint.
 fn pytorch_metadata(path: &Path) -> BTreeMap<String, String> {
-    use pytorch_reader::PickleValue;
     let Ok(PickleValue::Dict(entries)) = PytorchReader::read_pickle_data(path, None) else {
         return BTreeMap::new();
     };

@@ -234,6 +234,8 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
     fs::write(path("pointer.pth"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n").unwrap();
     let archive = fs::read(data("checkpoints/cifar_b.pth.tar")).unwrap();
     fs::write(path("cut.pth"), &archive[..archive.len() / 2]).unwrap();
+    // A pickle of an empty list.
+    fs::write(path("list.pth"), b"\x80\x02].").unwrap();
     let good = data("checkpoints/cifar_a.safetensors");
     let bytes = fs::read(&good).unwrap();
     fs::write(path("cut.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
@@ -250,6 +252,7 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
         (path("page.pth"), "web page"),
         (path("pointer.pth"), "git lfs pull"),
         (path("cut.pth"), "damaged or cut off"),
+        (path("list.pth"), "it holds a list and no dictionary"),
         (path("cut.safetensors"), "damaged or cut off"),
         (path("nan.safetensors"), "NaN"),
         (path("absent.pt"), "absent.pt"),
