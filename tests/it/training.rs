@@ -536,6 +536,16 @@ fn what_cannot_be_trained_on_is_named() {
     refused(train(&set, &out, &["--batch", "1"]), &["--batch is 1", "at least 2"]);
     refused(train(&set, &out, &["--schedule", "step"]), &["--schedule is step", "--milestones"]);
     refused(train(&set, &out, &["--milestones", "3,5"]), &["--milestones is 3,5", "--schedule step"]);
+    for (idle, needs) in [
+        (["--tau", "1.5"], "--loss logit-adjustment"),
+        (["--ldam-margin", "0.4"], "--loss ldam"),
+        (["--decay-factor", "0.2"], "--schedule step"),
+    ] {
+        refused(train(&set, &out, &idle), &[idle[0], needs, "leave it out"]);
+    }
+    let plain = ["--norm", "bn", "--magnitude-start", "2"];
+    refused(train(&set, &out, &plain), &["--magnitude-start", "--norm nbn"]);
+    refused(train(&set, &out, &["--arch", "resnet18", "--shortcut", "b"]), &["--shortcut", "CIFAR"]);
     refused(train(&set, &out, &["--augment", "flip,spin"]), &["spin", "trivial-augment"]);
     refused(train(&set, &out, &["--nbn-layers", "layer9.0.bn2"]), &["layer9.0.bn2"]);
     refused(train(&set, &folder.path().join("run.pth"), &short), &["run.pth", ".safetensors"]);

@@ -98,37 +98,38 @@ mod with {
         /// Normalised layers: last-stage-outputs, last-stage-all, all, or names with commas
         #[arg(long, value_name = "LAYERS", help_heading = "Network")]
         nbn_layers: Option<NbnLayers>,
-        /// Layers that share a magnitude: those of an expert, a stage, or none (layer)
-        #[arg(long, value_name = "OF", default_value = "expert", help_heading = "Network")]
-        magnitude: Magnitude,
-        /// Where the magnitude starts
-        #[arg(long, value_name = "ALPHA", default_value_t = 1.0, help_heading = "Network")]
-        magnitude_start: f32,
-        /// Whether the magnitude learns
-        #[arg(long, value_name = "MODE", default_value = "learned", help_heading = "Network")]
-        magnitude_mode: MagnitudeMode,
-        /// How the bias of a normalised layer starts
-        #[arg(long, value_name = "START", default_value = "normal", help_heading = "Network")]
-        bias_start: BiasStart,
+        /// Layers that share a magnitude: those of an expert (the default), a stage, or none (layer)
+        #[arg(long, value_name = "OF", help_heading = "Network")]
+        magnitude: Option<Magnitude>,
+        /// Where the magnitude starts; 1 when absent
+        #[arg(long, value_name = "ALPHA", help_heading = "Network")]
+        magnitude_start: Option<f32>,
+        /// Whether the magnitude learns; it does when absent
+        #[arg(long, value_name = "MODE", help_heading = "Network")]
+        magnitude_mode: Option<MagnitudeMode>,
+        /// How the bias of a normalised layer starts; normal when absent
+        #[arg(long, value_name = "START", help_heading = "Network")]
+        bias_start: Option<BiasStart>,
         /// The classifier
         #[arg(long, default_value = "lr-plain", help_heading = "Network")]
         head: Head,
-        /// The shortcut of CIFAR blocks
-        #[arg(long, default_value = "a", help_heading = "Network")]
-        shortcut: Shortcut,
+        /// The shortcut of CIFAR blocks; a when absent
+        #[arg(long, help_heading = "Network")]
+        shortcut: Option<Shortcut>,
 
         /// The loss
         #[arg(long, default_value = "cross-entropy", help_heading = "Loss")]
         loss: Loss,
-        /// τ of logit adjustment
-        #[arg(long, default_value_t = 1.0, help_heading = "Loss")]
-        tau: f32,
-        /// Margin of LDAM for the rarest class
-        #[arg(long, value_name = "M", default_value_t = 0.5, help_heading = "Loss")]
-        ldam_margin: f32,
-        /// Scale of LDAM's logits; its authors use 30 over a cosine classifier, which these networks have not
-        #[arg(long, value_name = "S", default_value_t = 1.0, help_heading = "Loss")]
-        ldam_scale: f32,
+        /// τ of logit adjustment; 1 when absent
+        #[arg(long, help_heading = "Loss")]
+        tau: Option<f32>,
+        /// Margin of LDAM for the rarest class; 0.5 when absent
+        #[arg(long, value_name = "M", help_heading = "Loss")]
+        ldam_margin: Option<f32>,
+        /// Scale of LDAM's logits, 1 when absent; its authors use 30 over a cosine classifier, which these networks have
+        /// not
+        #[arg(long, value_name = "S", help_heading = "Loss")]
+        ldam_scale: Option<f32>,
         /// Share of the target spread over all classes
         #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Loss")]
         label_smoothing: f32,
@@ -154,9 +155,9 @@ mod with {
         /// Epochs at which --schedule step falls, with commas
         #[arg(long, value_delimiter = ',', help_heading = "Optimisation")]
         milestones: Vec<usize>,
-        /// Factor of each fall
-        #[arg(long, value_name = "FACTOR", default_value_t = 0.1, help_heading = "Optimisation")]
-        decay_factor: f64,
+        /// Factor of each fall; 0.1 when absent
+        #[arg(long, value_name = "FACTOR", help_heading = "Optimisation")]
+        decay_factor: Option<f64>,
         /// Momentum
         #[arg(long, default_value_t = 0.9, help_heading = "Optimisation")]
         momentum: f64,
@@ -289,7 +290,30 @@ mod with {
         Ok(Device::flex())
     }
 
+    /// Refuses flags that would change nothing: whoever gives them expects something.
+    fn refuse_idle(args: &Train) -> anyhow::Result<()> {
+        let nbn = args.norm == Norm::Nbn;
+        let of = |loss| args.loss == loss;
+        let flags = [
+            ("--nbn-layers", args.nbn_layers.is_some(), nbn, "--norm nbn"),
+            ("--magnitude", args.magnitude.is_some(), nbn, "--norm nbn"),
+            ("--magnitude-start", args.magnitude_start.is_some(), nbn, "--norm nbn"),
+            ("--magnitude-mode", args.magnitude_mode.is_some(), nbn, "--norm nbn"),
+            ("--bias-start", args.bias_start.is_some(), nbn, "--norm nbn"),
+            ("--shortcut", args.shortcut.is_some(), args.arch.is_cifar(), "a CIFAR network (--arch)"),
+            ("--tau", args.tau.is_some(), of(Loss::LogitAdjustment), "--loss logit-adjustment"),
+            ("--ldam-margin", args.ldam_margin.is_some(), of(Loss::Ldam), "--loss ldam"),
+            ("--ldam-scale", args.ldam_scale.is_some(), of(Loss::Ldam), "--loss ldam"),
+            ("--decay-factor", args.decay_factor.is_some(), args.schedule == Schedule::Step, "--schedule step"),
+        ];
+        match flags.into_iter().find(|(_, given, used, _)| *given && !used) {
+            Some((flag, .., needs)) => bail!("{flag} has an effect only with {needs}: give that, or leave it out"),
+            None => Ok(()),
+        }
+    }
+
     fn recipe(args: &Train) -> anyhow::Result<Recipe> {
+        refuse_idle(args)?;
         let cifar = args.arch.is_cifar();
         let multi = matches!(args.arch, Arch::ImageNet { experts, .. } if experts > 1);
         let augment = match args.augment.as_deref() {
@@ -308,16 +332,16 @@ mod with {
             arch: args.arch.clone(),
             norm: args.norm,
             nbn_layers: args.nbn_layers.clone().unwrap_or(layers),
-            magnitude: args.magnitude,
-            magnitude_start: args.magnitude_start,
-            magnitude_mode: args.magnitude_mode,
-            bias_start: args.bias_start,
+            magnitude: args.magnitude.unwrap_or(Magnitude::Expert),
+            magnitude_start: args.magnitude_start.unwrap_or(1.0),
+            magnitude_mode: args.magnitude_mode.unwrap_or(MagnitudeMode::Learned),
+            bias_start: args.bias_start.unwrap_or(BiasStart::Normal),
             head: args.head,
-            shortcut: args.shortcut,
+            shortcut: args.shortcut.unwrap_or(Shortcut::A),
             loss: args.loss,
-            tau: args.tau,
-            ldam_margin: args.ldam_margin,
-            ldam_scale: args.ldam_scale,
+            tau: args.tau.unwrap_or(1.0),
+            ldam_margin: args.ldam_margin.unwrap_or(0.5),
+            ldam_scale: args.ldam_scale.unwrap_or(1.0),
             label_smoothing: args.label_smoothing,
             reweight_from: args.reweight_from.or((args.loss == Loss::Ldam).then_some(deferred)),
             epochs: args.epochs,
@@ -326,7 +350,7 @@ mod with {
             schedule: args.schedule,
             warm_up: args.warm_up,
             milestones: args.milestones.clone(),
-            decay_factor: args.decay_factor,
+            decay_factor: args.decay_factor.unwrap_or(0.1),
             momentum: args.momentum,
             nesterov: args.nesterov,
             weight_decay: args.weight_decay,
