@@ -3,8 +3,8 @@
 //!     NBN_BENCH_PHOTOS=photos cargo bench --bench batch
 //!     NBN_BENCH_MODEL=models/mine/1 NBN_BENCH_IMAGES=2000 NBN_BENCH_PYTHON=python3 … cargo bench --bench batch
 //!
-//! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, three times; medians are compared. The
-//! loop has one session a processor, warm before the clock starts, and runs on a ready tensor. NBN_BENCH_PYTHON needs
+//! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, NBN_BENCH_ROUNDS times (default 3); what is
+//! compared is the median of the rounds' ratios. The loop has one session a processor, warm before the clock starts, and runs on a ready tensor. NBN_BENCH_PYTHON needs
 //! onnxruntime, pillow and numpy. The network's share of the workers' time is told, too: it needs no second run, so that a
 //! machine whose speed changes does not blur it.
 #![allow(missing_docs)]
@@ -22,8 +22,6 @@ use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
 use nbn::runtime::{Library, NetworkCache, SessionOptions, Stop};
 
-const ROUNDS: usize = 3;
-
 fn main() -> anyhow::Result<()> {
     // `cargo test` runs benches without this flag; there is nothing to measure then.
     if !std::env::args().any(|a| a == "--bench") {
@@ -33,6 +31,7 @@ fn main() -> anyhow::Result<()> {
     let model = std::fs::canonicalize(set("NBN_BENCH_MODEL").unwrap_or("models/cifar10-lt/1".into()))?;
     let photos = PathBuf::from(set("NBN_BENCH_PHOTOS").context("NBN_BENCH_PHOTOS must name a folder of photos")?);
     let images: usize = set("NBN_BENCH_IMAGES").map_or(Ok(500), |text| text.parse())?;
+    let rounds: usize = set("NBN_BENCH_ROUNDS").map_or(Ok(3), |text| text.parse())?;
     let mut files: Vec<PathBuf> = std::fs::read_dir(&photos)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
     files.retain(|path| path.extension().is_some_and(|e| e == "jpg" || e == "jpeg"));
     files.sort();
@@ -66,7 +65,7 @@ fn main() -> anyhow::Result<()> {
     let mut seconds = [const { Vec::new() }; 3];
     // What the network has of the workers' time from the first picture to the last.
     let mut shares = Vec::new();
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds.max(1) {
         seconds[0].push(bare(&bundle, library, &cache, images)?);
         seconds[1].push(score()?);
         let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&summary)?)?;
@@ -79,20 +78,20 @@ fn main() -> anyhow::Result<()> {
         let last: Vec<String> = seconds.iter().filter_map(|s| Some(format!("{:.2} s", s.last()?))).collect();
         println!("  {}", last.join("   "));
     }
-    let rates = seconds.map(|mut s| {
-        s.sort_by(f64::total_cmp);
-        s.get(s.len() / 2).map(|s| images as f64 / s)
-    });
-    println!("{} × {images} photos, median of {ROUNDS}, start included", bundle.manifest.arch);
+    println!("{} × {images} photos, median of {rounds}, start included", bundle.manifest.arch);
     let names = ["loop on a ready tensor", "nbn score", "Python, a process per core"];
-    for (name, rate) in names.iter().zip(rates) {
-        if let (Some(rate), Some(bare)) = (rate, rates[0]) {
-            println!("{name:<28} {rate:8.1} images/s   {:.3} of the loop", rate / bare);
-        }
+    for (name, own) in names.iter().zip(&seconds).filter(|(_, own)| !own.is_empty()) {
+        let ratios = seconds[0].iter().zip(own).map(|(bare, own)| bare / own).collect();
+        let rate = images as f64 / median(own.clone());
+        println!("{name:<28} {rate:8.1} images/s   {:.3} of the loop", median(ratios));
     }
-    shares.sort_by(f64::total_cmp);
-    println!("of nbn score's workers' time the network has {:.3}, start not counted", shares[shares.len() / 2]);
+    println!("of nbn score's workers' time the network has {:.3}, start not counted", median(shares));
     Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Seconds that the program takes from its start to its end.

@@ -2,11 +2,11 @@
 //!
 //!     cargo bench --bench serving                                   # the shipped bundle
 //!     NBN_BENCH_MODEL=models/mine/1 cargo bench --bench serving     # yours
-//!     NBN_BENCH_IMAGE=photo.jpg NBN_BENCH_CONNECTIONS=64 NBN_BENCH_SECONDS=8 cargo bench --bench serving
+//!     NBN_BENCH_IMAGE=photo.jpg NBN_BENCH_CONNECTIONS=64 NBN_BENCH_SECONDS=8 NBN_BENCH_ROUNDS=5 cargo bench --bench serving
 //!
-//! One session a worker, one thread a session, a worker a processor, in turn, five times; medians are compared. The server
-//! is a process of its own; its client shares the machine, so the client's time counts against it. Processor time per image
-//! tells the two apart.
+//! One session a worker, one thread a session, a worker a processor, in turn, five times. What is compared is the median of
+//! the rounds' ratios: machines change their speed from one minute to the next. The server is a process of its own; its
+//! client shares the machine, so the client's time counts against it. Processor time per image tells the two apart.
 #![allow(missing_docs)]
 
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
@@ -25,7 +25,8 @@ use nbn::runtime::{Library, NetworkCache, SessionOptions, Stop};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-const ROUNDS: usize = 5;
+/// Starts that are timed.
+const STARTS: usize = 5;
 
 fn main() -> anyhow::Result<()> {
     // `cargo test` runs benches without this flag; there is nothing to measure then.
@@ -38,6 +39,7 @@ fn main() -> anyhow::Result<()> {
     let folder = std::fs::canonicalize(&folder).with_context(|| folder.display().to_string())?;
     let round = Duration::from_secs(number("NBN_BENCH_SECONDS", 8));
     let connections = number("NBN_BENCH_CONNECTIONS", 16) as usize;
+    let rounds = number("NBN_BENCH_ROUNDS", 5).max(1);
     let library = Library::load(None)?;
     let workers = thread::available_parallelism()?.get();
     let bundle = Bundle::load(&folder)?;
@@ -48,7 +50,7 @@ fn main() -> anyhow::Result<()> {
     let blank = Preprocessor::new(bundle.manifest.preprocessing.clone(), DecodeLimits::default()).blank();
     let tensor: Vec<u8> = blank.values().iter().flat_map(|v| v.to_le_bytes()).collect();
     println!(
-        "{}, {workers} workers × 1 thread, {connections} connections, image of {} bytes, {ROUNDS} rounds of {round:?}",
+        "{}, {workers} workers × 1 thread, {connections} connections, image of {} bytes, {rounds} rounds of {round:?}",
         bundle.manifest.arch,
         image.len()
     );
@@ -77,7 +79,7 @@ fn main() -> anyhow::Result<()> {
     let mut rates = [const { Vec::new() }; 4];
     // Milliseconds an image of the loop, the server and its client.
     let mut processor = [const { Vec::new() }; 3];
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         rates[0].push(loops(tensor.clone())?);
         let before = processor_seconds("self")?;
         rates[1].push(loops(encoded.clone())?);
@@ -96,11 +98,12 @@ fn main() -> anyhow::Result<()> {
             names.iter().zip(&rates).map(|(name, r)| format!("{name} {:.1}/s", r[r.len() - 1])).collect();
         println!("  {}", line.join("   "));
     }
+    let [bare, own, images, tensors] = &rates;
+    println!("server with images ÷ bare loop on tensors    {}", ratio(images, bare));
+    println!("server with images ÷ decode and infer loop   {}", ratio(images, own));
+    println!("server with tensors ÷ bare loop on tensors   {}", ratio(tensors, bare));
     let [bare, own, images, tensors] = rates.map(median);
-    println!("median: {bare:.1}, {own:.1}, {images:.1}, {tensors:.1} images/s");
-    println!("server with images ÷ bare loop on tensors    {:.3}", images / bare);
-    println!("server with images ÷ decode and infer loop   {:.3}", images / own);
-    println!("server with tensors ÷ bare loop on tensors   {:.3}", tensors / bare);
+    println!("medians: {bare:.1}, {own:.1}, {images:.1}, {tensors:.1} images/s");
     let [own, server, client] = processor.map(median);
     println!(
         "processor time per image, ms: loop {own:.3}, server {server:.3} ({:.3} of it the loop's), its client {client:.3}",
@@ -112,7 +115,7 @@ fn main() -> anyhow::Result<()> {
     drop(server);
 
     let mut starts = Vec::new();
-    for _ in 0..ROUNDS {
+    for _ in 0..STARTS {
         starts.push(Server::start(&folder, &cache, workers)?.1.as_secs_f64() * 1e3);
     }
     println!("start to ready with a warm cache: median {:.0} ms", median(starts));
@@ -127,6 +130,13 @@ fn main() -> anyhow::Result<()> {
         (many - few) / 4.0
     );
     Ok(())
+}
+
+/// The median of the rounds' ratios, and the least and the greatest.
+fn ratio(of: &[f64], to: &[f64]) -> String {
+    let all: Vec<f64> = of.iter().zip(to).map(|(a, b)| a / b).collect();
+    let [least, most] = [f64::min, f64::max].map(|best| all.iter().copied().fold(all[0], best));
+    format!("{:.3} ({least:.3} to {most:.3})", median(all))
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
