@@ -83,24 +83,27 @@ class Abuse:
             seen["worst"] = max(seen["worst"], time.monotonic() - began)
         seen["peak"] = max(seen["peak"], rss_mib(self.args.pid) or 0)
 
-    async def probe_on(self, seen):
-        while True:
+    async def probe_on(self, seen, enough):
+        # Asked to end, not cancelled: in Python 3.11, wait_for can lose a cancellation.
+        while not enough.is_set():
             await self.probe(seen)
-            await asyncio.sleep(0.25)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(enough.wait(), 0.25)
 
     async def case(self, name, work):
         """Runs a case with normal requests beside it, and prints its line."""
         before = rss_mib(self.args.pid)
         seen = {"probes": 0, "worst": 0.0, "wrong": [], "peak": before or 0}
-        probing = asyncio.create_task(self.probe_on(seen))
+        enough = asyncio.Event()
+        probing = asyncio.create_task(self.probe_on(seen, enough))
         began = time.monotonic()
         try:
             figures, error = await work, None
         except Exception as raised:
             figures, error = "", f"{type(raised).__name__}: {raised}"
         seconds = time.monotonic() - began
-        probing.cancel()
-        await asyncio.gather(probing, return_exceptions=True)
+        enough.set()
+        await probing
         await self.probe(seen)
         if seen["wrong"]:
             error = f"{error or ''} {len(seen['wrong'])} of {seen['probes']} normal requests failed: {seen['wrong'][0]}"

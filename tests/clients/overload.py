@@ -12,6 +12,7 @@ Retry-After, when a connection breaks, or when /livez fails.
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import resource
 import sys
@@ -190,9 +191,10 @@ class Load:
             self.waiting = 0
         return tally
 
-    async def watch(self, seen):
+    async def watch(self, seen, enough):
         """Asks /livez every 200 ms over a connection of its own each time, and reads the server's memory."""
-        while True:
+        # Asked to end, not cancelled: in Python 3.11, wait_for can lose a cancellation.
+        while not enough.is_set():
             began = time.monotonic()
             try:
                 connection = await self.connect()
@@ -205,16 +207,18 @@ class Load:
             seen["livez_max_ms"] = max(seen["livez_max_ms"], round((time.monotonic() - began) * 1000, 1))
             if self.args.pid:
                 seen["rss"].append(rss_mib(self.args.pid))
-            await asyncio.sleep(0.2)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(enough.wait(), 0.2)
 
     async def phase(self, name, work, **known):
         """Runs one phase and prints its figures."""
         seen = {"livez_max_ms": 0.0, "livez_failed": None, "rss": []}
-        watching = asyncio.create_task(self.watch(seen))
+        enough = asyncio.Event()
+        watching = asyncio.create_task(self.watch(seen, enough))
         cpu, self.unsent = time.process_time(), 0
         tally = await work
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        enough.set()
+        await watching
         figures = {"phase": name, **known, **tally.figures()}
         figures |= {"livez_max_ms": seen["livez_max_ms"], "unsent": self.unsent}
         figures["client_cpu_s"] = round(time.process_time() - cpu, 1)
