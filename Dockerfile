@@ -57,6 +57,8 @@ COPY models /models
 COPY --from=sbom /src/sbom.cdx.json /usr/share/doc/nbn/sbom.cdx.json
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
 RUN install -d -m 1777 /cache
+# So that `docker exec NAME nbn …` finds it.
+ENV PATH="/opt/nbn:$PATH"
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
 LABEL org.opencontainers.image.title="nbn" \
       org.opencontainers.image.description="Serves image classifiers trained on long-tailed data, with calibrated scores" \
