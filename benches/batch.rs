@@ -3,10 +3,10 @@
 //!     NBN_BENCH_PHOTOS=photos cargo bench --bench batch
 //!     NBN_BENCH_MODEL=models/mine/1 NBN_BENCH_IMAGES=2000 NBN_BENCH_PYTHON=python3 … cargo bench --bench batch
 //!
-//! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, NBN_BENCH_ROUNDS times (default 3); what is
-//! compared is the median of the rounds' ratios. The loop has one session a processor, warm before the clock starts, and runs on a ready tensor. NBN_BENCH_PYTHON needs
-//! onnxruntime, pillow and numpy. The network's share of the workers' time is told, too: it needs no second run, so that a
-//! machine whose speed changes does not blur it.
+//! The photos are repeated up to NBN_BENCH_IMAGES (default 500). They take turns, NBN_BENCH_ROUNDS times (default 3); what
+//! is compared is the median of the rounds' ratios. The loop has one session a processor, warm before the clock starts,
+//! and runs on a ready tensor. NBN_BENCH_PYTHON needs onnxruntime, pillow and numpy. The network's share of the workers'
+//! time is told, too: it needs no second run, so that a machine whose speed changes does not blur it.
 #![allow(missing_docs)]
 
 use std::fmt::Write as _;

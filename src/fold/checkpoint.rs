@@ -127,7 +127,7 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
     Ok(checkpoint)
 }
 
-/// What an intact file holds at its root when that is no dictionary: often the whole network, pickled.
+/// What an intact file holds at its root when that is no dictionary.
 fn no_dictionary(path: &Path) -> Option<FoldError> {
     let found = match PytorchReader::read_pickle_data(path, None).ok()? {
         PickleValue::Dict(_) => return None,
