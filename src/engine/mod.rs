@@ -11,7 +11,7 @@ mod ticket;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -70,8 +70,9 @@ struct Job {
 struct State {
     queue: VecDeque<Job>,
     running: usize,
-    /// Workers that wait for work. Without one, a new picture needs no call to the system: they look before they wait.
-    idle: usize,
+    /// Workers that wait for work, the last to begin at the end. Without one, a new picture needs no call to the system:
+    /// they look before they wait.
+    idle: Vec<Thread>,
     /// Submitters that wait until the queue has room.
     waiting_for_room: usize,
     closed: bool,
@@ -82,7 +83,6 @@ struct State {
 
 struct Shared {
     state: Mutex<State>,
-    work: Condvar,
     room: Condvar,
     capacity: usize,
     workers: usize,
@@ -105,7 +105,7 @@ impl Engine {
         let state = State {
             queue: VecDeque::new(),
             running: 0,
-            idle: 0,
+            idle: Vec::new(),
             waiting_for_room: 0,
             closed: false,
             seconds_per_image: 0.0,
@@ -113,7 +113,6 @@ impl Engine {
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            work: Condvar::new(),
             room: Condvar::new(),
             capacity: capacity.max(1),
             workers: classifiers.len(),
@@ -208,8 +207,14 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
-        self.shared.work.notify_all();
+        let idle = {
+            let mut state = self.shared.lock();
+            state.closed = true;
+            std::mem::take(&mut state.idle)
+        };
+        for worker in idle {
+            worker.unpark();
+        }
         self.shared.room.notify_all();
         for thread in self.threads.drain(..) {
             // A worker catches its panics; there is nothing to report here.
@@ -237,12 +242,14 @@ impl Shared {
         Ticket::new(receiver, caller)
     }
 
-    /// Wakes an idle worker for each new picture, after giving back the lock, which the woken take first.
-    fn announce(&self, state: MutexGuard<'_, State>, pictures: usize) {
-        let wanted = pictures.min(state.idle);
+    /// Wakes an idle worker for each new picture, after giving back the lock, which the woken take first. Those that were
+    /// busy last: their networks are still in the caches, and at low load the other processors keep the server's code.
+    fn announce(&self, mut state: MutexGuard<'_, State>, pictures: usize) {
+        let others = state.idle.len().saturating_sub(pictures);
+        let woken = state.idle.split_off(others);
         drop(state);
-        for _ in 0..wanted {
-            self.work.notify_one();
+        for worker in woken {
+            worker.unpark();
         }
     }
 
@@ -282,9 +289,13 @@ impl Shared {
             if state.closed {
                 return false;
             }
-            state.idle += 1;
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-            state.idle -= 1;
+            let me = thread::current();
+            state.idle.push(me.clone());
+            drop(state);
+            thread::park();
+            state = self.lock();
+            // Still there when nobody woke it.
+            state.idle.retain(|worker| worker.id() != me.id());
         }
         true
     }
