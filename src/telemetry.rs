@@ -2,19 +2,39 @@
 
 use std::io::IsTerminal;
 
-use tracing::Subscriber;
+use tracing::{Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
 
-/// Starts logging at `level` for this crate; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
-pub fn init(level: &str) {
-    tracing_subscriber::registry().with(filter(level)).with(lines()).init();
+/// Overrules the level: `debug`, or levels of modules such as `nbn=debug,ort=warn`.
+const RUST_LOG: &str = "RUST_LOG";
+
+/// Starts logging at `level`; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
+pub fn init(level: Level) {
+    let (filter, refused) = filter(level);
+    tracing_subscriber::registry().with(filter).with(lines()).init();
+    warn_of(refused);
 }
 
-fn filter(level: &str) -> EnvFilter {
-    EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},ort=warn")))
+/// What is logged, and what `RUST_LOG` said instead where it was not understood.
+fn filter(level: Level) -> (Targets, Option<String>) {
+    let default = Targets::new().with_default(level).with_target("ort", LevelFilter::WARN);
+    match std::env::var_os(RUST_LOG).map(|text| text.to_string_lossy().into_owned()) {
+        Some(text) if !text.is_empty() => text.parse().map_or((default, Some(text)), |targets| (targets, None)),
+        _ => (default, None),
+    }
+}
+
+fn warn_of(refused: Option<String>) {
+    if let Some(text) = refused {
+        tracing::warn!(
+            "{RUST_LOG}={text:?} is not understood and changes nothing: expected a level (error, warn, info, \
+                        debug, trace, off) or levels of modules such as nbn=debug,ort=warn"
+        );
+    }
 }
 
 /// What writes the log's lines.
@@ -46,7 +66,7 @@ impl Traces {
 /// # Errors
 /// When `otlp` is no address of a collector.
 #[cfg(feature = "serve")]
-pub fn init_traced(level: &str, otlp: Option<&str>) -> Result<Option<Traces>, String> {
+pub fn init_traced(level: Level, otlp: Option<&str>) -> Result<Option<Traces>, String> {
     use opentelemetry::trace::TracerProvider;
     use opentelemetry_otlp::WithExportConfig;
     let Some(endpoint) = otlp else {
@@ -67,6 +87,8 @@ pub fn init_traced(level: &str, otlp: Option<&str>) -> Result<Option<Traces>, St
         .with_resource(resource)
         .build();
     let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn"));
-    tracing_subscriber::registry().with(filter(level)).with(spans).with(lines()).init();
+    let (filter, refused) = filter(level);
+    tracing_subscriber::registry().with(filter).with(spans).with(lines()).init();
+    warn_of(refused);
     Ok(Some(Traces(provider)))
 }

@@ -139,7 +139,8 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     // With --otlp the exported span's own ids, else a fresh one.
     let own = span.context();
     let own = own.span().span_context().clone();
-    let span_id = if own.is_valid() {
+    let exported = own.is_valid();
+    let span_id = if exported {
         trace = own.trace_id().to_string();
         own.span_id().to_string()
     } else {
@@ -157,7 +158,10 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     } else {
         response
     };
-    span.record("http.response.status_code", response.status().as_u16());
+    if exported {
+        // The log's lines would have all of the span's fields written anew, and have the code already.
+        span.record("http.response.status_code", response.status().as_u16());
+    }
     let took = began.elapsed();
     let code = code(&response, protocol);
     app.telemetry.request(protocol.name(), &notes.with(|n| n.model.clone()), code, took);

@@ -174,3 +174,16 @@ fn fold_replaces_nothing_but_bundles_and_compares_no_bundle_with_itself() {
         assert!(text(&out.stderr).contains("--against needs the images themselves"), "{}", text(&out.stderr));
     }
 }
+
+#[test]
+fn a_log_filter_that_is_not_understood_is_told() {
+    let run = |filter: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nbn"));
+        command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "-"]).env("RUST_LOG", filter);
+        text(&command.stdin(Stdio::null()).output().unwrap().stderr)
+    };
+    let told = run("nbn=loud");
+    assert!(told.contains("nbn=loud") && told.contains("debug"), "{told}");
+    assert!(!run("nbn=debug,ort=warn").contains("RUST_LOG"));
+    assert!(!run("").contains("RUST_LOG"));
+}

@@ -44,7 +44,7 @@ enum Command {
 fn main() -> ExitCode {
     disable_telemetry();
     let cli = Cli::parse();
-    nbn::telemetry::init("warn");
+    nbn::telemetry::init(tracing::Level::WARN);
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

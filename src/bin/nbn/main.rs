@@ -105,7 +105,7 @@ fn main() -> ExitCode {
             };
         }
         Command::Score(args) => {
-            nbn::telemetry::init("warn");
+            nbn::telemetry::init(tracing::Level::WARN);
             score::score(*args)
         }
         Command::Health(args) => health::health(&args),

@@ -138,7 +138,7 @@ pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
 
 async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
     configuration::check(&args).context(Unusable)?;
-    let traces = nbn::telemetry::init_traced("info", args.otlp.as_deref());
+    let traces = nbn::telemetry::init_traced(tracing::Level::INFO, args.otlp.as_deref());
     let traces = traces.map_err(|e| anyhow!("--otlp: {e}")).context(Unusable)?;
     let result = serve(args).await;
     if let Some(traces) = traces {
