@@ -1,6 +1,7 @@
 //! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
 
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -61,6 +62,35 @@ struct OutcomeLabels {
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
+/// Metrics of one model that every image moves, found by its name alone.
+struct OfModel {
+    /// In the order of [`STAGES`].
+    stages: [Histogram; STAGES.len()],
+    batch: Histogram,
+    /// In the order of [`GROUPS`], from the first image of each.
+    groups: [OnceLock<OfGroup>; GROUPS.len()],
+}
+
+struct OfGroup {
+    labels: GroupLabels,
+    predictions: Counter,
+    score: Histogram,
+}
+
+/// Where the time of an image goes.
+#[derive(Clone, Copy)]
+pub(crate) enum Stage {
+    Queue,
+    Decode,
+    Preprocess,
+    Infer,
+    Calibrate,
+    Encode,
+}
+
+const STAGES: [&str; 6] = ["queue", "decode", "preprocess", "infer", "calibrate", "encode"];
+const GROUPS: [&str; 4] = ["many", "medium", "few", "unknown"];
+
 /// Every metric of the server.
 pub(crate) struct Telemetry {
     all: Metrics,
@@ -69,6 +99,7 @@ pub(crate) struct Telemetry {
     requests: Histograms<RequestLabels>,
     stages: Histograms<StageLabels>,
     batches: Histograms<ModelLabels>,
+    models: RwLock<HashMap<String, Arc<OfModel>>>,
     scores: Histograms<GroupLabels>,
     set_sizes: Histograms<GroupLabels>,
     rejected: Family<ReasonLabels, Counter>,
@@ -109,6 +140,7 @@ impl Telemetry {
             requests: Family::new_with_constructor(seconds),
             stages: Family::new_with_constructor(seconds),
             batches: Family::new_with_constructor(sizes),
+            models: RwLock::default(),
             scores: Family::new_with_constructor(shares),
             set_sizes: Family::new_with_constructor(classes),
             rejected: Family::default(),
@@ -168,41 +200,64 @@ impl Telemetry {
         self.rejected(reason);
     }
 
-    pub(crate) fn stage(&self, model: &str, stage: &'static str, took: Duration) {
-        self.stages.get_or_create(&StageLabels { model: model.to_owned(), stage }).observe(took.as_secs_f64());
+    /// An image's or a request's time in a stage.
+    pub(crate) fn stage(&self, model: &ServedModel, stage: Stage, took: Duration) {
+        self.of(model).stages[stage as usize].observe(took.as_secs_f64());
     }
 
     /// What a picture's way to its logits cost.
     pub(crate) fn prediction(&self, model: &ServedModel, prediction: &Prediction) {
         let timings = &prediction.timings;
+        let metrics = self.of(model);
         let stages = [
-            ("queue", timings.queue),
-            ("decode", timings.decode),
-            ("preprocess", timings.preprocess),
-            ("infer", timings.infer),
+            (Stage::Queue, timings.queue),
+            (Stage::Decode, timings.decode),
+            (Stage::Preprocess, timings.preprocess),
+            (Stage::Infer, timings.infer),
         ];
         for (stage, time) in stages {
-            self.stage(&model.name, stage, time);
+            metrics.stages[stage as usize].observe(time.as_secs_f64());
         }
-        self.batches.get_or_create(&ModelLabels { model: model.name.clone() }).observe(timings.batch as f64);
+        metrics.batch.observe(timings.batch as f64);
     }
 
     /// What was made of the logits, in `took`.
     pub(crate) fn scored(&self, model: &ServedModel, scored: &Scored, took: Duration) {
-        self.stage(&model.name, "calibrate", took);
+        let metrics = self.of(model);
+        metrics.stages[Stage::Calibrate as usize].observe(took.as_secs_f64());
         let Some(&(best, score)) = scored.probabilities.top(1).first() else { return };
         let group = match model.manifest.classes[best].group() {
-            Some(Group::Many) => "many",
-            Some(Group::Medium) => "medium",
-            Some(Group::Few) => "few",
-            None => "unknown",
+            Some(Group::Many) => 0,
+            Some(Group::Medium) => 1,
+            Some(Group::Few) => 2,
+            None => 3,
         };
-        let labels = GroupLabels { model: model.name.clone(), group };
-        self.predictions.get_or_create(&labels).inc();
-        self.scores.get_or_create(&labels).observe(score);
+        let group = metrics.groups[group].get_or_init(|| {
+            let labels = GroupLabels { model: model.name.clone(), group: GROUPS[group] };
+            let predictions = self.predictions.get_or_create(&labels).clone();
+            let score = self.scores.get_or_create(&labels).clone();
+            OfGroup { labels, predictions, score }
+        });
+        group.predictions.inc();
+        group.score.observe(score);
         if let Some(set) = &scored.set {
-            self.set_sizes.get_or_create(&labels).observe(set.members.len() as f64);
+            self.set_sizes.get_or_create(&group.labels).observe(set.members.len() as f64);
         }
+    }
+
+    /// Kept beside the families: a look-up there hashes and copies all labels.
+    fn of(&self, model: &ServedModel) -> Arc<OfModel> {
+        let known = self.models.read().unwrap_or_else(PoisonError::into_inner).get(&model.name).cloned();
+        known.unwrap_or_else(|| {
+            let stage = |stage| self.stages.get_or_create(&StageLabels { model: model.name.clone(), stage }).clone();
+            let of_model = Arc::new(OfModel {
+                stages: STAGES.map(stage),
+                batch: self.batches.get_or_create(&ModelLabels { model: model.name.clone() }).clone(),
+                groups: Default::default(),
+            });
+            let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+            models.entry(model.name.clone()).or_insert(of_model).clone()
+        })
     }
 
     /// Everything, in OpenMetrics text.
