@@ -5,9 +5,10 @@
     python3 benches/others/run.py --model models/mine/1 --image photo.jpg --connections 16 --seconds 20 --rounds 3
 
 Each server gets the same network, the same picture, and a process or session of one thread for each processor. They
-take turns; what is printed is each one's median of the rounds. `start` is from the start of the program to the first
-answer; `memory` is the proportional set size of all its processes after the load. Needs wrk (a Debian package); the
-Python packages go into target/others/, once.
+take turns; what is printed is each one's median of the rounds, and the median of the rounds' ratios to nbn: machines
+change their speed from one minute to the next. `start` is from the start of the program to the first answer; `memory`
+is the proportional set size of all its processes after the load. Needs wrk (a Debian package); the Python packages go
+into target/others/, once.
 """
 
 import argparse
@@ -225,6 +226,13 @@ def main():
         m = {key: statistics.median(f[key] for f in figures[name]) for key in figures[name][0]}
         print(f"| {name} | {m['rate']:.1f} | {m['p50']:.1f} | {m['p99']:.1f} | {m['memory']:.0f} | {m['start']:.2f} "
               f"| {m['errors']:.0f} |")
+    others = [name for name in names if name != "nbn"]
+    if len(others) < len(names) and others:
+        print("\n| ÷ nbn, round by round | images/s | p50 | p99 | memory | start |\n|---|---|---|---|---|---|")
+        for name in others:
+            both = list(zip(figures[name], figures["nbn"]))
+            ratios = (statistics.median(f[k] / n[k] for f, n in both) for k in ("rate", "p50", "p99", "memory", "start"))
+            print(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
 def round_(value):
