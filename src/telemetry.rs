@@ -3,37 +3,43 @@
 use std::io::IsTerminal;
 
 use tracing::{Level, Subscriber};
-use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Identity, Layered, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry};
 
 /// Overrules the level: `debug`, or levels of modules such as `nbn=debug,ort=warn`.
 const RUST_LOG: &str = "RUST_LOG";
 
 /// Starts logging at `level`; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
 pub fn init(level: Level) {
+    start(level, Identity::new());
+}
+
+/// `spans` takes what is to be exported.
+fn start(level: Level, spans: impl Layer<Layered<Targets, Registry>> + Send + Sync) {
     let (filter, refused) = filter(level);
-    tracing_subscriber::registry().with(filter).with(lines()).init();
-    warn_of(refused);
+    tracing_subscriber::registry().with(filter).with(spans).with(lines()).init();
+    if let Some(text) = refused {
+        tracing::warn!(
+            "{RUST_LOG}={text:?} is not understood and changes nothing: expected a level (error, warn, info, debug, \
+             trace, off) or levels of modules such as nbn=debug,ort=warn"
+        );
+    }
 }
 
 /// What is logged, and what `RUST_LOG` said instead where it was not understood.
 fn filter(level: Level) -> (Targets, Option<String>) {
     let default = Targets::new().with_default(level).with_target("ort", LevelFilter::WARN);
     match std::env::var_os(RUST_LOG).map(|text| text.to_string_lossy().into_owned()) {
-        Some(text) if !text.is_empty() => text.parse().map_or((default, Some(text)), |targets| (targets, None)),
-        _ => (default, None),
-    }
-}
-
-fn warn_of(refused: Option<String>) {
-    if let Some(text) = refused {
-        tracing::warn!(
-            "{RUST_LOG}={text:?} is not understood and changes nothing: expected a level (error, warn, info, \
-                        debug, trace, off) or levels of modules such as nbn=debug,ort=warn"
-        );
+        None => (default, None),
+        Some(text) if text.is_empty() => (default, None),
+        Some(text) => match text.parse() {
+            // A filter by spans would pass for a module of that name.
+            Ok(targets) if !text.contains('[') => (targets, None),
+            _ => (default, Some(text)),
+        },
     }
 }
 
@@ -86,9 +92,6 @@ pub fn init_traced(level: Level, otlp: Option<&str>) -> Result<Option<Traces>, S
         .with_batch_exporter(exporter)
         .with_resource(resource)
         .build();
-    let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn"));
-    let (filter, refused) = filter(level);
-    tracing_subscriber::registry().with(filter).with(spans).with(lines()).init();
-    warn_of(refused);
+    start(level, tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")));
     Ok(Some(Traces(provider)))
 }

@@ -156,7 +156,7 @@ impl Engine {
             return Err(Refused::TooSlow { retry_after });
         }
         let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
-        self.shared.announce(state, tickets.len());
+        self.shared.wake(state, tickets.len());
         Ok(tickets)
     }
 
@@ -175,7 +175,7 @@ impl Engine {
             return Err(Refused::Closed);
         }
         let ticket = Shared::push(&mut state, input, None);
-        self.shared.announce(state, 1);
+        self.shared.wake(state, 1);
         Ok(ticket)
     }
 
@@ -207,14 +207,9 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let idle = {
-            let mut state = self.shared.lock();
-            state.closed = true;
-            std::mem::take(&mut state.idle)
-        };
-        for worker in idle {
-            worker.unpark();
-        }
+        let mut state = self.shared.lock();
+        state.closed = true;
+        self.shared.wake(state, usize::MAX);
         self.shared.room.notify_all();
         for thread in self.threads.drain(..) {
             // A worker catches its panics; there is nothing to report here.
@@ -242,10 +237,10 @@ impl Shared {
         Ticket::new(receiver, caller)
     }
 
-    /// Wakes an idle worker for each new picture, after giving back the lock, which the woken take first. Those that were
-    /// busy last: their networks are still in the caches, and at low load the other processors keep the server's code.
-    fn announce(&self, mut state: MutexGuard<'_, State>, pictures: usize) {
-        let others = state.idle.len().saturating_sub(pictures);
+    /// Wakes up to `workers` idle ones, after giving back the lock, which the woken take first. Those that were busy
+    /// last: their networks are still in the caches, and at low load the other processors keep the server's code.
+    fn wake(&self, mut state: MutexGuard<'_, State>, workers: usize) {
+        let others = state.idle.len().saturating_sub(workers);
         let woken = state.idle.split_off(others);
         drop(state);
         for worker in woken {

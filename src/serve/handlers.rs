@@ -11,7 +11,6 @@ use tokio::time::Instant;
 
 use super::envelope::Notes;
 use super::infer::{self, default_model, find};
-use super::metrics::Stage;
 use super::options::QueryOptions;
 use super::problem::{Problem, ProblemBody};
 use super::wire::{ClassifyReply, ClassifyRequest, ImageResult, ModelCard, ModelList, ModelSummary};
@@ -135,7 +134,7 @@ async fn answer(
     }
     let encoding = Instant::now();
     let response = Json(ClassifyReply::of(model, &rule, results)).into_response();
-    app.telemetry.stage(model, Stage::Encode, encoding.elapsed());
+    app.telemetry.encoded(model, encoding.elapsed());
     Ok((response, began.elapsed()))
 }
 

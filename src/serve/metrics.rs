@@ -1,7 +1,7 @@
 //! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -62,34 +62,16 @@ struct OutcomeLabels {
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
-/// Metrics of one model that every image moves, found by its name alone.
+/// Histograms of one model that every image moves, found by its name alone.
 struct OfModel {
-    /// In the order of [`STAGES`].
-    stages: [Histogram; STAGES.len()],
+    queue: Histogram,
+    decode: Histogram,
+    preprocess: Histogram,
+    infer: Histogram,
+    calibrate: Histogram,
+    encode: Histogram,
     batch: Histogram,
-    /// In the order of [`GROUPS`], from the first image of each.
-    groups: [OnceLock<OfGroup>; GROUPS.len()],
 }
-
-struct OfGroup {
-    labels: GroupLabels,
-    predictions: Counter,
-    score: Histogram,
-}
-
-/// Where the time of an image goes.
-#[derive(Clone, Copy)]
-pub(crate) enum Stage {
-    Queue,
-    Decode,
-    Preprocess,
-    Infer,
-    Calibrate,
-    Encode,
-}
-
-const STAGES: [&str; 6] = ["queue", "decode", "preprocess", "infer", "calibrate", "encode"];
-const GROUPS: [&str; 4] = ["many", "medium", "few", "unknown"];
 
 /// Every metric of the server.
 pub(crate) struct Telemetry {
@@ -200,63 +182,52 @@ impl Telemetry {
         self.rejected(reason);
     }
 
-    /// An image's or a request's time in a stage.
-    pub(crate) fn stage(&self, model: &ServedModel, stage: Stage, took: Duration) {
-        self.of(model).stages[stage as usize].observe(took.as_secs_f64());
-    }
-
     /// What a picture's way to its logits cost.
     pub(crate) fn prediction(&self, model: &ServedModel, prediction: &Prediction) {
         let timings = &prediction.timings;
         let metrics = self.of(model);
-        let stages = [
-            (Stage::Queue, timings.queue),
-            (Stage::Decode, timings.decode),
-            (Stage::Preprocess, timings.preprocess),
-            (Stage::Infer, timings.infer),
-        ];
-        for (stage, time) in stages {
-            metrics.stages[stage as usize].observe(time.as_secs_f64());
-        }
+        metrics.queue.observe(timings.queue.as_secs_f64());
+        metrics.decode.observe(timings.decode.as_secs_f64());
+        metrics.preprocess.observe(timings.preprocess.as_secs_f64());
+        metrics.infer.observe(timings.infer.as_secs_f64());
         metrics.batch.observe(timings.batch as f64);
     }
 
     /// What was made of the logits, in `took`.
     pub(crate) fn scored(&self, model: &ServedModel, scored: &Scored, took: Duration) {
-        let metrics = self.of(model);
-        metrics.stages[Stage::Calibrate as usize].observe(took.as_secs_f64());
+        self.of(model).calibrate.observe(took.as_secs_f64());
         let Some(&(best, score)) = scored.probabilities.top(1).first() else { return };
-        let group = match model.manifest.classes[best].group() {
-            Some(Group::Many) => 0,
-            Some(Group::Medium) => 1,
-            Some(Group::Few) => 2,
-            None => 3,
-        };
-        let group = metrics.groups[group].get_or_init(|| {
-            let labels = GroupLabels { model: model.name.clone(), group: GROUPS[group] };
-            let predictions = self.predictions.get_or_create(&labels).clone();
-            let score = self.scores.get_or_create(&labels).clone();
-            OfGroup { labels, predictions, score }
-        });
-        group.predictions.inc();
-        group.score.observe(score);
+        let group = model.manifest.classes[best].group().map_or("unknown", Group::name);
+        let labels = GroupLabels { model: model.name.clone(), group };
+        self.predictions.get_or_create(&labels).inc();
+        self.scores.get_or_create(&labels).observe(score);
         if let Some(set) = &scored.set {
-            self.set_sizes.get_or_create(&group.labels).observe(set.members.len() as f64);
+            self.set_sizes.get_or_create(&labels).observe(set.members.len() as f64);
         }
+    }
+
+    /// An answer was written, in `took`.
+    pub(crate) fn encoded(&self, model: &ServedModel, took: Duration) {
+        self.of(model).encode.observe(took.as_secs_f64());
     }
 
     /// Kept beside the families: a look-up there hashes and copies all labels.
     fn of(&self, model: &ServedModel) -> Arc<OfModel> {
         let known = self.models.read().unwrap_or_else(PoisonError::into_inner).get(&model.name).cloned();
         known.unwrap_or_else(|| {
-            let stage = |stage| self.stages.get_or_create(&StageLabels { model: model.name.clone(), stage }).clone();
+            let name = || model.name.clone();
+            let stage = |stage| self.stages.get_or_create(&StageLabels { model: name(), stage }).clone();
             let of_model = Arc::new(OfModel {
-                stages: STAGES.map(stage),
-                batch: self.batches.get_or_create(&ModelLabels { model: model.name.clone() }).clone(),
-                groups: Default::default(),
+                queue: stage("queue"),
+                decode: stage("decode"),
+                preprocess: stage("preprocess"),
+                infer: stage("infer"),
+                calibrate: stage("calibrate"),
+                encode: stage("encode"),
+                batch: self.batches.get_or_create(&ModelLabels { model: name() }).clone(),
             });
             let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-            models.entry(model.name.clone()).or_insert(of_model).clone()
+            models.entry(name()).or_insert(of_model).clone()
         })
     }
 

@@ -233,6 +233,12 @@ class Load:
         self.failed |= bool(tally.other or seen["livez_failed"])
         return figures
 
+    async def capacity(self, name):
+        """Measures the capacity and prints it."""
+        figures = await self.phase(name, self.closed_loop(10), connections=CLOSED_LOOP)
+        print(json.dumps(figures), flush=True)
+        return figures
+
     async def run(self):
         """Runs the phases; the exit status."""
         args = self.args
@@ -241,23 +247,24 @@ class Load:
         await self.closed_loop(2)
         capacity, left = args.capacity, None
         if args.capacity_probe:
-            figures = await self.phase("capacity", self.closed_loop(10), connections=CLOSED_LOOP)
+            figures = await self.capacity("capacity")
             capacity, left = figures["ok_per_s"], left_by_client(figures)
-            print(json.dumps(figures), flush=True)
         shares = [(share, "open-loop") for share in args.open_loop] or [(OVERLOAD, "overload")]
         for share, name in shares:
             rate = share * capacity
             known = {"share": share, "offered_per_s": round(rate, 1)}
             figures = await self.phase(name, self.open_loop(rate, args.seconds), **known)
-            share = figures["ok_per_s"] / capacity
-            figures["goodput_share"] = round(share, 3)
-            if left:
-                figures["goodput_share_beside_client"] = round(share * left / left_by_client(figures), 3)
+            goodput = figures["ok_per_s"] / capacity
+            figures["goodput_share"] = round(goodput, 3)
+            left_now = left_by_client(figures)
+            # A client that fills the only processor leaves nothing to compare with.
+            if left and left_now > 0:
+                figures["goodput_share_beside_client"] = round(goodput * left / left_now, 3)
             print(json.dumps(figures), flush=True)
             await asyncio.sleep(1)
         if args.capacity_probe:
             # Machines change their speed: a share is worth what the capacity before and after have in common.
-            print(json.dumps(await self.phase("capacity again", self.closed_loop(10), connections=CLOSED_LOOP)), flush=True)
+            await self.capacity("capacity again")
         return 1 if self.failed else 0
 
 

@@ -182,8 +182,10 @@ fn a_log_filter_that_is_not_understood_is_told() {
         command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "-"]).env("RUST_LOG", filter);
         text(&command.stdin(Stdio::null()).output().unwrap().stderr)
     };
-    let told = run("nbn=loud");
-    assert!(told.contains("nbn=loud") && told.contains("debug"), "{told}");
+    for filter in ["nbn=loud", "nbn[request]=debug", "[{id}]=debug"] {
+        let told = run(filter);
+        assert!(told.contains(filter) && told.contains("expected a level"), "{told}");
+    }
     assert!(!run("nbn=debug,ort=warn").contains("RUST_LOG"));
     assert!(!run("").contains("RUST_LOG"));
 }

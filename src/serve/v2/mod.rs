@@ -21,7 +21,6 @@ use utoipa::ToSchema;
 use super::App;
 use super::envelope::Notes;
 use super::infer::{self, find};
-use super::metrics::Stage;
 use super::options::{Options, WirePrior};
 use super::problem::Problem;
 use crate::classify::{Prediction, ScoreRequest, Scored};
@@ -223,7 +222,7 @@ async fn answer_with(
     let tensors = outputs.iter().map(|wanted| tensor(wanted, &seen, model)).collect::<Result<_, _>>()?;
     let answer = Answer { model: model.name.clone(), version: model.version.clone(), id: call.id, tensors };
     let output = began.elapsed();
-    app.telemetry.stage(model, Stage::Encode, output);
+    app.telemetry.encoded(model, output);
     Ok((answer, output))
 }
 
