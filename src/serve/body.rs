@@ -1,4 +1,4 @@
-//! Request bodies, within bounds on size, time, and the memory of all bodies together.
+//! Request bodies, within bounds on size, time, and the memory of all bodies together; and where large ones are parsed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,12 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::BytesMut;
 use http_body_util::BodyExt;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use super::RequestLimits;
-use super::problem::Problem;
+use super::problem::{Detail, Problem};
+use super::{App, RequestLimits, cut, envelope, infer};
 
 /// Bytes that are accounted for at a time.
 const BLOCK: usize = 64 << 10;
@@ -32,6 +33,49 @@ impl BodyMemory {
     }
 }
 
+/// Bytes from which on a body is parsed by [`Parsers`]: a smaller one takes less than a millisecond.
+const LARGE: usize = 256 << 10;
+
+/// Threads on which large bodies are parsed, at most one per processor, so that those that serve connections stay free.
+pub(crate) struct Parsers(Arc<Semaphore>);
+
+impl Default for Parsers {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))))
+    }
+}
+
+impl Parsers {
+    /// Does `work` on `bytes` bytes of a body; on a thread of its own when they are many. `work` may await nothing but
+    /// what is in memory. A panic there costs this request only. Work that waits for its turn is not begun once the future
+    /// is dropped.
+    async fn run<T, W>(&self, bytes: usize, work: W) -> Result<T, Problem>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T, Problem>> + Send + 'static,
+    {
+        if bytes < LARGE {
+            return work.await;
+        }
+        let place = self.0.clone().acquire_owned().await;
+        let runtime = Handle::current();
+        let done = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            runtime.block_on(work)
+        });
+        done.await.unwrap_or_else(|error| Err(envelope::panicked(error.try_into_panic().ok())))
+    }
+}
+
+/// Parses `bytes` bytes of a request by `work`, as [`Parsers::run`] does, until `deadline`.
+pub(crate) async fn parse<T, W>(app: &App, bytes: usize, deadline: Instant, work: W) -> Result<T, Problem>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<T, Problem>> + Send + 'static,
+{
+    timeout_at(deadline, app.parsers.run(bytes, work)).await.unwrap_or_else(|_| Err(infer::late(app)))
+}
+
 /// Reads a body that must be complete at `deadline`.
 pub(crate) async fn read(
     mut body: Body,
@@ -47,7 +91,8 @@ pub(crate) async fn read(
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", detail).with_limit(limit as u64)
     };
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
-        let detail = format!("content-encoding {coding:?} is not accepted: send the body as it is");
+        let coding = cut::shown(format_args!("{coding:?}"));
+        let detail = format!("content-encoding {coding} is not accepted: send the body as it is");
         return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
@@ -102,7 +147,7 @@ pub(crate) async fn read_little(
     read(body, headers, &limits, memory, deadline).await.map_err(|problem| match problem.status {
         // No flag raises this.
         StatusCode::PAYLOAD_TOO_LARGE => Problem {
-            detail: format!("the body is too large; a request of this kind has at most {most} bytes"),
+            detail: Detail::new(format!("the body is too large; a request of this kind has at most {most} bytes")),
             ..problem
         },
         _ => problem,
@@ -117,4 +162,54 @@ fn slow(limit: Duration) -> Problem {
 fn full() -> Problem {
     let detail = "the bodies of the requests at work fill the memory set aside for them (--max-buffered-mb): try again";
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, "memory", detail).retry_in(Duration::from_secs(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Ends when the test's own thread, which also serves the future, has sent a word.
+    async fn waits_for(word: mpsc::Receiver<()>) -> Result<&'static str, Problem> {
+        word.recv_timeout(Duration::from_secs(10))
+            .map_err(|_| Problem::bad_request("blocked", "nobody else could run"))?;
+        Ok("parsed")
+    }
+
+    #[tokio::test]
+    async fn the_thread_that_serves_connections_goes_on_while_a_large_body_is_parsed() {
+        let parsers = Parsers::default();
+        let (sender, word) = mpsc::channel();
+        let others = async { sender.send(()).unwrap() };
+        let (parsed, ()) = tokio::join!(parsers.run(LARGE, waits_for(word)), others);
+        assert_eq!(parsed.unwrap(), "parsed");
+    }
+
+    #[tokio::test]
+    async fn no_more_large_bodies_are_parsed_at_once_than_there_are_processors() {
+        let parsers = Parsers(Arc::new(Semaphore::new(1)));
+        let (sender, word) = mpsc::channel();
+        let order = std::sync::Mutex::new(Vec::new());
+        let first = async {
+            parsers.run(LARGE, waits_for(word)).await.unwrap();
+            order.lock().unwrap().push("first");
+        };
+        let second = async {
+            parsers.run(LARGE, async { Ok(()) }).await.unwrap();
+            order.lock().unwrap().push("second");
+        };
+        let (_, _, ()) = tokio::join!(first, second, async { sender.send(()).unwrap() });
+        assert_eq!(order.into_inner().unwrap(), ["first", "second"]);
+    }
+
+    #[tokio::test]
+    async fn a_panic_over_a_large_body_is_a_500_that_keeps_the_reason_to_the_log() {
+        let parsers = Parsers(Arc::new(Semaphore::new(1)));
+        for _ in 0..2 {
+            let failed = parsers.run::<(), _>(LARGE, async { panic!("on purpose") }).await.unwrap_err();
+            assert_eq!(failed.status, StatusCode::INTERNAL_SERVER_ERROR);
+            assert!(!failed.detail.to_string().contains("on purpose"));
+        }
+    }
 }

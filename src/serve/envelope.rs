@@ -16,6 +16,7 @@ use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::App;
+use super::cut;
 use super::problem::{Problem, ProblemBody};
 use crate::classify::Timings;
 
@@ -23,6 +24,8 @@ use crate::classify::Timings;
 const REQUEST_ID: &str = "x-request-id";
 const TRACEPARENT: &str = "traceparent";
 const SERVER_TIMING: &str = "server-timing";
+/// Bytes of a path in the log and in errors.
+const MAX_PATH: usize = 256;
 
 /// What handlers tell of a request for its metrics and headers.
 #[derive(Clone, Default)]
@@ -86,9 +89,8 @@ enum Protocol {
 
 impl Protocol {
     fn of(request: &Request) -> Self {
-        let content_type = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
         let path = request.uri().path();
-        if content_type.starts_with(b"application/grpc") {
+        if super::v2::is_grpc(request.headers()) {
             Self::Grpc
         } else if path == "/v2" || path.starts_with("/v2/") {
             Self::V2
@@ -123,14 +125,22 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok());
     let id = given.filter(|v| is_id(v)).map_or_else(random_hex, str::to_owned);
     let protocol = Protocol::of(&request);
-    let instance = request.uri().path().to_owned();
+    let instance = cut::head(request.uri().path(), MAX_PATH).into_owned();
+    // A client may make methods up.
+    let method = cut::shown(request.method());
     let parent = parent(request.headers());
     let mut trace =
         parent.as_ref().map_or_else(|| format!("{}{}", random_hex(), random_hex()), |p| p.trace_id().to_string());
     let flags = parent.as_ref().map_or(TraceFlags::default(), SpanContext::trace_flags);
     let span = tracing::info_span!(
-        "request", id, method = %request.method(), path = instance, trace_id = trace, key = tracing::field::Empty,
-        otel.kind = "server", http.response.status_code = tracing::field::Empty
+        "request",
+        id,
+        method,
+        path = instance,
+        trace_id = trace,
+        key = tracing::field::Empty,
+        otel.kind = "server",
+        http.response.status_code = tracing::field::Empty
     );
     if let Some(parent) = parent {
         // Without --otlp there is nobody to tell.
@@ -146,14 +156,13 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     } else {
         random_hex()
     };
-    let method = request.method().clone();
     let notes = Notes::default();
     request.extensions_mut().insert(notes.clone());
     let response = next.run(request).instrument(span.clone()).await;
     let status = response.status();
     let mut response = if let Some(problem) = problem_of(&response) {
         app.telemetry.rejected_by(&problem);
-        span.in_scope(|| tracing::debug!(%status, code = problem.code, detail = problem.detail, "refused"));
+        span.in_scope(|| tracing::debug!(%status, code = problem.code, detail = %problem.detail, "refused"));
         render(response, problem, protocol, instance, id.clone())
     } else {
         response
@@ -222,10 +231,11 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
     let Problem { status, code, detail, limit, .. } = problem;
     parts.headers.remove(header::CONTENT_LENGTH);
     let (content_type, body) = if protocol == Protocol::V2 {
-        ("application/json", serde_json::to_vec(&super::v2::ErrorBody { error: detail }))
+        ("application/json", serde_json::to_vec(&super::v2::ErrorBody { error: detail.into() }))
     } else {
         let title = status.canonical_reason().unwrap_or("Error");
         let status = status.as_u16();
+        let detail = detail.into();
         let body = ProblemBody { kind: "about:blank", title, status, detail, instance, code, request_id, limit };
         ("application/problem+json", serde_json::to_vec(&body))
     };
@@ -235,10 +245,17 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
 
 /// For a layer outside of the router's handlers.
 pub(crate) fn from_panic(panic: Box<dyn Any + Send + 'static>) -> Response {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    panicked(Some(panic)).into_response()
+}
+
+/// Work for a request panicked, or was dropped without one.
+pub(crate) fn panicked(panic: Option<Box<dyn Any + Send + 'static>>) -> Problem {
+    let panic = panic.as_ref();
+    let text = panic.and_then(|panic| {
+        panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied())
+    });
     tracing::error!(panic = text.unwrap_or("no message"), "a handler panicked");
     Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed; its log has the reason")
-        .into_response()
 }
 
 /// The caller's span, by the W3C's Trace Context: `00-<32 hex>-<16 hex>-<2 hex>`; nothing when it is not of that form.

@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use super::App;
+use super::cut::quoted;
 use super::envelope::Notes;
 use super::problem::{self, Problem};
 use crate::classify::{ClassifyError, Input, Prediction, ScoreRule, Scored};
@@ -28,14 +29,14 @@ pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<S
         let served = served.join(", ");
         return not_found(
             "no_such_version",
-            format!("model {name:?} has no version {version:?}; it is served in {served}"),
+            format!("model {} has no version {}; it is served in {served}", quoted(name), quoted(version)),
         );
     }
     let known = match app.registry.names() {
         names if names.is_empty() => "none".to_owned(),
         names => names.join(", "),
     };
-    not_found("no_such_model", format!("no model is named {name:?}; this server has {known}"))
+    not_found("no_such_model", format!("no model is named {}; this server has {known}", quoted(name)))
 }
 
 /// The model for requests that name none.
@@ -136,7 +137,7 @@ pub(crate) fn score(
     scored
 }
 
-fn late(app: &App) -> Problem {
+pub(crate) fn late(app: &App) -> Problem {
     let seconds = app.limits.timeout.as_secs();
     let detail = format!(
         "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again when \

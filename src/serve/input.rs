@@ -9,10 +9,11 @@ use tokio::time::Instant;
 
 use super::App;
 use super::body::{self, Held};
+use super::cut::{self, quoted};
 use super::objects;
 use super::options::Options;
 use super::problem::Problem;
-use super::wire::ClassifyRequest;
+use super::wire::{ClassifyRequest, ClientId};
 
 const IMAGE_TYPES: [&str; 7] =
     ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"];
@@ -27,7 +28,7 @@ pub(crate) struct Images {
     pub(crate) held: Held,
 }
 
-type Items = Vec<(Option<String>, Result<Bytes, Problem>)>;
+type Items = Vec<(Option<ClientId>, Result<Bytes, Problem>)>;
 
 /// Reads a body within the limits.
 pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Result<Images, Problem> {
@@ -36,13 +37,21 @@ pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Resu
     let media_type = media_type(request.headers())?;
     let (parts, body) = request.into_parts();
     let held = body::read(body, &parts.headers, limits, &app.memory, deadline).await?;
-    let (items, options) = match media_type.as_str() {
-        "application/json" => json(&held.bytes, query)?,
+    let size = held.bytes.len();
+    let (items, options, held) = match media_type.as_str() {
+        "application/json" => {
+            let parsed = async move {
+                let (items, options) = json(&held.bytes, query)?;
+                Ok((items, options, held))
+            };
+            body::parse(app, size, deadline, parsed).await?
+        }
         "multipart/form-data" => {
             let request = Request::from_parts(parts, Body::from(held.bytes.clone()));
-            (multipart(request).await?, query.or(Options::default())?)
+            let parsed = async move { Ok((multipart(request).await?, query.or(Options::default())?, held)) };
+            body::parse(app, size, deadline, parsed).await?
         }
-        _ => (vec![(None, Ok(held.bytes.clone()))], query.or(Options::default())?),
+        _ => (vec![(None, Ok(held.bytes.clone()))], query.or(Options::default())?, held),
     };
     if items.len() > limits.max_images {
         let detail = format!(
@@ -68,13 +77,14 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
     if IMAGE_TYPES.contains(&essence.as_str()) || essence == "application/json" || essence == "multipart/form-data" {
         return Ok(essence);
     }
-    let detail = format!("content-type {text:?} is not accepted: {}", accepted());
+    let detail = format!("content-type {} is not accepted: {}", quoted(text), accepted());
     Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media_type", detail))
 }
 
 fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
-    let request: ClassifyRequest = objects::from_slice(bytes)
-        .map_err(|error| Problem::bad_request("bad_json", format!("the JSON body does not fit: {error}")))?;
+    let request: ClassifyRequest = objects::from_slice(bytes).map_err(|error| {
+        Problem::bad_request("bad_json", format!("the JSON body does not fit: {}", objects::reason(&error)))
+    })?;
     if request.images.is_empty() {
         return Err(Problem::bad_request("no_images", "the list `images` is empty: send at least one"));
     }
@@ -87,20 +97,22 @@ fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
 }
 
 async fn multipart(request: Request) -> Result<Items, Problem> {
-    let broken =
-        |reason: String| Problem::bad_request("bad_multipart", format!("the multipart body does not fit: {reason}"));
+    let broken = |reason: String| {
+        let reason = cut::sentence(&reason);
+        Problem::bad_request("bad_multipart", format!("the multipart body does not fit: {reason}"))
+    };
     let mut request = request;
     // The body's size was checked when it was read.
-    request.extensions_mut().insert(axum::extract::DefaultBodyLimit::disable());
+    axum::extract::DefaultBodyLimit::disable().apply(&mut request);
     let mut parts = Multipart::from_request(request, &()).await.map_err(|error| broken(error.body_text()))?;
     let mut items = Vec::new();
     while let Some(part) = parts.next_field().await.map_err(|error| broken(error.body_text()))? {
         if part.name() != Some("image") {
-            let name = part.name().unwrap_or_default().to_owned();
-            let detail = format!("multipart part {name:?} is not known: name every part `image`");
+            let name = quoted(part.name().unwrap_or_default());
+            let detail = format!("multipart part {name} is not known: name every part `image`");
             return Err(Problem::bad_request("bad_multipart", detail));
         }
-        let id = part.file_name().map(str::to_owned);
+        let id = part.file_name().map(|name| ClientId::try_new(name.to_owned())).transpose()?;
         let bytes = part.bytes().await.map_err(|error| broken(error.body_text()))?;
         items.push((id, Ok(bytes)));
     }

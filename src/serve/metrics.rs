@@ -12,10 +12,11 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Metrics;
 
+use super::control::Models;
 use super::problem::Problem;
 use crate::bundle::Group;
 use crate::classify::{Prediction, Scored};
-use crate::registry::{Registry, ServedModel};
+use crate::registry::ServedModel;
 
 /// The media type of [`Telemetry::text`].
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -175,6 +176,7 @@ impl Telemetry {
     pub(crate) fn rejected_by(&self, problem: &Problem) {
         let reason = match problem.code {
             "key_missing" | "key_unknown" | "not_admin" => "key",
+            "cross_site" => "cross_site",
             code @ ("queue_full" | "too_late" | "deadline" | "slow_body" | "body_too_large" | "too_many_images"
             | "key_concurrency" | "memory" | "draining" | "loading") => code,
             _ => return,
@@ -232,7 +234,7 @@ impl Telemetry {
     }
 
     /// Everything, in OpenMetrics text.
-    pub(crate) fn text(&self, registry: &Registry) -> String {
+    pub(crate) fn text(&self, registry: &Models) -> String {
         let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for gauge in [&self.queue, &self.capacity, &self.running] {
             gauge.clear();

@@ -2,6 +2,8 @@
 
 mod body;
 mod connections;
+mod control;
+mod cut;
 mod envelope;
 mod handlers;
 mod infer;
@@ -11,6 +13,7 @@ mod metrics;
 mod objects;
 mod openapi;
 mod options;
+mod origins;
 mod page;
 mod problem;
 mod tls;
@@ -39,8 +42,10 @@ pub use keys::Keys;
 pub use openapi::{document, document_json};
 pub use tls::{Tls, TlsError};
 
-use body::BodyMemory;
+use body::{BodyMemory, Parsers};
+use control::Models;
 use metrics::Telemetry;
+use origins::Origins;
 use problem::Problem;
 
 /// What one request may cost.
@@ -131,13 +136,15 @@ pub struct Listeners {
 
 /// What every handler sees.
 pub(crate) struct Shared {
-    pub(crate) registry: Arc<Registry>,
+    pub(crate) registry: Models,
     pub(crate) limits: RequestLimits,
     pub(crate) prior: Prior,
     pub(crate) draining: AtomicBool,
     pub(crate) memory: BodyMemory,
+    pub(crate) parsers: Parsers,
     pub(crate) telemetry: Telemetry,
     pub(crate) keys: Arc<Keys>,
+    pub(crate) origins: Origins,
     pub(crate) access_log: bool,
 }
 
@@ -282,13 +289,15 @@ pub async fn run(
 ) -> Ended {
     let ServeOptions { limits, connections, prior, drain_timeout, keys, control, cors_origins, access_log } = options;
     let shared = Arc::new(Shared {
-        registry,
+        registry: Models::of(registry),
         limits,
         prior,
         draining: AtomicBool::new(false),
         memory: BodyMemory::of(limits.max_buffered_bytes),
+        parsers: Parsers::default(),
         telemetry: Telemetry::new(),
         keys,
+        origins: Origins::named(&cors_origins),
         access_log,
     });
     let Listeners { main, grpc, admin, tls } = listeners;

@@ -7,6 +7,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, de};
 
+use super::cut;
+
 struct Object<T>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
@@ -81,6 +83,11 @@ pub(crate) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserialize
 /// For a field that is a list of objects, of at most [`MAX_ELEMENTS`].
 pub(crate) fn objects<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     deserializer.deserialize_seq(Few { each: Object(PhantomData), expected: "a list of objects" })
+}
+
+/// Why a document does not fit, with the client's values cut.
+pub(crate) fn reason(error: &serde_json::Error) -> String {
+    cut::sentence(&error.to_string())
 }
 
 /// A whole document that is an object.

@@ -7,6 +7,7 @@ use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::cut::{self, quoted, shown};
 use super::objects;
 use super::problem::Problem;
 use crate::bundle::Manifest;
@@ -195,7 +196,10 @@ impl Options {
         let mut options = Self::default();
         for (key, value) in form_pairs(query.unwrap_or_default()) {
             let bad = |what: &str| {
-                Problem::bad_request("bad_option", format!("query parameter {key}={value:?}: expected {what}"))
+                Problem::bad_request(
+                    "bad_option",
+                    format!("query parameter {}={}: expected {what}", shown(&key), quoted(&value)),
+                )
             };
             let number = || value.parse::<f64>().map_err(|_| bad("a number from 0 to 1"));
             let whole = || value.parse::<usize>().map_err(|_| bad("a whole number from 1"));
@@ -266,7 +270,8 @@ impl Options {
                 Some(Prior::from_labels(weights, &manifest.classes))
             }
         };
-        let prior = prior.transpose().map_err(|error| Problem::bad_request("bad_option", error.to_string()))?;
+        let prior =
+            prior.transpose().map_err(|error| Problem::bad_request("bad_option", cut::sentence(&error.to_string())))?;
         Ok(ScoreRequest {
             prior,
             alpha: self.alpha,

@@ -1,5 +1,6 @@
 //! What goes wrong, in one form; [`super::envelope`] puts it on the wire as the protocol wants it.
 
+use std::fmt;
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -7,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::cut;
 use crate::classify::{ClassifyError, ScoreError};
 use crate::engine::Refused;
 use crate::pixels::DecodeError;
@@ -17,9 +19,35 @@ use crate::registry::RegistryError;
 pub(crate) struct Problem {
     pub(crate) status: StatusCode,
     pub(crate) code: &'static str,
-    pub(crate) detail: String,
+    pub(crate) detail: Detail,
     pub(crate) limit: Option<u64>,
     pub(crate) retry_after: Option<Duration>,
+}
+
+/// Bytes of an error's sentence.
+const MAX_DETAIL: usize = 1000;
+
+/// An error's sentence: the thing, the value, the limit, the way out. It is at most about [`MAX_DETAIL`] bytes long,
+/// whatever it was made from; of a longer one the middle is left out.
+#[derive(Debug, Clone)]
+pub(crate) struct Detail(String);
+
+impl Detail {
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        Self(cut::middle(text.into(), MAX_DETAIL))
+    }
+}
+
+impl fmt::Display for Detail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<Detail> for String {
+    fn from(detail: Detail) -> Self {
+        detail.0
+    }
 }
 
 /// An error, as RFC 9457 describes it.
@@ -35,7 +63,7 @@ pub(crate) struct ProblemBody {
     pub(crate) status: u16,
     /// One sentence: the thing, the value, the limit, the way out.
     pub(crate) detail: String,
-    /// Path of the request.
+    /// Path of the request; of a long one the beginning.
     pub(crate) instance: String,
     /// The kind of error, stable across releases.
     pub(crate) code: &'static str,
@@ -48,7 +76,7 @@ pub(crate) struct ProblemBody {
 
 impl Problem {
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self { status, code, detail: detail.into(), limit: None, retry_after: None }
+        Self { status, code, detail: Detail::new(detail), limit: None, retry_after: None }
     }
 
     pub(crate) fn bad_request(code: &'static str, detail: impl Into<String>) -> Self {
@@ -93,7 +121,7 @@ impl From<&ClassifyError> for Problem {
 
 impl From<ScoreError> for Problem {
     fn from(error: ScoreError) -> Self {
-        Self::bad_request("bad_option", error.to_string())
+        Self::bad_request("bad_option", cut::sentence(&error.to_string()))
     }
 }
 
@@ -126,7 +154,7 @@ impl From<&RegistryError> for Problem {
         match error {
             RegistryError::Closing => draining(),
             RegistryError::NoModel(_) | RegistryError::NotLoaded(_) => {
-                Self::new(StatusCode::NOT_FOUND, "no_such_model", error.to_string())
+                Self::new(StatusCode::NOT_FOUND, "no_such_model", cut::sentence(&error.to_string()))
             }
             // The reason stands in the index, which whoever may control the repository may read, and in the log.
             _ => Self::bad_request("load_failed", "the model cannot be loaded; /v2/repository/index says why"),

@@ -32,9 +32,49 @@ pub(crate) struct ClassifyRequest {
 pub(crate) struct JsonImage {
     /// The encoded file in standard base64.
     pub(crate) b64: String,
-    /// Echoed in the result.
+    /// Echoed in the result; at most 1,024 bytes.
     #[serde(default)]
-    pub(crate) id: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub(crate) id: Option<ClientId>,
+}
+
+/// Bytes of an id that a client chooses.
+const MAX_ID: usize = 1024;
+
+/// An id that a client chose, and that its answer repeats: at most [`MAX_ID`] bytes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct ClientId(String);
+
+impl ClientId {
+    pub(crate) fn try_new(id: String) -> Result<Self, Problem> {
+        Self::try_from(id).map_err(|reason| Problem::bad_request("long_id", reason))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl TryFrom<String> for ClientId {
+    type Error = String;
+
+    fn try_from(id: String) -> Result<Self, String> {
+        if id.len() <= MAX_ID {
+            return Ok(Self(id));
+        }
+        Err(format!(
+            "an id or file name has {} bytes, and this server repeats up to {MAX_ID} of them in its answer: send a \
+             shorter one",
+            id.len()
+        ))
+    }
+}
+
+impl From<ClientId> for String {
+    fn from(id: ClientId) -> Self {
+        id.0
+    }
 }
 
 /// The answer to a classify request.
@@ -91,7 +131,8 @@ impl Scale {
 pub(crate) struct ImageResult {
     /// The image's id, or its file name in a multipart body.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) id: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub(crate) id: Option<ClientId>,
     /// The best classes, best first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) predictions: Option<Vec<ClassScore>>,
@@ -260,7 +301,7 @@ pub(crate) struct ImageError {
 
 impl ImageResult {
     pub(crate) fn of(
-        id: Option<String>,
+        id: Option<ClientId>,
         prediction: &Prediction,
         scored: &Scored,
         model: &ServedModel,
@@ -310,8 +351,9 @@ impl ImageResult {
         }
     }
 
-    pub(crate) fn failed(id: Option<String>, problem: Problem) -> Self {
-        let error = ImageError { status: problem.status.as_u16(), code: problem.code.into(), detail: problem.detail };
+    pub(crate) fn failed(id: Option<ClientId>, problem: Problem) -> Self {
+        let error =
+            ImageError { status: problem.status.as_u16(), code: problem.code.into(), detail: problem.detail.into() };
         Self {
             id,
             predictions: None,

@@ -8,6 +8,7 @@
 import argparse
 import asyncio
 import contextlib
+import json
 import resource
 import socket
 import struct
@@ -255,6 +256,27 @@ class Abuse:
         assert not answer or b" 431 " in answer[:20], f"answer {answer[:40]}"
         return f"{'status 431' if answer else 'closed'} after about {sent >> 10} KiB"
 
+    async def long_values(self, size=8 << 20, short=8 << 10):
+        """Values of many bytes in a JSON body, which errors quote: the answers stay short."""
+        _, models = await self.normal_request(b"GET /v1/models HTTP/1.1\r\nHost: abuse\r\nConnection: close\r\n\r\n")
+        v2 = f"/v2/models/{json.loads(models)['models'][0]['name']}/infer"
+        long, answers = "x" * size, []
+        bodies = [("/v1/classify", {"images": long}), ("/v1/classify", {long: 1}),
+                  ("/v1/classify", {"images": [{"b64": "", "id": long}]}),
+                  ("/v1/classify", {"images": [], "options": {"prior": {long: 1}, "top_k": long}}),
+                  (v2, {"inputs": long}), (v2, {"id": long, "inputs": []})]
+        for path, value in bodies:
+            body = json.dumps(value).encode()
+            request = post(body).replace(b"/v1/classify", path.encode()).replace(b"image/png", b"application/json")
+            async with self.connection() as (reader, writer):
+                writer.write(request)
+                await writer.drain()
+                status, answer = await asyncio.wait_for(read_answer(reader), 10)
+            assert 400 <= status < 500, f"{path}: status {status}"
+            assert len(answer) < short, f"{path}: an answer of {len(answer)} bytes"
+            answers.append(len(answer))
+        return f"{len(answers)} bodies of {size >> 20} MiB, answers of {min(answers)} to {max(answers)} bytes"
+
     async def close_at_once(self, count=1000):
         gate, opened = asyncio.Semaphore(256), []
         reset = struct.pack("ii", 1, 0)  # linger for 0 s
@@ -292,6 +314,7 @@ class Abuse:
         await self.case("chunks of one byte", self.tiny_chunks())
         await self.case("endless header", self.endless_header())
         await self.case("closing at once", self.close_at_once())
+        await self.case("long values", self.long_values())
         if start is not None:
             end = rss_mib(args.pid)
             grown = end - start > GROWTH

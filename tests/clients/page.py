@@ -2,17 +2,21 @@
 
     page.py BASE_URL [--screenshots DIR]
 
-Needs playwright and a chromium in the path. Makes its own pictures, and plays the answers that a healthy server
-with one calibrated model does not give (401, 503, no connection, a model without calibration).
+Needs playwright and a chromium in the path, and a server with --control and without keys. Makes its own pictures, and
+plays the answers that a healthy server with one calibrated model does not give (401, 503, no connection, a model
+without calibration). A page of another site then tries to load and unload the server's models.
 Exit status 1 when a check fails.
 """
 
 import argparse
+import contextlib
+import http.server
 import json
 import shutil
 import struct
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -66,6 +70,25 @@ HAND_OVER = """([kind, name, bytes]) => {
     ? new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true })
     : new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true });
   document.body.dispatchEvent(event);
+}"""
+
+
+# Posts to another site as any page may, without CORS: by fetch, and by a form into a frame. Gives what fetch gives for
+# each address: the type of an answer that the page may not read, or the error.
+POST_ELSEWHERE = """async (urls) => {
+  const outcomes = [];
+  for (const url of urls) {
+    const options = { method: 'POST', mode: 'no-cors', headers: { 'content-type': 'text/plain' }, body: '{}' };
+    outcomes.push(await fetch(url, options).then((answer) => answer.type, String));
+    const frame = Object.assign(document.createElement('iframe'), { name: url });
+    const form = Object.assign(document.createElement('form'), { method: 'post', action: url, target: url });
+    form.enctype = 'text/plain';
+    document.body.append(frame, form);
+    const done = new Promise((resolve) => frame.addEventListener('load', resolve));
+    form.submit();
+    await done;
+  }
+  return outcomes;
 }"""
 
 
@@ -125,6 +148,22 @@ class Api:
         """A JSON document."""
         with urllib.request.urlopen(self.base + path) as reply:
             return json.load(reply)
+
+    def post(self, path, body=b""):
+        """The status of an answer, and its content."""
+        request = urllib.request.Request(self.base + path, body, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def loads(self):
+        """How often models were loaded, by outcome, as /metrics tells it; and the repository's index."""
+        with urllib.request.urlopen(self.base + "/metrics") as reply:
+            lines = reply.read().decode().splitlines()
+        index = json.loads(self.post("/v2/repository/index")[1])
+        return [line for line in lines if line.startswith("nbn_model_loads_total")], index
 
     def classify(self, data, **options):
         """The answer for one picture as the page asks for it, or the problem."""
@@ -421,6 +460,55 @@ def model_choice(checks, page, api, picture):
     checks.equal("the set is asked for again", page.locator(".set").is_visible(), True)
 
 
+@contextlib.contextmanager
+def other_site(host):
+    """A site with one empty page, on a port of its own; its address."""
+    class Page(http.server.BaseHTTPRequestHandler):
+        """Answers everything with the page."""
+
+        def do_GET(self):
+            """The page."""
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>elsewhere</title><body></body>")
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://{host}:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def from_elsewhere(checks, browser, base, api, picture):
+    """Pages of other sites change nothing: not another port's, not another host's."""
+    name, before, answer = api.model["name"], api.loads(), api.classify(picture)
+    urls = [f"{base}/v2/repository/models/{name}/{action}" for action in ("load", "unload")]
+    urls += [f"{base}/inference.GRPCInferenceService/RepositoryModel{action}" for action in ("Load", "Unload")]
+    for host in ("127.0.0.1", "localhost"):
+        with other_site(host) as site:
+            context = browser.new_context()
+            page, statuses = context.new_page(), []
+            page.on("response", lambda reply: statuses.append((reply.url, reply.status)))
+            page.goto(site)
+            checks.equal(f"{host}: fetch", page.evaluate(POST_ELSEWHERE, urls), ["opaque"] * len(urls))
+            seen = [(url, status) for url, status in statuses if url in urls]
+            checks.equal(f"{host}: both ways of posting reached the server", len(seen), 2 * len(urls))
+            refused = all(status == (415 if "GRPC" in url else 403) for url, status in seen)
+            checks.that(f"{host}: refused", refused, seen)
+            context.close()
+    checks.equal("the models are as they were", api.loads(), before)
+    checks.equal("the model answers as before", api.classify(picture)["results"][0]["predictions"],
+                 answer["results"][0]["predictions"])
+    # The server takes the same request from a program, so it was refused because a page sent it.
+    checks.equal("a program may load", api.post(f"/v2/repository/models/{name}/load", b"{}")[0], 200)
+
+
 def look(checks, browser, base, pictures, folder):
     """Contrast, width and pictures of the page, by theme and size."""
     for theme in ("light", "dark"):
@@ -464,7 +552,8 @@ def run(base, folder):
         page.on("filechooser", lambda _: None)  # watches for choosers from the start, not only when one is expected
         for step, arguments in ((start, (page, base, api)), (by_keyboard, (page, api, pictures[0])),
                                 (several, (page, api, pictures)), (refusals, (page, pictures[0])),
-                                (model_choice, (page, api, pictures[0])), (look, (browser, base, pictures, folder))):
+                                (model_choice, (page, api, pictures[0])), (look, (browser, base, pictures, folder)),
+                                (from_elsewhere, (browser, base, api, pictures[0]))):
             try:
                 step(checks, *arguments)
             except (AssertionError, Error) as error:

@@ -5,6 +5,7 @@ mod batch;
 mod calibration;
 mod cli;
 mod data;
+mod echoes;
 mod engine;
 mod export;
 mod fold_properties;
@@ -12,6 +13,7 @@ mod imports;
 #[cfg(feature = "train")]
 mod kernels;
 mod operations;
+mod origins;
 mod pixels;
 mod server;
 mod support;

@@ -25,6 +25,20 @@ fn openapi_yaml_is_the_document_that_the_code_generates() {
 }
 
 #[tokio::test]
+async fn large_pictures_are_read_from_multipart_as_from_a_body_of_their_own() {
+    let server = Server::shipped().await;
+    // 3 MB each, beyond what axum takes by itself.
+    let large = picture(1000, 1000, ImageFormat::Bmp);
+    let own = server.post("/v1/classify", "image/bmp", large.clone()).await.json();
+    let parts = vec![("image", "a", large.clone()), ("image", "b", large)];
+    let answer = server.multipart("/v1/classify", parts).await;
+    assert_eq!(answer.status, 200, "{}", text(&answer.body));
+    for result in answer.json()["results"].as_array().unwrap() {
+        assert_eq!(result["predictions"][0]["label"], own["results"][0]["predictions"][0]["label"]);
+    }
+}
+
+#[tokio::test]
 async fn a_posted_image_is_answered_with_the_best_classes() {
     let server = Server::shipped().await;
     for (format, content_type) in [
@@ -297,6 +311,44 @@ async fn a_v2_request_takes_no_more_memory_than_its_images_and_outputs_need() {
     let prior = format!("{{\"images\":[{{\"b64\":\"{png}\"}}],\"options\":{{\"prior\":{:?}}}}}", vec![1; 100_001]);
     let answer = server.post("/v1/classify", "application/json", prior).await;
     assert!(answer.status == 400 && answer.json()["detail"].as_str().unwrap().contains("more than 100000"));
+}
+
+#[tokio::test]
+async fn others_are_answered_while_large_bodies_are_parsed() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    // This test, its server and its clients share one thread: whatever parses there lets none of them go on.
+    let server = Server::with_runner(Faulty(|| Ok(vec![0.0; 10])), 4, RequestLimits::default()).await;
+    let alive = async || assert_eq!(server.get("/livez").await.status, 200);
+    let numbers = format!("[{}1]", "[1,2],".repeat(4 << 20));
+    let v2 = format!(r#"{{"inputs":[{{"name":"images","datatype":"FP32","shape":[1,3,32,32],"data":{numbers}}}]}}"#);
+    let v1 = format!(r#"{{"images":[],"options":{{"prior":"train","include":[{}"#, " ".repeat(24 << 20));
+    for (path, body) in [("/v2/models/test/infer", v2), ("/v1/classify", v1)] {
+        let (last, most) = body.as_bytes().split_last().unwrap();
+        let mut stream = tokio::net::TcpStream::connect(&server.address).await.unwrap();
+        let length = body.len();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(most).await.unwrap();
+        // The server reads all but the last byte meanwhile.
+        for _ in 0..50 {
+            alive().await;
+        }
+        stream.write_all(&[*last]).await.unwrap();
+        let mut answered_meanwhile = 0;
+        let mut status = [0; 12];
+        let mut answer = std::pin::pin!(stream.read_exact(&mut status));
+        loop {
+            tokio::select! {
+                biased;
+                read = &mut answer => { read.unwrap(); break }
+                () = alive() => answered_meanwhile += 1,
+            }
+        }
+        assert_eq!(text(&status), "HTTP/1.1 400", "{path}");
+        assert!(answered_meanwhile >= 5, "{path}: {answered_meanwhile} others were answered");
+    }
 }
 
 #[tokio::test]

@@ -1,21 +1,25 @@
 //! The protocol over gRPC, and `grpc.health.v1`. Calls are unary; bodies are read within the same bounds as over REST.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Extension, Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use http_body_util::Full;
+use futures_util::{future, stream};
 use prost::Message;
 use serde_json::Value;
-use tonic::codec::EnabledCompressionEncodings;
+use tokio::time::Instant;
+use tonic::codec::{Codec, EncodeBody, SingleMessageCompressionOverride};
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
-use super::super::body::{self, BodyMemory};
+use super::super::body::{self, BodyMemory, Held};
+use super::super::control::Control;
+use super::super::cut::{quoted, shown};
 use super::super::keys::Caller;
+use super::super::wire::ClientId;
 use super::bounds;
 use super::describe::{self, CountAndTime, TensorInfo};
 use super::messages as m;
@@ -32,21 +36,59 @@ pub(crate) fn status_of(problem: &Problem) -> Status {
         StatusCode::NOT_FOUND => Code::NotFound,
         StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => Code::DeadlineExceeded,
         StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::Unimplemented,
         StatusCode::SERVICE_UNAVAILABLE if problem.code == "memory" => Code::ResourceExhausted,
         StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
         status if status.is_client_error() => Code::InvalidArgument,
         _ => Code::Internal,
     };
-    Status::new(code, problem.detail.clone())
+    Status::new(code, problem.detail.to_string())
 }
 
-/// What a call needs beside its message.
-#[derive(Clone)]
+/// Whether the request says that it is gRPC. A page sends this type to another site only when CORS allows it.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// A call: its message, and what answering it needs.
 struct Context {
     app: App,
     notes: Notes,
-    caller: Arc<Caller>,
-    deadline: tokio::time::Instant,
+    /// Whether the caller may load and unload.
+    control: Result<Control, Problem>,
+    deadline: Instant,
+    held: Held,
+}
+
+impl Context {
+    /// # Errors
+    /// Also 415, when the request does not say that it is gRPC.
+    async fn read(app: App, notes: Notes, caller: &Caller, request: Request) -> Result<Self, Problem> {
+        must_be_grpc(request.headers())?;
+        let control = Control::of(&app, caller, request.headers(), request.uri());
+        let deadline = shared::deadline(&app, request.headers());
+        let (parts, body) = request.into_parts();
+        let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
+        Ok(Self { app, notes, control, deadline, held })
+    }
+
+    async fn message<Q: Message + Default + 'static>(&self) -> Result<Q, Problem> {
+        self.checked_message(|_| Ok(())).await
+    }
+
+    /// The message, if `check` lets its bytes pass.
+    async fn checked_message<Q: Message + Default + 'static>(
+        &self,
+        check: fn(Bytes) -> Result<(), Problem>,
+    ) -> Result<Q, Problem> {
+        let framed = self.held.bytes.clone();
+        body::parse(&self.app, framed.len(), self.deadline, async move {
+            let message = unframed(&framed)?;
+            check(message.clone())?;
+            decode(message)
+        })
+        .await
+    }
 }
 
 /// `/inference.GRPCInferenceService/{method}`
@@ -57,47 +99,46 @@ pub(crate) async fn method(
     Path(method): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let (context, request) = read(app, notes, caller, request).await?;
+    let context = Context::read(app, notes, &caller, request).await?;
+    let app = &context.app;
     match method.as_str() {
-        "ServerLive" => unary(request, |_: m::Empty| async { Ok(m::Live { live: true }) }).await,
+        "ServerLive" => {
+            context.message::<m::Empty>().await?;
+            Ok(reply(m::Live { live: true }))
+        }
         "ServerReady" => {
-            let ready = context.app.ready().is_ok();
-            unary(request, |_: m::Empty| async move { Ok(m::Ready { ready }) }).await
+            context.message::<m::Empty>().await?;
+            Ok(reply(m::Ready { ready: app.ready().is_ok() }))
         }
         "ModelReady" => {
-            let ready = |r: m::ModelRequest| async move {
-                Ok(m::Ready { ready: find(&context.app, &r.name, version(&r.version)).is_ok() })
-            };
-            unary(request, ready).await
+            let request: m::ModelRequest = context.message().await?;
+            Ok(reply(m::Ready { ready: find(app, &request.name, version(&request.version)).is_ok() }))
         }
-        "ServerMetadata" => unary(request, |_: m::Empty| async { Ok(server()) }).await,
-        "ModelMetadata" => unary(request, |r| async move { metadata(&context.app, &r) }).await,
-        "ModelConfig" => unary(request, |r| async move { config(&context.app, &r) }).await,
-        "ModelInfer" => {
-            bounds::check(message(request.body()))?;
-            unary(request, |r| async move { infer(&context, r).await }).await
+        "ServerMetadata" => {
+            context.message::<m::Empty>().await?;
+            Ok(reply(server()))
         }
-        "ModelStatistics" => unary(request, |r| async move { statistics(&context.app, &r) }).await,
-        "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !context.app.administers => {
+        "ModelMetadata" => metadata(app, &context.message().await?).map(reply),
+        "ModelConfig" => config(app, &context.message().await?).map(reply),
+        "ModelInfer" => infer(&context, context.checked_message(bounds::check).await?).await.map(reply),
+        "ModelStatistics" => statistics(app, &context.message().await?).map(reply),
+        "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !app.administers => {
             let detail = "the repository is spoken of on the admin listener (--admin-addr), over gRPC, too";
             Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
         }
-        "RepositoryIndex" => unary(request, |r| async move { Ok(index(&context.app, &r)) }).await,
+        "RepositoryIndex" => Ok(reply(index(app, &context.message().await?))),
         "RepositoryModelLoad" => {
-            let load = |r: m::ControlRequest| async move {
-                super::may_control(&context.app, context.caller.admin)?;
-                rest::no_upload(!r.parameters.is_empty())?;
-                rest::control(&context.app, move |registry| registry.load(&r.model_name)).await.map(|()| m::Empty {})
-            };
-            unary(request, load).await
+            let request: m::ControlRequest = context.message().await?;
+            let control = context.control?;
+            rest::no_upload(!request.parameters.is_empty())?;
+            app.registry.change(control, move |registry| registry.load(&request.model_name)).await?;
+            Ok(reply(m::Empty {}))
         }
         "RepositoryModelUnload" => {
-            let unload = |r: m::ControlRequest| async move {
-                super::may_control(&context.app, context.caller.admin)?;
-                let done = rest::control(&context.app, move |registry| registry.unload(&r.model_name)).await;
-                done.map(|()| m::Empty {})
-            };
-            unary(request, unload).await
+            let request: m::ControlRequest = context.message().await?;
+            let control = context.control?;
+            app.registry.change(control, move |registry| registry.unload(&request.model_name)).await?;
+            Ok(reply(m::Empty {}))
         }
         _ => Err(no_such_method(&method)),
     }
@@ -116,82 +157,64 @@ pub(crate) async fn health(
     if method != "Check" {
         return Err(no_such_method(&method));
     }
+    must_be_grpc(request.headers())?;
     // Anybody may ask: little is read, and not out of the memory that requests with a key share.
     let deadline = shared::deadline(&app, request.headers());
     let (parts, body) = request.into_parts();
     let own = BodyMemory::of(HEALTH_BODY);
     let held = body::read_little(body, &parts.headers, &app.limits, &own, deadline, HEALTH_BODY).await?;
-    let request = axum::http::Request::from_parts(parts, Full::new(held.bytes));
-    let check = |r: m::HealthRequest| async move {
-        let ready = app.ready().is_ok();
-        let own = r.service.is_empty() || r.service == "inference.GRPCInferenceService";
-        if !own && ready && app.registry.get(&r.service, None).is_none() {
-            // Without the names that there are: a key is needed to learn them.
-            let detail = format!("no model is named {:?}", r.service);
-            return Err(Problem::new(StatusCode::NOT_FOUND, "no_such_model", detail));
-        }
-        Ok(m::Health { status: if ready { SERVING } else { NOT_SERVING } })
-    };
-    unary(request, check).await
+    let request: m::HealthRequest = decode(unframed(&held.bytes)?)?;
+    let ready = app.ready().is_ok();
+    let own = request.service.is_empty() || request.service == "inference.GRPCInferenceService";
+    if !own && ready && app.registry.get(&request.service, None).is_none() {
+        // Without the names that there are: a key is needed to learn them.
+        let detail = format!("no model is named {}", quoted(&request.service));
+        return Err(Problem::new(StatusCode::NOT_FOUND, "no_such_model", detail));
+    }
+    Ok(reply(m::Health { status: if ready { SERVING } else { NOT_SERVING } }))
 }
 
 fn no_such_method(method: &str) -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "no_such_method", format!("this server has no method {method}"))
+    Problem::new(StatusCode::NOT_FOUND, "no_such_method", format!("this server has no method {}", shown(method)))
 }
 
-async fn read(
-    app: App,
-    notes: Notes,
-    caller: Arc<Caller>,
-    request: Request,
-) -> Result<(Context, axum::http::Request<Full<Bytes>>), Problem> {
-    let deadline = shared::deadline(&app, request.headers());
-    let (parts, body) = request.into_parts();
-    let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
-    let mut request = axum::http::Request::from_parts(parts, Full::new(held.bytes.clone()));
-    // Its share of the memory lasts as long as the request does.
-    request.extensions_mut().insert(Arc::new(held));
-    Ok((Context { app, notes, caller, deadline }, request))
+fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
+    if is_grpc(headers) {
+        return Ok(());
+    }
+    let given = headers.get(header::CONTENT_TYPE).map_or_else(|| "none".into(), |v| shown(format_args!("{v:?}")));
+    let detail = format!("the content-type of a gRPC call is application/grpc; this request's is {given}");
+    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media_type", detail))
 }
 
-/// Decodes the message, has `work` answer it, and encodes the answer or the status. A problem of the work is given back as
-/// it is: the envelope counts it, and says when to try again.
-async fn unary<Q, A, F, W>(request: axum::http::Request<Full<Bytes>>, work: W) -> Result<Response, Problem>
-where
-    Q: Message + Default + Send + 'static,
-    A: Message + Send + 'static,
-    F: Future<Output = Result<A, Problem>> + Send,
-    W: FnOnce(Q) -> F + Send,
-{
-    let mut work = Some(work);
-    let failed = Arc::new(OnceLock::new());
-    let service = tower::service_fn(|request: tonic::Request<Q>| {
-        let (work, failed) = (work.take(), failed.clone());
-        async move {
-            let Some(work) = work else { return Err(Status::internal("a unary call has one message")) };
-            let (_metadata, _extensions, message) = request.into_parts();
-            work(message).await.map(tonic::Response::new).map_err(|problem| {
-                let status = status_of(&problem);
-                // Once: a unary call has one message.
-                let _ = failed.set(problem);
-                status
-            })
-        }
-    });
-    let limit = usize::MAX;
-    let response = tonic::server::Grpc::new(ProstCodec::<A, Q>::default())
-        .apply_compression_config(EnabledCompressionEncodings::default(), EnabledCompressionEncodings::default())
-        // The body's size was limited when it was read.
-        .apply_max_message_size_config(Some(limit), Some(limit))
-        .unary(service, request)
-        .await;
-    failed.get().cloned().map_or_else(|| Ok(response.map(Body::new)), Err)
+/// The one message of a unary call. Before it stand a byte that says whether it is compressed, and its length in four.
+fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
+    let Some((&[compressed, length @ ..], message)) = body.split_first_chunk::<5>() else {
+        return Err(bad("the call has no message: expected five bytes in front of one"));
+    };
+    if compressed != 0 {
+        let detail = "the message is compressed, which this server does not take: send it as it is";
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
+    }
+    let (announced, found) = (u32::from_be_bytes(length), message.len());
+    if u32::try_from(found).ok() != Some(announced) {
+        return Err(bad(format!("the call announces one message of {announced} bytes, and has {found} bytes")));
+    }
+    Ok(body.slice(5..))
 }
 
-/// The message of a unary call, behind the byte that says whether it is compressed and its length in four.
-fn message(body: &Full<Bytes>) -> Bytes {
-    let framed = body.clone().into_inner().unwrap_or_default();
-    if framed.len() > 5 { framed.slice(5..) } else { Bytes::new() }
+fn decode<Q: Message + Default>(message: Bytes) -> Result<Q, Problem> {
+    Q::decode(message).map_err(|error| bad(format!("the message does not fit: {error}")))
+}
+
+/// An answer with the status OK.
+fn reply<A: Message + Default + 'static>(answer: A) -> Response {
+    let encoder = ProstCodec::<A, A>::default().encoder();
+    let answer = stream::once(future::ready(Ok(answer)));
+    let body = EncodeBody::new_server(encoder, answer, None, SingleMessageCompressionOverride::default(), None);
+    let mut response = Response::new(Body::new(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response
 }
 
 /// The empty string is no version.
@@ -308,10 +331,14 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     for m::InputTensor { name, datatype, shape, contents, .. } in inputs {
         let data = match (raw.next(), contents) {
             (Some(bytes), None) => RawData::Binary(bytes),
-            (Some(_), Some(_)) => return Err(bad(format!("input {name} has both contents and raw_input_contents"))),
+            (Some(_), Some(_)) => {
+                return Err(bad(format!("input {} has both contents and raw_input_contents", shown(&name))));
+            }
             (None, Some(contents)) if datatype == "BYTES" => RawData::Elements(contents.bytes),
             (None, Some(contents)) => RawData::Floats(contents.fp32),
-            (None, None) => return Err(bad(format!("input {name} has neither contents nor raw_input_contents"))),
+            (None, None) => {
+                return Err(bad(format!("input {} has neither contents nor raw_input_contents", shown(&name))));
+            }
         };
         tensors.push(RawTensor { name, datatype, shape, data });
     }
@@ -327,7 +354,7 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
         asked.push(one);
     }
     let outputs = asked;
-    let call = Call { id, parameters: values(parameters), inputs: tensors, outputs };
+    let call = Call { id: ClientId::try_new(id)?, parameters: values(parameters), inputs: tensors, outputs };
     let Context { app, notes, deadline, .. } = context;
     let model = find(app, &model_name, version(&model_version))?;
     let answer = super::answer(app, notes, &model, call, *deadline).await?;
@@ -346,7 +373,7 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     Ok(m::InferResponse {
         model_name: model,
         model_version: version,
-        id,
+        id: id.into(),
         parameters: m::Parameters::new(),
         outputs,
         raw_output_contents,

@@ -10,24 +10,27 @@ mod tensors;
 mod wire;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use super::App;
+use super::body;
+use super::cut::{quoted, shown};
 use super::envelope::Notes;
 use super::infer::{self, find};
 use super::options::{Options, WirePrior};
-use super::problem::Problem;
-use crate::classify::{Prediction, ScoreRequest, Scored};
+use super::problem::{Detail, Problem};
+use super::wire::ClientId;
+use crate::classify::{Input, Prediction, ScoreRequest, Scored};
 use crate::registry::ServedModel;
 
 use describe::{IndexLine, ModelInfo, ServerInfo, Stats};
-pub(crate) use grpc::{health, method, status_of};
+pub(crate) use grpc::{health, is_grpc, method, status_of};
 pub(crate) use rest::*;
 use tensors::{Data, RawTensor, Tensor};
 pub(crate) use wire::WireInfer;
@@ -69,7 +72,7 @@ impl Output {
         Self::ALL
             .into_iter()
             .find(|output| output.name() == name)
-            .ok_or_else(|| bad(format!("no output is named {name:?}; there are logits, probabilities and set")))
+            .ok_or_else(|| bad(format!("no output is named {}; there are logits, probabilities and set", quoted(name))))
     }
 }
 
@@ -82,7 +85,7 @@ struct Wanted {
 
 /// A request, whatever carried it.
 struct Call {
-    id: String,
+    id: ClientId,
     parameters: BTreeMap<String, Value>,
     inputs: Vec<RawTensor>,
     /// All there are when empty.
@@ -93,7 +96,7 @@ struct Call {
 struct Answer {
     model: String,
     version: String,
-    id: String,
+    id: ClientId,
     tensors: Vec<Tensor>,
 }
 
@@ -115,21 +118,29 @@ fn best_of(name: &str, parameters: &BTreeMap<String, Value>) -> Result<Option<us
     match value.as_u64() {
         Some(0) => Ok(None),
         Some(k) => Ok(Some(usize::try_from(k).unwrap_or(usize::MAX))),
-        None => Err(bad(format!("{name} is {value}; expected a whole number from 1"))),
+        None => Err(bad(format!("{name} is {}; expected a whole number from 1", shown(value)))),
     }
 }
 
 impl Call {
+    /// Bytes that must be looked at to check it.
+    fn bytes(&self) -> usize {
+        // Of the parameters only texts are long: of other values there are few.
+        let texts = self.parameters.values().filter_map(Value::as_str).map(str::len);
+        texts.chain(self.inputs.iter().map(|input| input.data.bytes())).sum()
+    }
+
     /// What the parameters ask of the scorer. Unknown ones are ignored, as the protocol wants it.
     fn options(&self) -> Result<Options, Problem> {
         let mut options = Options::default();
         if let Some(alpha) = self.parameters.get("nbn_alpha") {
             let number = alpha.as_f64().or_else(|| alpha.as_str()?.parse().ok());
-            options.alpha = Some(number.ok_or_else(|| bad(format!("nbn_alpha is {alpha}; expected a number")))?);
+            options.alpha =
+                Some(number.ok_or_else(|| bad(format!("nbn_alpha is {}; expected a number", shown(alpha))))?);
         }
         if let Some(prior) = self.parameters.get("nbn_prior") {
             let expected = "expected uniform, train, a list of numbers or an object from label to number";
-            let fail = |_| bad(format!("nbn_prior is {prior}; {expected}"));
+            let fail = |_| bad(format!("nbn_prior is {}; {expected}", shown(prior)));
             // gRPC's parameters are flat: a list or an object comes as its JSON.
             let prior: WirePrior = match prior.as_str().filter(|text| text.starts_with(['[', '{'])) {
                 Some(text) => serde_json::from_str(text).map_err(fail)?,
@@ -144,17 +155,38 @@ impl Call {
     fn deadline(&self, server: Instant) -> Result<Instant, Problem> {
         let Some(timeout) = self.parameters.get("timeout") else { return Ok(server) };
         let micros = timeout.as_u64().or_else(|| timeout.as_str()?.parse().ok());
-        let micros = micros.ok_or_else(|| bad(format!("timeout is {timeout}; expected whole microseconds")))?;
+        let micros =
+            micros.ok_or_else(|| bad(format!("timeout is {}; expected whole microseconds", shown(timeout))))?;
         let own = Instant::now().checked_add(Duration::from_micros(micros)).filter(|_| micros > 0);
         Ok(own.map_or(server, |own| own.min(server)))
     }
+}
+
+/// What a [`Call`] asks for, once its values are known to be good.
+struct Checked {
+    id: ClientId,
+    options: Options,
+    top_k: Option<usize>,
+    inputs: Vec<Input>,
+    outputs: Vec<Wanted>,
+}
+
+async fn checked(app: &App, model: &Arc<ServedModel>, call: Call, deadline: Instant) -> Result<Checked, Problem> {
+    let (model, limit) = (model.clone(), app.limits.max_images);
+    body::parse(app, call.bytes(), deadline, async move {
+        let options = call.options()?;
+        let top_k = best_of("nbn_top_k", &call.parameters)?;
+        let Call { id, inputs, outputs, .. } = call;
+        Ok(Checked { id, options, top_k, inputs: tensors::inputs(inputs, &model, limit)?, outputs })
+    })
+    .await
 }
 
 /// Answers `call`, and counts it in the model's statistics.
 async fn answer(
     app: &App,
     notes: &Notes,
-    model: &ServedModel,
+    model: &Arc<ServedModel>,
     call: Call,
     server_deadline: Instant,
 ) -> Result<Answer, Problem> {
@@ -165,16 +197,15 @@ async fn answer(
 async fn answer_with(
     app: &App,
     notes: &Notes,
-    model: &ServedModel,
+    model: &Arc<ServedModel>,
     call: Call,
     server_deadline: Instant,
 ) -> Result<(Answer, Duration), Problem> {
     let deadline = call.deadline(server_deadline)?;
-    let options = call.options()?;
-    let top_k = best_of("nbn_top_k", &call.parameters)?;
+    let Checked { id, options, top_k, inputs, outputs } = checked(app, model, call, deadline).await?;
     let calibrated = model.scorer.calibration().is_some();
-    let asked = |output| call.outputs.iter().any(|wanted| wanted.output == output);
-    let every = call.outputs.is_empty();
+    let asked = |output| outputs.iter().any(|wanted| wanted.output == output);
+    let every = outputs.is_empty();
     let request = ScoreRequest {
         alpha: options.alpha.or_else(|| asked(Output::Set).then_some(DEFAULT_ALPHA)),
         ..options.score_request(&model.manifest)?
@@ -188,7 +219,7 @@ async fn answer_with(
         rule => rule?,
     };
     let has_set = rule.set_request().is_some();
-    let mut outputs = match call.outputs {
+    let mut outputs = match outputs {
         outputs if outputs.is_empty() => Output::ALL
             .into_iter()
             .filter(|output| *output != Output::Set || has_set)
@@ -199,7 +230,6 @@ async fn answer_with(
     for wanted in outputs.iter_mut().filter(|wanted| wanted.output != Output::Set) {
         wanted.classification = wanted.classification.or(top_k);
     }
-    let inputs = tensors::inputs(call.inputs, model, app.limits.max_images)?;
     let count = inputs.len();
     let mut seen: Vec<(Prediction, Option<Scored>)> = Vec::with_capacity(count);
     let scores_wanted = outputs.iter().any(|wanted| wanted.output != Output::Logits);
@@ -207,8 +237,8 @@ async fn answer_with(
     let began = Instant::now();
     for (at, prediction) in answers.into_iter().enumerate() {
         let prediction = prediction.map_err(|problem| {
-            let detail = if count > 1 { format!("image {at}: {}", problem.detail) } else { problem.detail.clone() };
-            Problem { detail, ..problem }
+            let detail = if count > 1 { format!("image {at}: {}", problem.detail) } else { problem.detail.into() };
+            Problem { detail: Detail::new(detail), ..problem }
         })?;
         // Scores that nobody asked for cost nothing.
         let scored = if scores_wanted {
@@ -220,7 +250,7 @@ async fn answer_with(
         seen.push((prediction, scored));
     }
     let tensors = outputs.iter().map(|wanted| tensor(wanted, &seen, model)).collect::<Result<_, _>>()?;
-    let answer = Answer { model: model.name.clone(), version: model.version.clone(), id: call.id, tensors };
+    let answer = Answer { model: model.name.clone(), version: model.version.clone(), id, tensors };
     let output = began.elapsed();
     app.telemetry.encoded(model, output);
     Ok((answer, output))
@@ -267,17 +297,4 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
         Output::Logits | Output::Probabilities => Data::F32(seen.iter().flat_map(row).collect()),
     };
     Ok(Tensor { name, datatype: output.datatype(), shape, data })
-}
-
-/// Whether this request may load and unload models.
-fn may_control(app: &App, admin: bool) -> Result<(), Problem> {
-    if app.administers && (admin || (app.control && app.keys.is_empty())) {
-        return Ok(());
-    }
-    let detail = if !app.administers || app.keys.is_empty() {
-        "models are loaded and unloaded on the admin listener (--admin-addr), or here with --control"
-    } else {
-        "loading and unloading models takes a key with the word admin in its line"
-    };
-    Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
 }

@@ -10,8 +10,10 @@ use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 
 use super::super::body::{self, Held};
-use super::super::keys::Caller;
+use super::super::control::Control;
+use super::super::cut::shown;
 use super::super::objects;
+use super::super::wire::ClientId;
 use super::tensors::{Data, RawData, RawTensor};
 use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
 use super::{
@@ -185,10 +187,16 @@ async fn answer(
     let deadline = shared::deadline(app, request.headers());
     let (parts, body) = request.into_parts();
     let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
-    let (call, binary) = parse(&parts.headers, &held)?;
+    let size = held.bytes.len();
+    let parsed = async move { Ok((parse(&parts.headers, &held)?, held)) };
+    let ((call, binary), held) = body::parse(app, size, deadline, parsed).await?;
     let answer = super::answer(app, notes, &model, call, deadline).await?;
     drop(held);
     reply(answer, &binary)
+}
+
+fn unfit(error: serde_json::Error) -> Problem {
+    bad(format!("the JSON does not fit: {}", objects::reason(&error)))
 }
 
 /// Which outputs follow the JSON as bytes.
@@ -203,7 +211,10 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
         None => None,
         Some(value) => {
             let length = value.to_str().ok().and_then(|text| text.parse::<usize>().ok());
-            Some(length.ok_or_else(|| bad(format!("{JSON_LENGTH} is {value:?}; expected a whole number")))?)
+            Some(length.ok_or_else(|| {
+                let value = shown(format_args!("{value:?}"));
+                bad(format!("{JSON_LENGTH} is {value}; expected a whole number"))
+            })?)
         }
     };
     if length == Some(0) {
@@ -214,15 +225,15 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
             shape: vec![1],
             data: RawData::One(bytes.clone()),
         };
-        let call = Call { id: String::new(), parameters: BTreeMap::new(), inputs: vec![input], outputs: Vec::new() };
+        let call =
+            Call { id: ClientId::default(), parameters: BTreeMap::new(), inputs: vec![input], outputs: Vec::new() };
         return Ok((call, BinaryOutputs { default: false, by_name: BTreeMap::new() }));
     }
     let json = length.unwrap_or(bytes.len());
     if json > bytes.len() {
         return Err(bad(format!("{JSON_LENGTH} is {json}; the body has {} bytes", bytes.len())));
     }
-    let request: WireInfer =
-        objects::from_slice(&bytes[..json]).map_err(|error| bad(format!("the JSON does not fit: {error}")))?;
+    let request: WireInfer = objects::from_slice(&bytes[..json]).map_err(unfit)?;
     let mut rest = bytes.slice(json..);
     let mut inputs = Vec::with_capacity(request.inputs.len());
     for input in request.inputs {
@@ -249,12 +260,13 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
 fn raw(input: WireInput, rest: &mut Bytes) -> Result<RawTensor, Problem> {
     let WireInput { name, datatype, shape, parameters, data } = input;
     let data = match (parameters.get("binary_data_size"), data) {
-        (Some(_), Some(_)) => return Err(bad(format!("input {name} has both data and binary_data_size"))),
-        (None, None) => return Err(bad(format!("input {name} has neither data nor binary_data_size"))),
+        (Some(_), Some(_)) => return Err(bad(format!("input {} has both data and binary_data_size", shown(&name)))),
+        (None, None) => return Err(bad(format!("input {} has neither data nor binary_data_size", shown(&name)))),
         (None, Some(data)) => data.raw()?,
         (Some(size), None) => {
             let bytes = size.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n <= rest.len());
             let bytes = bytes.ok_or_else(|| {
+                let (name, size) = (shown(&name), shown(size));
                 bad(format!("binary_data_size of input {name} is {size}; {} bytes are left after the JSON", rest.len()))
             })?;
             RawData::Binary(rest.split_to(bytes))
@@ -320,7 +332,7 @@ pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Js
     let query = if body.is_empty() || body.trim_ascii() == b"null" {
         IndexQuery::default()
     } else {
-        objects::from_slice(&body).map_err(|error| bad(format!("the JSON does not fit: {error}")))?
+        objects::from_slice(&body).map_err(unfit)?
     };
     let lines = app.registry.index().into_iter().map(IndexLine::from);
     Ok(Json(lines.filter(|line| !query.ready || line.state == "READY").collect()))
@@ -338,12 +350,11 @@ pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Js
     )
 )]
 pub(crate) async fn load(
+    control: Control,
     State(app): State<App>,
-    Extension(caller): Extension<std::sync::Arc<Caller>>,
     Path(model): Path<String>,
     request: Request,
 ) -> Result<StatusCode, Problem> {
-    super::may_control(&app, caller.admin)?;
     let body = match small(&app, request).await {
         // Only uploads are large.
         Err(problem) if problem.status == StatusCode::PAYLOAD_TOO_LARGE => {
@@ -354,7 +365,7 @@ pub(crate) async fn load(
     let value: Value = serde_json::from_slice(&body).unwrap_or_default();
     let parameters = value.get("parameters").and_then(Value::as_object);
     no_upload(parameters.is_some_and(|p| !p.is_empty()))?;
-    control(&app, move |registry| registry.load(&model)).await?;
+    app.registry.change(control, move |registry| registry.load(&model)).await?;
     Ok(StatusCode::OK)
 }
 
@@ -369,12 +380,11 @@ pub(crate) async fn load(
     )
 )]
 pub(crate) async fn unload(
+    control: Control,
     State(app): State<App>,
-    Extension(caller): Extension<std::sync::Arc<Caller>>,
     Path(model): Path<String>,
 ) -> Result<StatusCode, Problem> {
-    super::may_control(&app, caller.admin)?;
-    control(&app, move |registry| registry.unload(&model)).await?;
+    app.registry.change(control, move |registry| registry.unload(&model)).await?;
     Ok(StatusCode::OK)
 }
 
@@ -388,15 +398,4 @@ async fn small(app: &App, request: Request) -> Result<Held, Problem> {
 pub(super) fn no_upload(parameters: bool) -> Result<(), Problem> {
     let detail = "load takes no parameters: models come from the repository and are not uploaded";
     if parameters { Err(bad(detail)) } else { Ok(()) }
-}
-
-/// Works on the registry on a thread that may block.
-pub(super) async fn control<F>(app: &App, work: F) -> Result<(), Problem>
-where
-    F: FnOnce(&crate::registry::Registry) -> Result<(), crate::registry::RegistryError> + Send + 'static,
-{
-    let registry = app.registry.clone();
-    let done = tokio::task::spawn_blocking(move || work(&registry)).await;
-    let failed = |_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed to load the model");
-    done.map_err(failed)?.map_err(|error| Problem::from(&error))
 }

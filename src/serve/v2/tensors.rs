@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::super::cut::{quoted, shown};
 use super::super::objects;
 use super::{Problem, bad};
 use crate::classify::Input;
@@ -29,6 +30,18 @@ pub(super) enum RawData {
     Floats(Vec<f32>),
     /// BYTES elements.
     Elements(Vec<Bytes>),
+}
+
+impl RawData {
+    /// Bytes, all elements together.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Binary(bytes) | Self::One(bytes) => bytes.len(),
+            Self::Floats(values) => size_of_val(values.as_slice()),
+            // They are not looked into here.
+            Self::Elements(elements) => size_of_val(elements.as_slice()),
+        }
+    }
 }
 
 /// An output.
@@ -148,19 +161,22 @@ impl JsonData {
 
 /// The pictures of a request: exactly one of the inputs `images` and `image`.
 pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize) -> Result<Vec<Input>, Problem> {
-    let given: Vec<_> = tensors.iter().take(10).map(|tensor| tensor.name.clone()).collect();
+    let given: Vec<_> = tensors.iter().take(10).map(|tensor| quoted(&tensor.name)).collect();
     let [tensor] = <[RawTensor; 1]>::try_from(tensors).map_err(|_| {
-        bad(format!("the request has the inputs {given:?}; expected one: images (FP32), or image (BYTES)"))
+        let given = given.join(", ");
+        bad(format!("the request has the inputs [{given}]; expected one: images (FP32), or image (BYTES)"))
     })?;
     let side = i64::from(model.manifest.preprocessing.crop);
     let RawTensor { name, datatype, shape, data } = tensor;
     let (expected_type, expected_shape) = match name.as_str() {
         "images" => ("FP32", format!("[N, 3, {side}, {side}]")),
         "image" => ("BYTES", "[N]".to_owned()),
-        _ => return Err(bad(format!("no input is named {name:?}; there are images (FP32) and image (BYTES)"))),
+        _ => {
+            return Err(bad(format!("no input is named {}; there are images (FP32) and image (BYTES)", quoted(&name))));
+        }
     };
     if datatype != expected_type {
-        return Err(bad(format!("input {name} has datatype {datatype:?}; expected {expected_type}")));
+        return Err(bad(format!("input {name} has datatype {}; expected {expected_type}", quoted(&datatype))));
     }
     let fits = match (name.as_str(), shape.as_slice()) {
         ("images", &[n, 3, height, width]) => n >= 1 && height == side && width == side,
@@ -168,7 +184,8 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
         _ => false,
     };
     if !fits {
-        return Err(bad(format!("input {name} has shape {shape:?}; expected {expected_shape} with N from 1")));
+        let shape = shown(format_args!("{shape:?}"));
+        return Err(bad(format!("input {name} has shape {shape}; expected {expected_shape} with N from 1")));
     }
     let count = usize::try_from(shape[0]).unwrap_or(usize::MAX);
     if count > limit {

@@ -9,14 +9,16 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::super::objects;
+use super::super::wire::ClientId;
 use super::tensors::JsonData;
 
 /// A request for inference. With the header `Inference-Header-Content-Length`, tensors follow the JSON as bytes.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct WireInfer {
-    /// Echoed.
+    /// Echoed; at most 1,024 bytes.
     #[serde(default)]
-    pub(super) id: String,
+    #[schema(value_type = String)]
+    pub(super) id: ClientId,
     /// `timeout` (µs), `nbn_top_k` (`classification` of every output that has scores), `nbn_alpha`, `nbn_prior`,
     /// `binary_data_output`; others are ignored, `priority` among them: all wait in one queue.
     #[serde(default, deserialize_with = "of_request")]
@@ -176,8 +178,9 @@ pub(crate) struct WireOutput {
 pub(crate) struct InferReply {
     pub(super) model_name: String,
     pub(super) model_version: String,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub(super) id: String,
+    #[serde(skip_serializing_if = "ClientId::is_empty")]
+    #[schema(value_type = String)]
+    pub(super) id: ClientId,
     pub(super) outputs: Vec<WireTensor>,
 }
 
