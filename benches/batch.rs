@@ -20,7 +20,8 @@ use anyhow::{Context, ensure};
 use nbn::bundle::Bundle;
 use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
-use nbn::runtime::{Library, NetworkCache, SessionOptions, Stop};
+use nbn::runtime::{Library, NetworkCache, SessionOptions};
+use nbn::stop::Stop;
 
 fn main() -> anyhow::Result<()> {
     // `cargo test` runs benches without this flag; there is nothing to measure then.
@@ -113,16 +114,17 @@ fn bare(bundle: &Bundle, library: &'static Library, cache: &Path, images: usize)
         classifier.warm()?;
     }
     let blank = Preprocessor::new(bundle.manifest.preprocessing.clone(), DecodeLimits::default()).blank();
-    let tensor: Vec<u8> = blank.values().iter().flat_map(|v| v.to_le_bytes()).collect();
-    let input = [Input::Pixels(tensor.into())];
+    let tensor: Vec<u8> = blank.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let input = Input::Pixels(tensor.into());
     let left = AtomicUsize::new(images);
     let began = Instant::now();
     thread::scope(|scope| {
         for mut classifier in classifiers {
             let (left, input) = (&left, &input);
             scope.spawn(move || {
+                let stop = Stop::default();
                 while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
-                    classifier.classify(input, &Stop::default());
+                    classifier.classify(&[(input, &stop)], &stop);
                 }
             });
         }

@@ -21,7 +21,8 @@ use anyhow::{Context, bail, ensure};
 use nbn::bundle::Bundle;
 use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
-use nbn::runtime::{Library, NetworkCache, SessionOptions, Stop};
+use nbn::runtime::{Library, NetworkCache, SessionOptions};
+use nbn::stop::Stop;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -48,7 +49,7 @@ fn main() -> anyhow::Result<()> {
         None => photo(),
     };
     let blank = Preprocessor::new(bundle.manifest.preprocessing.clone(), DecodeLimits::default()).blank();
-    let tensor: Vec<u8> = blank.values().iter().flat_map(|v| v.to_le_bytes()).collect();
+    let tensor: Vec<u8> = blank.iter().flat_map(|v| v.to_le_bytes()).collect();
     println!(
         "{}, {workers} workers × 1 thread, {connections} connections, image of {} bytes, {rounds} rounds of {round:?}",
         bundle.manifest.arch,
@@ -64,7 +65,7 @@ fn main() -> anyhow::Result<()> {
     println!("images in a run of the network: up to {max_batch}");
 
     let as_image = request("/v1/classify", "content-type: image/jpeg", &image);
-    let side = blank.side();
+    let side = bundle.manifest.preprocessing.crop;
     let json = format!(
         r#"{{"inputs":[{{"name":"images","datatype":"FP32","shape":[1,3,{side},{side}],"parameters":{{"binary_data_size":{}}}}}],"outputs":[{{"name":"probabilities","parameters":{{"binary_data":true}}}}]}}"#,
         tensor.len()
@@ -190,7 +191,9 @@ fn bare_loop(
         let inputs = vec![input.clone(); max_batch];
         let mut done = 0;
         while began.elapsed() < round {
-            done += classifier.classify(&inputs, &Stop::default()).iter().filter(|r| r.is_ok()).count();
+            let stop = Stop::default();
+            let pictures: Vec<_> = inputs.iter().map(|input| (input, &stop)).collect();
+            done += classifier.classify(&pictures, &stop).iter().filter(|r| r.is_ok()).count();
         }
         done
     };

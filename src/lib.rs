@@ -4,6 +4,7 @@
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
 //! - [`files`]: files that are whole or not there
+//! - [`stop`]: ends work that nobody waits for
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
 //! - [`pixels`]: encoded bytes → normalised tensor, under limits
 //! - [`scores`]: logits → calibrated probabilities → top-k, prediction sets
@@ -25,6 +26,7 @@ pub mod files;
 pub mod pixels;
 pub mod runtime;
 pub mod scores;
+pub mod stop;
 pub mod telemetry;
 
 #[cfg(feature = "fold")]
@@ -49,3 +51,4 @@ pub mod serve;
 pub mod shutdown;
 #[cfg(feature = "train")]
 pub mod train;
+

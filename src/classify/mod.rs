@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use ndarray::ArrayView4;
 
 use crate::bundle::{Bundle, BundleError, Manifest};
-use crate::pixels::{DecodeError, DecodeLimits, Preprocessor, RgbImage};
+use crate::pixels::{DecodeError, DecodeLimits, Picture, Preprocessor, TensorBatch, TensorLength};
 use crate::runtime::{
-    Device, Library, NetworkCache, NetworkFile, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions, Stop,
+    Device, Library, NetworkCache, NetworkFile, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions,
 };
 use crate::scores::{Logits, LogitsError};
+use crate::stop::Stop;
 
 pub use prepare::{Prepare, StageTimes};
 pub use scorer::{Abstention, Decision, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
@@ -73,13 +73,8 @@ pub enum ClassifyError {
     #[error(transparent)]
     Image(#[from] DecodeError),
     /// A tensor of another size than the network's input.
-    #[error("the tensor has {found} bytes; the network's input has {expected}")]
-    Tensor {
-        /// Bytes given.
-        found: usize,
-        /// Bytes of `[3, side, side]` in f32.
-        expected: usize,
-    },
+    #[error(transparent)]
+    Tensor(#[from] TensorLength),
     /// The runtime's fault.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -100,8 +95,8 @@ pub enum ClassifyError {
     /// The worker's code panicked on this picture.
     #[error("the worker panicked: {0}")]
     Panic(String),
-    /// The deadline passed while the picture waited.
-    #[error("the deadline passed while the image waited")]
+    /// The deadline passed before the picture's turn came, or while it was decoded.
+    #[error("the deadline passed before the image was classified")]
     Deadline,
 }
 
@@ -112,8 +107,8 @@ pub struct Classifier {
     runner: Box<dyn Runner>,
     /// Batch sizes that the network is run with, ascending from 1.
     sizes: Vec<usize>,
-    /// `[pictures, 3, side, side]` of the batch at work.
-    buffer: Vec<f32>,
+    /// The pictures of the batch at work.
+    batch: TensorBatch,
 }
 
 impl Classifier {
@@ -125,7 +120,8 @@ impl Classifier {
 
     /// A classifier of any parts, one picture a batch.
     pub fn with_parts(manifest: Arc<Manifest>, prepare: Box<dyn Prepare>, runner: Box<dyn Runner>) -> Self {
-        Self { manifest, prepare, runner, sizes: vec![1], buffer: Vec::new() }
+        let batch = TensorBatch::new(prepare.side());
+        Self { manifest, prepare, runner, sizes: vec![1], batch }
     }
 
     /// Opens a session over `bundle`'s network and runs it once, so that the first picture is no slower and a
@@ -242,9 +238,7 @@ impl Classifier {
 
     /// One run over `size` blank pictures.
     fn time(&mut self, size: usize) -> Result<Duration, ClassifyError> {
-        let item = self.item();
-        self.buffer.clear();
-        self.buffer.resize(size * item, 0.0);
+        self.batch.fill(size);
         let began = Instant::now();
         let rows = self.run(0..size, &Stop::default())?;
         let took = began.elapsed();
@@ -252,18 +246,15 @@ impl Classifier {
         Ok(took)
     }
 
-    /// Classifies pictures together. Answers in their order; the fault of one is not the others'.
-    pub fn classify(&mut self, inputs: &[Input], stop: &Stop) -> Vec<Result<Prediction, ClassifyError>> {
-        let item = self.item();
-        self.buffer.resize(inputs.len().max(1) * item, 0.0);
-        let mut outcomes: Vec<Result<Prediction, ClassifyError>> = Vec::with_capacity(inputs.len());
-        // Where each usable picture stands in `inputs`, and what it has cost so far.
-        let mut ready: Vec<(usize, StageTimes)> = Vec::with_capacity(inputs.len());
-        for (at, input) in inputs.iter().enumerate() {
-            let slot = ready.len() * item..(ready.len() + 1) * item;
-            let filled = catch_unwind(AssertUnwindSafe(|| fill(&*self.prepare, input, &mut self.buffer[slot])));
-            let filled = filled.unwrap_or_else(|panic| Err(ClassifyError::Panic(panic_text(&*panic))));
-            match filled {
+    /// Classifies pictures together, each as long as its own stop is not asked for, and all until `stop` is. Answers in their
+    /// order; the fault of one is not the others'.
+    pub fn classify(&mut self, pictures: &[(&Input, &Stop)], stop: &Stop) -> Vec<Result<Prediction, ClassifyError>> {
+        self.batch.clear();
+        let mut outcomes: Vec<Result<Prediction, ClassifyError>> = Vec::with_capacity(pictures.len());
+        // Where each usable picture stands in `pictures`, and what it has cost so far.
+        let mut ready: Vec<(usize, StageTimes)> = Vec::with_capacity(pictures.len());
+        for (at, (input, own_stop)) in pictures.iter().enumerate() {
+            match self.add(input, own_stop, ready.len()) {
                 Ok(times) => {
                     ready.push((at, times));
                     // Replaced below, once it has run.
@@ -309,27 +300,44 @@ impl Classifier {
     ///
     /// # Errors
     /// When the network fails on it.
-    pub fn logits(&mut self, picture: &RgbImage) -> Result<Logits, ClassifyError> {
-        self.buffer.resize(self.item(), 0.0);
-        self.prepare.normalize_into(picture, &mut self.buffer);
+    pub fn logits(&mut self, picture: &Picture) -> Result<Logits, ClassifyError> {
+        self.batch.clear();
+        self.prepare.normalize_into(picture, &mut self.batch)?;
         Ok(self.run(0..1, &Stop::default())?.remove(0)?.0)
     }
 
-    /// Values of one picture's tensor.
-    fn item(&self) -> usize {
-        3 * self.prepare.side() * self.prepare.side()
+    /// Adds a picture to a batch of `before` pictures. When that fails, in whatever way, the batch is as it was.
+    fn add(&mut self, input: &Input, stop: &Stop, before: usize) -> Result<StageTimes, ClassifyError> {
+        let (prepare, batch) = (&*self.prepare, &mut self.batch);
+        let added = catch_unwind(AssertUnwindSafe(|| match input {
+            Input::Encoded(bytes) => prepare.prepare_into(bytes, stop, batch),
+            Input::Pixels(bytes) => {
+                let began = Instant::now();
+                batch.push_bytes(bytes)?;
+                Ok(StageTimes { decode: Duration::ZERO, preprocess: began.elapsed() })
+            }
+        }));
+        let added = added.unwrap_or_else(|panic| Err(ClassifyError::Panic(panic_text(&*panic))));
+        // A caller who has gone does not read it.
+        let added = added.map_err(|error| match error {
+            ClassifyError::Image(DecodeError::Stopped) => ClassifyError::Deadline,
+            error => error,
+        });
+        let added = added.and_then(|times| match self.batch.len() - before {
+            1 => Ok(times),
+            found => Err(ClassifyError::Panic(format!("one picture became {found} tensors"))),
+        });
+        added.inspect_err(|_| self.batch.truncate(before))
     }
 
-    /// Runs the network on pictures of the buffer.
+    /// Runs the network on pictures of the batch.
     fn run(
         &mut self,
         pictures: Range<usize>,
         stop: &Stop,
     ) -> Result<Vec<Result<Answer, ClassifyError>>, ClassifyError> {
-        let (item, side, n) = (self.item(), self.prepare.side(), pictures.len());
-        let values = &self.buffer[pictures.start * item..pictures.end * item];
-        let view = ArrayView4::from_shape((n, 3, side, side), values);
-        let view = view.map_err(|error| RuntimeError::Run(error.to_string()))?;
+        let n = pictures.len();
+        let view = self.batch.view(pictures).ok_or_else(|| RuntimeError::Run("the batch has fewer pictures".into()))?;
         let runner = &mut self.runner;
         let outputs: Outputs = catch_unwind(AssertUnwindSafe(|| runner.run(view, stop)))
             .unwrap_or_else(|panic| Err(RuntimeError::Run(format!("panicked: {}", panic_text(&*panic)))))?;
@@ -361,22 +369,6 @@ fn batch_sizes(max_batch: usize) -> Vec<usize> {
         std::iter::successors(Some(1), |size| Some(size * 2)).take_while(|&size| size < max_batch).collect();
     sizes.push(max_batch.max(1));
     sizes
-}
-
-fn fill(prepare: &dyn Prepare, input: &Input, out: &mut [f32]) -> Result<StageTimes, ClassifyError> {
-    match input {
-        Input::Encoded(bytes) => Ok(prepare.prepare_into(bytes, out)?),
-        Input::Pixels(bytes) => {
-            let began = Instant::now();
-            if bytes.len() != 4 * out.len() {
-                return Err(ClassifyError::Tensor { found: bytes.len(), expected: 4 * out.len() });
-            }
-            for (value, bytes) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-            }
-            Ok(StageTimes { decode: Duration::ZERO, preprocess: began.elapsed() })
-        }
-    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

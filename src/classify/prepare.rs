@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::pixels::{DecodeError, Preprocessor, RgbImage};
+use super::ClassifyError;
+use crate::pixels::{Picture, Preprocessor, TensorBatch, TensorLength};
+use crate::stop::Stop;
 
 /// What one picture's way into a batch cost.
 #[derive(Debug, Clone, Copy, Default)]
@@ -13,19 +15,22 @@ pub struct StageTimes {
     pub preprocess: Duration,
 }
 
-/// Something that writes a picture's tensor `[3, side, side]` into a batch.
+/// Something that adds a picture's tensor `[3, side, side]` to a batch.
 pub trait Prepare: Send {
     /// Height and width of the tensor, in pixels.
     fn side(&self) -> usize;
 
-    /// Writes the tensor of a decoded picture into `out`, whose length is 3 × side × side.
-    fn normalize_into(&self, picture: &RgbImage, out: &mut [f32]);
+    /// Adds the tensor of a decoded picture.
+    ///
+    /// # Errors
+    /// When the batch is of another side.
+    fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength>;
 
-    /// Decodes and writes the tensor.
+    /// Decodes and adds the tensor, unless `stop` is asked for meanwhile.
     ///
     /// # Errors
     /// When the bytes are no picture that can be decoded within the limits.
-    fn prepare_into(&self, bytes: &[u8], out: &mut [f32]) -> Result<StageTimes, DecodeError>;
+    fn prepare_into(&self, bytes: &[u8], stop: &Stop, batch: &mut TensorBatch) -> Result<StageTimes, ClassifyError>;
 }
 
 impl Prepare for Preprocessor {
@@ -33,15 +38,15 @@ impl Prepare for Preprocessor {
         self.side()
     }
 
-    fn normalize_into(&self, picture: &RgbImage, out: &mut [f32]) {
-        self.normalize_into(picture, out);
+    fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength> {
+        self.normalize_into(picture, batch)
     }
 
-    fn prepare_into(&self, bytes: &[u8], out: &mut [f32]) -> Result<StageTimes, DecodeError> {
+    fn prepare_into(&self, bytes: &[u8], stop: &Stop, batch: &mut TensorBatch) -> Result<StageTimes, ClassifyError> {
         let began = Instant::now();
-        let picture = self.decode(bytes)?;
+        let picture = self.decode(bytes, stop)?;
         let decoded = Instant::now();
-        self.normalize_into(&picture, out);
+        self.normalize_into(&picture, batch)?;
         Ok(StageTimes { decode: decoded - began, preprocess: decoded.elapsed() })
     }
 }

@@ -13,7 +13,8 @@ use super::source::{content, read};
 use super::{DataError, LabelledImages};
 use crate::bundle::{Bundle, Exif};
 use crate::classify::{Classifier, ClassifyError};
-use crate::pixels::{DecodeLimits, RgbImage};
+use crate::files;
+use crate::pixels::{DecodeLimits, Picture};
 use crate::runtime::{Library, SessionOptions};
 use crate::scores::{Logits, LogitsError};
 
@@ -36,7 +37,7 @@ impl LabelledLogits {
     /// # Errors
     /// When the sizes do not fit, a value is not finite, or a label is beyond the classes.
     pub fn try_new(classes: usize, values: Vec<f32>, labels: Vec<u32>) -> Result<Self, String> {
-        if values.len() != labels.len() * classes {
+        if classes == 0 || Some(values.len()) != labels.len().checked_mul(classes) {
             return Err(format!("has {} logits for {} labels and {classes} classes", values.len(), labels.len()));
         }
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
@@ -85,7 +86,7 @@ impl LabelledLogits {
         Self::try_new(classes, values, labels).map_err(|reason| wrong(&reason))
     }
 
-    /// Writes the file that [`LabelledLogits::load`] reads.
+    /// Writes the file that [`LabelledLogits::load`] reads, or leaves what was there.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -97,7 +98,8 @@ impl LabelledLogits {
             ("logits", view(Dtype::F32, vec![self.len(), self.classes], &values)?),
             ("labels", view(Dtype::I64, vec![self.len()], &labels)?),
         ];
-        safetensors::serialize_to_file(tensors, None, path).map_err(|error| content(path, &error.to_string()))
+        let bytes = safetensors::serialize(tensors, None).map_err(|error| content(path, &error.to_string()))?;
+        files::replace(path, &bytes).map_err(|error| content(path, &format!("cannot be written: {error}")))
     }
 
     /// K.
@@ -163,7 +165,7 @@ pub fn logits_of(
     each(images, exif, progress, || {
         let (mut classifier, _) = Classifier::open(bundle, library, options, limits)?;
         let rows = &rows;
-        Ok(move |index: usize, picture: &RgbImage| {
+        Ok(move |index: usize, picture: &Picture| {
             let logits = classifier.logits(picture)?;
             let hash = hash_of(picture);
             let mut rows = rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -188,7 +190,7 @@ pub fn pixel_hashes(
 ) -> Result<HashSet<PixelHash>, DataError> {
     let hashes = Mutex::new(HashSet::new());
     each(images, exif, progress, || {
-        Ok(|_: usize, picture: &RgbImage| {
+        Ok(|_: usize, picture: &Picture| {
             let hash = hash_of(picture);
             hashes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(hash);
             Ok(())
@@ -197,7 +199,7 @@ pub fn pixel_hashes(
     Ok(hashes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
 }
 
-fn hash_of(picture: &RgbImage) -> PixelHash {
+fn hash_of(picture: &Picture) -> PixelHash {
     let mut hash = Sha256::new();
     hash.update(picture.width().to_le_bytes());
     hash.update(picture.height().to_le_bytes());
@@ -213,7 +215,7 @@ fn each<W>(
     worker: impl Fn() -> Result<W, ClassifyError> + Sync,
 ) -> Result<(), DataError>
 where
-    W: FnMut(usize, &RgbImage) -> Result<(), ClassifyError>,
+    W: FnMut(usize, &Picture) -> Result<(), ClassifyError>,
 {
     let next = AtomicUsize::new(0);
     let limits = DecodeLimits::OFFLINE;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::DataError;
 use crate::bundle::Exif;
-use crate::pixels::{DecodeLimits, RgbImage, decode, has_picture_ending};
+use crate::pixels::{DecodeLimits, Picture, RgbImage, decode, has_picture_ending};
+use crate::stop::Stop;
 
 const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: usize = 3 * CIFAR_SIDE * CIFAR_SIDE;
@@ -162,13 +163,13 @@ impl LabelledImages {
     ///
     /// # Errors
     /// A sentence without the image's name.
-    pub fn picture(&self, index: usize, exif: Exif, limits: &DecodeLimits) -> Result<RgbImage, String> {
+    pub fn picture(&self, index: usize, exif: Exif, limits: &DecodeLimits) -> Result<Picture, String> {
         match (&self.items[index], &self.store) {
             (Item::File(path), _) => {
                 let bytes = fs::read(path).map_err(|error| error.to_string())?;
-                decode(&bytes, exif, limits).map_err(|error| error.to_string())
+                decode(&bytes, exif, limits, &Stop::default()).map_err(|error| error.to_string())
             }
-            (Item::Raw { at }, Some(store)) => Ok(store.picture(*at)),
+            (Item::Raw { at }, Some(store)) => Picture::try_from(store.picture(*at)).map_err(|error| error.to_string()),
             (Item::Raw { .. }, None) => Err("has no pixels".into()),
         }
     }

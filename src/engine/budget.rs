@@ -1,18 +1,26 @@
 //! Places to work at: as many as the processors allow, shared by all engines.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// A number of places. A worker holds one while it decodes and runs a network.
 pub struct Budget {
     state: Mutex<State>,
     freed: Condvar,
+    ended: Condvar,
 }
 
 struct State {
     free: usize,
     /// Workers that wait for a place. Without one, freeing a place needs no call to the system.
     waiting: usize,
+    /// Worker threads that share the places.
+    workers: usize,
+    panics: u64,
 }
+
+/// A worker thread that shares the places, until it is dropped at the thread's end.
+pub(super) struct Worker(Arc<Budget>);
 
 /// A place that is held; dropping it frees it.
 pub struct Place<'a>(&'a Budget);
@@ -20,7 +28,11 @@ pub struct Place<'a>(&'a Budget);
 impl Budget {
     /// `places` workers may be at work at once; at least one.
     pub fn new(places: usize) -> Self {
-        Self { state: Mutex::new(State { free: places.max(1), waiting: 0 }), freed: Condvar::new() }
+        Self {
+            state: Mutex::new(State { free: places.max(1), waiting: 0, workers: 0, panics: 0 }),
+            freed: Condvar::new(),
+            ended: Condvar::new(),
+        }
     }
 
     /// Waits for a place.
@@ -35,8 +47,45 @@ impl Budget {
         Place(self)
     }
 
+    /// Counts one more worker thread.
+    pub(super) fn worker(budget: &Arc<Self>) -> Worker {
+        budget.lock().workers += 1;
+        Worker(budget.clone())
+    }
+
+    /// Waits until every worker thread has ended, at most until `deadline`; says whether they have. Workers end once their
+    /// engine was dropped and what it had queued is done.
+    pub fn wait_for_workers(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        while state.workers > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Counts a panic of a worker outside of what guards each picture. The pictures at work are lost; the worker goes on.
+    pub(super) fn note_panic(&self) {
+        self.lock().panics += 1;
+    }
+
+    /// Panics that were counted.
+    pub fn panics(&self) -> u64 {
+        self.lock().panics
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.lock().workers -= 1;
+        self.0.ended.notify_all();
     }
 }
 

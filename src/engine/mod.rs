@@ -3,26 +3,39 @@
 //! A worker takes what already waits, up to a batch, decodes it and runs the network on it; nothing is waited for to fill
 //! a batch. Workers × threads is the whole budget of processors, shared by all engines through a [`Budget`]. Work whose
 //! caller has gone, or whose deadline has passed, is dropped before it costs anything; a running batch that nobody waits
-//! for any more is ended. A panic costs one picture.
+//! for any more is ended, and so is the decoding of a picture. A panic costs one picture.
 
 mod budget;
+#[cfg(test)]
+mod checked;
+mod idle;
+mod pace;
 mod stats;
 mod ticket;
 
+/// What `idle` is made of.
+mod sync {
+    pub(super) use std::sync::{Mutex, MutexGuard, PoisonError};
+    pub(super) use std::thread::{Thread, current, park};
+}
+
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use crate::classify::{Classifier, ClassifyError, Input, Prediction};
-use crate::runtime::Stop;
+use crate::stop::Stop;
 
 pub use budget::Budget;
 pub use stats::{BatchStats, EngineStats};
 pub use ticket::{Lost, Ticket};
 
+use idle::{Awaited, Idle};
+use pace::Pace;
 use ticket::Caller;
 
 /// What a submitted picture comes back as.
@@ -70,14 +83,11 @@ struct Job {
 struct State {
     queue: VecDeque<Job>,
     running: usize,
-    /// Workers that wait for work, the last to begin at the end. Without one, a new picture needs no call to the system:
-    /// they look before they wait.
-    idle: Vec<Thread>,
+    idle: Idle,
     /// Submitters that wait until the queue has room.
     waiting_for_room: usize,
     closed: bool,
-    /// Smoothed seconds that one worker spends on one picture.
-    seconds_per_image: f64,
+    pace: Pace,
     stats: EngineStats,
 }
 
@@ -89,10 +99,20 @@ struct Shared {
     budget: Arc<Budget>,
 }
 
-/// The front of the queue. Dropping it finishes what is queued and joins the workers.
+impl Awaited for State {
+    fn is_due(&self) -> bool {
+        self.closed || !self.queue.is_empty()
+    }
+
+    fn idle(&mut self) -> &mut Idle {
+        &mut self.idle
+    }
+}
+
+/// The front of the queue. Dropping it lets the workers finish what is queued and end; it does not wait for them, because it
+/// may happen where nothing may block. [`Budget::wait_for_workers`] does.
 pub struct Engine {
     shared: Arc<Shared>,
-    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Engine {
@@ -105,10 +125,10 @@ impl Engine {
         let state = State {
             queue: VecDeque::new(),
             running: 0,
-            idle: Vec::new(),
+            idle: Idle::default(),
             waiting_for_room: 0,
             closed: false,
-            seconds_per_image: 0.0,
+            pace: Pace::default(),
             stats: EngineStats::default(),
         };
         let shared = Arc::new(Shared {
@@ -118,11 +138,15 @@ impl Engine {
             workers: classifiers.len(),
             budget,
         });
-        let mut engine = Self { shared, threads: Vec::new() };
+        let engine = Self { shared };
         for (n, classifier) in classifiers.into_iter().enumerate() {
             let shared = engine.shared.clone();
             let worker = thread::Builder::new().name(format!("nbn-worker-{n}"));
-            engine.threads.push(worker.spawn(move || work(&shared, classifier))?);
+            let counted = Budget::worker(&shared.budget);
+            worker.spawn(move || {
+                work(&shared, classifier);
+                drop(counted);
+            })?;
         }
         Ok(engine)
     }
@@ -156,7 +180,7 @@ impl Engine {
             return Err(Refused::TooSlow { retry_after });
         }
         let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
-        self.shared.wake(state, tickets.len());
+        idle::wake(state, tickets.len());
         Ok(tickets)
     }
 
@@ -175,7 +199,7 @@ impl Engine {
             return Err(Refused::Closed);
         }
         let ticket = Shared::push(&mut state, input, None);
-        self.shared.wake(state, 1);
+        idle::wake(state, 1);
         Ok(ticket)
     }
 
@@ -209,43 +233,28 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.closed = true;
-        self.shared.wake(state, usize::MAX);
+        idle::wake(state, usize::MAX);
         self.shared.room.notify_all();
-        for thread in self.threads.drain(..) {
-            // A worker catches its panics; there is nothing to report here.
-            let _ = thread.join();
-        }
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        idle::lock(&self.state)
     }
 
     /// How long until a picture that came now would be begun.
     fn wait(&self, state: &State) -> Duration {
         let ahead = (state.queue.len() + state.running) as f64;
-        let seconds = ahead * state.seconds_per_image / self.workers.max(1) as f64;
+        let seconds = ahead * state.pace.seconds() / self.workers.max(1) as f64;
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
     fn push(state: &mut State, input: Input, deadline: Option<Instant>) -> Ticket {
         let (reply, receiver) = oneshot::channel();
-        let caller = Arc::new(Caller::default());
+        let caller = Arc::new(Caller::until(deadline));
         state.queue.push_back(Job { input, reply, caller: caller.clone(), submitted: Instant::now(), deadline });
         Ticket::new(receiver, caller)
-    }
-
-    /// Wakes up to `workers` idle ones, after giving back the lock, which the woken take first. Those that were busy
-    /// last: their networks are still in the caches, and at low load the other processors keep the server's code.
-    fn wake(&self, mut state: MutexGuard<'_, State>, workers: usize) {
-        let others = state.idle.len().saturating_sub(workers);
-        let woken = state.idle.split_off(others);
-        drop(state);
-        for worker in woken {
-            worker.unpark();
-        }
     }
 
     /// The next pictures that somebody waits for; empty when there are none.
@@ -276,59 +285,74 @@ impl Shared {
         }
         jobs
     }
+}
 
-    /// Waits until there is work, so that a place in the budget is not taken for nothing. False when the engine closes.
-    fn wait_for_work(&self) -> bool {
-        let mut state = self.lock();
-        while state.queue.is_empty() {
-            if state.closed {
-                return false;
-            }
-            let me = thread::current();
-            state.idle.push(me.clone());
-            drop(state);
-            thread::park();
-            state = self.lock();
-            // Still there when nobody woke it.
-            state.idle.retain(|worker| worker.id() != me.id());
-        }
-        true
+/// Pictures that count as running, until this is dropped: also by a panic.
+struct Running<'a> {
+    shared: &'a Shared,
+    pictures: usize,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.shared.lock().running -= self.pictures;
     }
 }
 
 fn work(shared: &Shared, mut classifier: Classifier) {
-    while shared.wait_for_work() {
-        let turn = Instant::now();
-        let place = shared.budget.take();
-        let jobs = shared.take(classifier.max_batch());
-        if jobs.is_empty() {
-            // Another worker was first, or nobody waits.
-            continue;
-        }
-        let began = Instant::now();
-        let stop = Arc::new(Stop::default());
-        ticket::begin(jobs.iter().map(|job| &job.caller), &stop);
-        let inputs: Vec<Input> = jobs.iter().map(|job| job.input.clone()).collect();
-        let outcomes = classifier.classify(&inputs, &stop);
-        drop(place);
-        // With the wait for a place: beside other busy models, this queue gets on only so fast.
-        let took = turn.elapsed();
-        // Freed before the answer is sent: whoever has it finds the engine's counts true.
-        {
-            let mut state = shared.lock();
-            state.running -= jobs.len();
-            let seconds = took.as_secs_f64() / jobs.len() as f64;
-            let old = state.seconds_per_image;
-            state.seconds_per_image = if old == 0.0 { seconds } else { 0.9 * old + 0.1 * seconds };
-            state.stats.record(&outcomes, jobs.iter().map(|job| began - job.submitted));
-        }
-        for (job, outcome) in jobs.into_iter().zip(outcomes) {
-            let reply = outcome.map(|mut prediction| {
-                prediction.timings.queue = began - job.submitted;
-                prediction
-            });
-            // The caller may have gone meanwhile.
-            let _ = job.reply.send(reply);
+    loop {
+        // A picture's own panics are its answer. What panics beside them costs the pictures at work, never the worker: without
+        // it, the queue would fill up and nobody would know why.
+        match catch_unwind(AssertUnwindSafe(|| turn(shared, &mut classifier))) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) => {
+                tracing::error!("a worker panicked between pictures: those at work are lost, the worker goes on");
+                shared.budget.note_panic();
+            }
         }
     }
+}
+
+/// Waits for work, so that a place in the budget is not taken for nothing, and does some. False when the engine is closed and
+/// everything is done.
+fn turn(shared: &Shared, classifier: &mut Classifier) -> bool {
+    if idle::wait(&shared.state).queue.is_empty() {
+        return false;
+    }
+    let turn = Instant::now();
+    let place = shared.budget.take();
+    let jobs = shared.take(classifier.max_batch());
+    if jobs.is_empty() {
+        // Another worker was first, or nobody waits.
+        return true;
+    }
+    let running = Running { shared, pictures: jobs.len() };
+    let began = Instant::now();
+    let stop = Arc::new(Stop::default());
+    ticket::begin(jobs.iter().map(|job| &job.caller), &stop);
+    let pictures: Vec<(&Input, &Stop)> = jobs.iter().map(|job| (&job.input, job.caller.stop())).collect();
+    let outcomes = classifier.classify(&pictures, &stop);
+    drop(place);
+    // With the wait for a place: beside other busy models, this queue gets on only so fast.
+    let took = turn.elapsed();
+    // Freed before the answer is sent: whoever has it finds the engine's counts true.
+    drop(running);
+    {
+        let mut state = shared.lock();
+        // A batch that was ended says nothing of the pace.
+        if !stop.asked() {
+            state.pace.note(took, jobs.len());
+        }
+        state.stats.record(&outcomes, jobs.iter().map(|job| began - job.submitted));
+    }
+    for (job, outcome) in jobs.into_iter().zip(outcomes) {
+        let reply = outcome.map(|mut prediction| {
+            prediction.timings.queue = began - job.submitted;
+            prediction
+        });
+        // The caller may have gone meanwhile.
+        let _ = job.reply.send(reply);
+    }
+    true
 }

@@ -1,19 +1,20 @@
 //! A caller's claim on one picture's answer. Dropping it says that nobody waits any more.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::Reply;
-use crate::runtime::Stop;
+use crate::stop::Stop;
 
 /// Whether somebody waits for a picture, and the batch it is in.
-#[derive(Default)]
 pub(super) struct Caller {
-    gone: AtomicBool,
+    /// Ends the picture's own decoding.
+    stop: Stop,
     batch: Mutex<Option<Arc<Batch>>>,
 }
 
@@ -35,8 +36,18 @@ pub struct Ticket {
 pub struct Lost;
 
 impl Caller {
+    /// Waits until `deadline`.
+    pub(super) fn until(deadline: Option<Instant>) -> Self {
+        Self { stop: Stop::at(deadline), batch: Mutex::default() }
+    }
+
+    /// What ends the work on this picture alone.
+    pub(super) fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
     pub(super) fn gone(&self) -> bool {
-        self.gone.load(Ordering::SeqCst)
+        self.stop.asked_by_somebody()
     }
 }
 
@@ -87,7 +98,7 @@ impl Future for Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let place = self.caller.batch.lock().unwrap_or_else(PoisonError::into_inner);
-        self.caller.gone.store(true, Ordering::SeqCst);
+        self.caller.stop.ask();
         if let Some(batch) = place.as_ref() {
             batch.leave();
         }

@@ -1,11 +1,15 @@
 //! Encoded bytes → RGB, refusing what is too large before anything is allocated for it.
 
-use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 
-use super::jpeg;
+use super::input::Watched;
+use super::picture::Picture;
+use super::{jpeg, tiff, webp};
 use crate::bundle::Exif;
+use crate::stop::Stop;
 
 const FORMATS: [ImageFormat; 6] =
     [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::Tiff];
@@ -32,8 +36,11 @@ impl DecodeLimits {
         Self { max_pixels, max_decoded_bytes }
     }
 
-    /// Refuses a picture of this size, which takes `bytes` to decode, when that is too much.
+    /// Refuses a picture without pixels, and one of this size, which takes `bytes` to decode, when that is too much.
     pub(super) fn check(&self, width: u32, height: u32, bytes: u64) -> Result<(), DecodeError> {
+        if width == 0 || height == 0 {
+            return Err(DecodeError::NoPixels { width, height });
+        }
         if u64::from(width) * u64::from(height) > self.max_pixels {
             return Err(DecodeError::TooManyPixels { width, height, limit: self.max_pixels });
         }
@@ -59,6 +66,14 @@ pub enum DecodeError {
     /// Not one of the formats.
     #[error("not an image of a known format; JPEG, PNG, WebP, GIF, BMP and TIFF are")]
     UnknownFormat,
+    /// A width or a height of 0.
+    #[error("image is {width}×{height}: it has no pixels, so there is nothing to classify")]
+    NoPixels {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+    },
     /// Larger than the pixel limit.
     #[error(
         "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise `nbn`'s --max-pixels",
@@ -84,6 +99,32 @@ pub enum DecodeError {
         /// Most bytes that decoding may allocate.
         limit: u64,
     },
+    /// A progressive JPEG with so many scans that decoding would take far longer than its size explains.
+    #[error(
+        "the JPEG has {scans} scans; a {width}×{height} image may have {limit}: save it again as a baseline or an ordinary \
+         progressive JPEG, which has about 10"
+    )]
+    TooManyScans {
+        /// Scans in the file.
+        scans: usize,
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Most scans of a picture of that size.
+        limit: usize,
+    },
+    /// A form of the format that is not read.
+    #[error("this form of {format} is not supported: {reason}: save it as a PNG or JPEG")]
+    Unsupported {
+        /// The format that the first bytes announce.
+        format: &'static str,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// Nobody waits for the picture any more, or its deadline has passed.
+    #[error("decoding was ended: nobody waits for the image any more, or its deadline has passed")]
+    Stopped,
     /// The file ends before the picture does.
     #[error("the {format} file is cut short or damaged: {reason}")]
     Damaged {
@@ -100,6 +141,10 @@ impl DecodeError {
         match self {
             Self::Empty => "empty_image",
             Self::UnknownFormat => "unknown_format",
+            Self::NoPixels { .. } => "no_pixels",
+            Self::TooManyScans { .. } => "too_many_scans",
+            Self::Unsupported { .. } => "unsupported_image",
+            Self::Stopped => "stopped",
             Self::TooManyPixels { .. } => "too_many_pixels",
             Self::TooManyBytes { .. } => "too_many_bytes",
             Self::Damaged { .. } => "damaged_image",
@@ -107,59 +152,126 @@ impl DecodeError {
     }
 }
 
-/// Decodes the first frame of `bytes` to 8-bit RGB. Grey is repeated, alpha is dropped, 16 bits are scaled to 8.
+/// Decodes the first frame of `bytes` to 8-bit RGB. Grey is repeated, alpha is dropped, 16 bits are scaled to 8. The work is
+/// bounded in proportion to the picture's pixels and the file's bytes, and ends soon after `stop` is asked for; only a lossy
+/// WebP is decoded to its end.
 ///
 /// # Errors
 /// See [`DecodeError`]; both limits are held before the picture's memory is allocated.
-pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<RgbImage, DecodeError> {
+pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> Result<Picture, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
     let format = image::guess_format(bytes).ok().filter(|f| FORMATS.contains(f)).ok_or(DecodeError::UnknownFormat)?;
     let damaged = |reason: String| DecodeError::Damaged { format: name(format), reason };
-    let (mut picture, orientation) = if format == ImageFormat::Jpeg {
-        let decoded = jpeg::decode(bytes, exif, limits).map_err(|fault| match fault {
-            jpeg::Fault::Damaged(reason) => damaged(reason),
-            jpeg::Fault::Refused(error) => error,
-        })?;
-        (DynamicImage::ImageRgb8(decoded.0), decoded.1)
-    } else {
-        let mut decoder = ImageReader::with_format(Cursor::new(bytes), format)
-            .into_decoder()
-            .map_err(|error| damaged(error.to_string()))?;
-        let (width, height) = decoder.dimensions();
-        // The decoder's own limits do not count the buffer that it decodes into.
-        limits.check(width, height, decoder.total_bytes())?;
-        let mut allocation = Limits::default();
-        allocation.max_alloc = Some(limits.max_decoded_bytes - decoder.total_bytes());
-        let too_many_bytes = || DecodeError::TooManyBytes { width, height, limit: limits.max_decoded_bytes };
-        decoder.set_limits(allocation).map_err(|_| too_many_bytes())?;
-        let orientation = match exif {
-            Exif::Apply => decoder.orientation().ok(),
-            Exif::Ignore => None,
-        };
-        let picture = DynamicImage::from_decoder(decoder).map_err(|error| match error {
-            ImageError::Limits(_) => too_many_bytes(),
-            error => damaged(error.to_string()),
-        })?;
-        (picture, orientation)
+    // libjpeg's fatal errors unwind through here, with the message as the payload; the other decoders should not panic, but
+    // some do on files that they did not expect.
+    let decoded = catch_unwind(AssertUnwindSafe(|| match format {
+        ImageFormat::Jpeg => jpeg::read(bytes, exif, limits, stop),
+        _ => read(bytes, format, exif, limits, stop),
+    }));
+    let decoded = decoded.unwrap_or_else(|panic| {
+        Err(match panic.downcast_ref::<String>() {
+            Some(message) if format == ImageFormat::Jpeg => damaged(message.clone()),
+            _ => {
+                let reason = "its decoder gave up on the file, which may be damaged, too".into();
+                DecodeError::Unsupported { format: name(format), reason }
+            }
+        })
+    });
+    let (mut picture, orientation) = match decoded {
+        // What a decoder makes of a reader that fails is of no interest.
+        _ if stop.asked() => return Err(DecodeError::Stopped),
+        decoded => decoded?,
     };
     if let Some(orientation) = orientation {
-        picture.apply_orientation(orientation);
+        let mut turned = DynamicImage::ImageRgb8(picture);
+        turned.apply_orientation(orientation);
+        picture = turned.into_rgb8();
     }
-    Ok(match picture {
-        // Pillow takes the high byte of colours with 16 bits; `image` would round.
-        DynamicImage::ImageRgb16(_) | DynamicImage::ImageRgba16(_) | DynamicImage::ImageLumaA16(_) => {
-            let picture = picture.into_rgb16();
-            RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
-                image::Rgb(picture.get_pixel(x, y).0.map(|value| (value >> 8) as u8))
-            })
-        }
-        picture => picture.into_rgb8(),
-    })
+    Picture::try_from(picture).map_err(|error| damaged(error.to_string()))
 }
 
-fn name(format: ImageFormat) -> &'static str {
+/// A picture as it is stored, and how it is to be turned when that is asked.
+pub(super) type Stored = (RgbImage, Option<Orientation>);
+
+/// By the decoders of `image`.
+fn read(
+    bytes: &[u8],
+    format: ImageFormat,
+    exif: Exif,
+    limits: &DecodeLimits,
+    stop: &Stop,
+) -> Result<Stored, DecodeError> {
+    let fault = |error: ImageError| match error {
+        ImageError::Unsupported(error) => DecodeError::Unsupported { format: name(format), reason: error.to_string() },
+        error => DecodeError::Damaged { format: name(format), reason: error.to_string() },
+    };
+    match format {
+        ImageFormat::WebP => webp::check(bytes)?,
+        ImageFormat::Tiff => tiff::check_fields(bytes)?,
+        _ => {}
+    }
+    let mut decoder = ImageReader::with_format(Watched::new(bytes, stop), format).into_decoder().map_err(fault)?;
+    let (width, height) = decoder.dimensions();
+    let decoded_bytes = decoder.total_bytes();
+    limits.check(width, height, peak(format, decoder.color_type(), width, height))?;
+    if format == ImageFormat::Tiff {
+        tiff::check_work(bytes, width, height)?;
+    }
+    let mut allocation = Limits::default();
+    // The decoder's own limits do not count the buffer that it decodes into.
+    allocation.max_alloc = Some(limits.max_decoded_bytes.saturating_sub(decoded_bytes));
+    let too_many_bytes = || DecodeError::TooManyBytes { width, height, limit: limits.max_decoded_bytes };
+    decoder.set_limits(allocation).map_err(|_| too_many_bytes())?;
+    let orientation = match exif {
+        Exif::Apply => decoder.orientation().ok(),
+        Exif::Ignore => None,
+    };
+    let picture = DynamicImage::from_decoder(decoder).map_err(|error| match error {
+        ImageError::Limits(_) => too_many_bytes(),
+        error => fault(error),
+    })?;
+    Ok((rgb8(picture), orientation))
+}
+
+/// The most bytes that are held at once while a picture of this size is decoded, converted and turned.
+fn peak(format: ImageFormat, color: ColorType, width: u32, height: u32) -> u64 {
+    let pixels = u64::from(width) * u64::from(height);
+    let stored = u64::from(color.bytes_per_pixel());
+    // What a decoder holds beside the picture that it fills: a second one, an animation's canvas, planes.
+    let beside = match format {
+        ImageFormat::Tiff => stored.max(4),
+        ImageFormat::WebP | ImageFormat::Gif => 4,
+        _ => 1,
+    };
+    let converted = if color == ColorType::Rgb8 { 0 } else { 3 };
+    let turned = 6;
+    pixels.saturating_mul((stored + beside).max(stored + converted).max(turned))
+}
+
+/// 8-bit RGB of any picture; its own memory goes as soon as the new one is there.
+fn rgb8(picture: DynamicImage) -> RgbImage {
+    // Pillow takes the high byte of colours with 16 bits; `image` would round.
+    let high = |value: u16| (value >> 8) as u8;
+    let (width, height) = (picture.width(), picture.height());
+    let pixels: Vec<u8> = match &picture {
+        DynamicImage::ImageRgb16(picture) => picture.as_raw().iter().copied().map(high).collect(),
+        DynamicImage::ImageRgba16(picture) => {
+            let (pixels, _) = picture.as_raw().as_chunks::<4>();
+            pixels.iter().flat_map(|[r, g, b, _]| [high(*r), high(*g), high(*b)]).collect()
+        }
+        DynamicImage::ImageLumaA16(picture) => {
+            let (pixels, _) = picture.as_raw().as_chunks::<2>();
+            pixels.iter().flat_map(|[grey, _]| [high(*grey); 3]).collect()
+        }
+        _ => return picture.into_rgb8(),
+    };
+    // The conversions above make three bytes of each pixel.
+    RgbImage::from_raw(width, height, pixels).unwrap_or_default()
+}
+
+pub(super) fn name(format: ImageFormat) -> &'static str {
     match format {
         ImageFormat::Jpeg => "JPEG",
         ImageFormat::Png => "PNG",

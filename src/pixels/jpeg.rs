@@ -1,46 +1,41 @@
 //! JPEGs by libjpeg, whose inverse transform and chroma upsampling Pillow uses too: equal bit for bit. The pure-Rust
 //! decoder of `image` differs by up to 16 levels at the edges of colours.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use image::RgbImage;
 use image::metadata::Orientation;
 use mozjpeg::{ColorSpace, Decompress, Marker};
 
-use super::decode::{DecodeError, DecodeLimits};
+use super::decode::{DecodeError, DecodeLimits, Stored};
+use super::input::Watched;
 use crate::bundle::Exif;
+use crate::stop::Stop;
 
 /// Where cameras write how they were held.
 const APP1: Marker = Marker::APP(1);
 const EXIF: &[u8] = b"Exif\0\0";
+/// Scans of a picture of any size; encoders make about 10. Each costs a pass over all of the picture's coefficients.
+const SCANS: u64 = 64;
+/// Pixels below which a picture may have more scans: as many as cost no more than [`SCANS`] of a picture of this size.
+const SMALL: u64 = 1_000_000;
+/// Scans of the smallest picture.
+const MOST_SCANS: u64 = 1000;
+/// Bytes of lines between two looks at the stop.
+const LINES: usize = 256 << 10;
 
-pub(super) enum Fault {
-    /// What libjpeg said.
-    Damaged(String),
-    /// A limit.
-    Refused(DecodeError),
+fn damaged(reason: impl ToString) -> DecodeError {
+    DecodeError::Damaged { format: "JPEG", reason: reason.to_string() }
 }
 
-/// The picture as it is stored, and how it is to be turned when that is asked.
-pub(super) fn decode(
-    bytes: &[u8],
-    exif: Exif,
-    limits: &DecodeLimits,
-) -> Result<(RgbImage, Option<Orientation>), Fault> {
-    if !has_an_end(bytes) {
-        return Err(Fault::Damaged("its last scan has no end".into()));
-    }
-    // libjpeg's fatal errors unwind through this frame, with the message as the payload.
-    catch_unwind(AssertUnwindSafe(|| read(bytes, exif, limits))).unwrap_or_else(|panic| {
-        let message = panic.downcast_ref::<String>().map_or("libjpeg failed", String::as_str);
-        Err(Fault::Damaged(message.to_owned()))
-    })
-}
-
-fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<(RgbImage, Option<Orientation>), Fault> {
-    let damaged = |error: std::io::Error| Fault::Damaged(error.to_string());
+/// The picture as it is stored, and how it is to be turned when that is asked. libjpeg's fatal errors unwind out of this
+/// function.
+pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> Result<Stored, DecodeError> {
+    let scans = scans(bytes).ok_or_else(|| damaged("its last scan has no end"))?;
+    let count = scans.len();
+    // All scans but a single one are decoded in one call, which can be ended only where it asks for more bytes. A single scan
+    // is decoded with the lines that are read, and faster from bytes that lie together.
+    let input = if count > 1 { Watched::with_pauses(bytes, stop, scans) } else { Watched::whole(bytes, stop) };
     let wanted: &[Marker] = if exif == Exif::Apply { &[APP1] } else { &[] };
-    let decompress = Decompress::with_markers(wanted).from_mem(bytes).map_err(damaged)?;
+    let decompress = Decompress::with_markers(wanted).from_reader(input).map_err(damaged)?;
     let tags = decompress.markers().find_map(|marker| marker.data.strip_prefix(EXIF));
     let orientation = tags.and_then(Orientation::from_exif_chunk);
     let inks = matches!(decompress.color_space(), ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK);
@@ -48,14 +43,32 @@ fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits) -> Result<(RgbImage, Op
     let (width, height) = (decompress.width() as u32, decompress.height() as u32);
     // A progressive JPEG's coefficients take two bytes per sample beside what is decoded.
     let each = 2 * decompress.components().len() as u64 + if inks { 7 } else { 3 };
-    limits.check(width, height, u64::from(width) * u64::from(height) * each).map_err(Fault::Refused)?;
+    limits.check(width, height, u64::from(width) * u64::from(height) * each)?;
+    let limit = most_scans(width, height);
+    if count > limit {
+        return Err(DecodeError::TooManyScans { scans: count, width, height, limit });
+    }
     let scanlines = if inks { decompress.to_colorspace(ColorSpace::JCS_CMYK) } else { decompress.rgb() };
     let mut scanlines = scanlines.map_err(damaged)?;
-    let pixels: Vec<u8> = scanlines.read_scanlines().map_err(damaged)?;
+    let line = width as usize * if inks { 4 } else { 3 };
+    let mut pixels = vec![0u8; line * height as usize];
+    for lines in pixels.chunks_mut(line * (LINES / line).max(1)) {
+        if stop.asked() {
+            return Err(DecodeError::Stopped);
+        }
+        scanlines.read_scanlines_into(lines).map_err(damaged)?;
+    }
     scanlines.finish().map_err(damaged)?;
     let pixels = if inks { rgb_of_inks(&pixels) } else { pixels };
     let picture = RgbImage::from_raw(width, height, pixels);
-    Ok((picture.ok_or_else(|| Fault::Damaged("its size and its data disagree".into()))?, orientation))
+    Ok((picture.ok_or_else(|| damaged("its size and its data disagree"))?, orientation))
+}
+
+/// How many scans a picture of this size may have.
+fn most_scans(width: u32, height: u32) -> usize {
+    // Small sides are filled up to whole blocks.
+    let pixels = u64::from(width.max(32)) * u64::from(height.max(32));
+    (SCANS * SMALL / pixels).clamp(SCANS, MOST_SCANS) as usize
 }
 
 /// RGB of CMYK samples as Pillow has it: JPEGs store inks inverted, and each colour is (255 − ink) darkened by black, with
@@ -69,29 +82,54 @@ fn rgb_of_inks(samples: &[u8]) -> Vec<u8> {
     pixels.iter().flat_map(|[c, m, y, k]| [darken(*c, *k), darken(*m, *k), darken(*y, *k)]).collect()
 }
 
-/// Whether the picture's end-of-image marker is there. libjpeg fills a missing rest with grey; a classifier must not see
-/// that. What follows the end, as a phone's film does, is nobody's.
-fn has_an_end(bytes: &[u8]) -> bool {
+/// Where the scans of the picture begin, when its end-of-image marker is there. libjpeg fills a missing rest with grey, which
+/// a classifier must not see. Motion photos append a video after the end; what follows it is ignored.
+fn scans(bytes: &[u8]) -> Option<Vec<usize>> {
+    let mut scans = Vec::new();
     // Behind the start-of-image marker.
     let mut at = 2;
     loop {
         // What stands before the next marker is a scan's data, in which 0xFF is followed by 0.
-        let Some(skipped) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xFF)) else {
-            return false;
-        };
-        at += skipped + 1;
-        match bytes.get(at) {
-            Some(0xD9) => return true,
+        at += bytes.get(at..)?.iter().position(|&byte| byte == 0xFF)? + 1;
+        match *bytes.get(at)? {
+            0xD9 => return Some(scans),
             // Another picture begins before this one has ended.
-            None | Some(0xD8) => return false,
+            0xD8 => return None,
             // Filling.
-            Some(0xFF) => {}
+            0xFF => {}
             // A scan's own 0xFF, and the markers without a length.
-            Some(0x00 | 0x01 | 0xD0..=0xD7) => at += 1,
-            Some(_) => match bytes.get(at + 1..at + 3) {
-                Some(&[high, low]) => at += 1 + usize::from(u16::from_be_bytes([high, low])),
-                _ => return false,
-            },
+            0x00 | 0x01 | 0xD0..=0xD7 => at += 1,
+            marker => {
+                if marker == 0xDA {
+                    scans.push(at - 1);
+                }
+                let length = bytes.get(at + 1..at + 3)?;
+                at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]]));
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_pictures_may_have_more_scans_than_large_ones() {
+        assert_eq!(most_scans(6000, 6000), 64);
+        assert_eq!(most_scans(1000, 1000), 64);
+        assert_eq!(most_scans(500, 500), 256);
+        assert_eq!(most_scans(1, 1), 1000);
+        assert_eq!(most_scans(65_535, 65_535), 64);
+    }
+
+    #[test]
+    fn scans_are_counted_up_to_the_end_of_the_picture() {
+        let scan = [0xFF, 0xDA, 0, 3, 1, 7, 0xFF, 0, 0xFF, 0xD0, 8];
+        let with_end = [&[0xFF, 0xD8][..], &scan, &scan, &[0xFF, 0xFF, 0xD9], &scan].concat();
+        assert_eq!(scans(&with_end), Some(vec![2, 13]));
+        assert_eq!(scans(&with_end[..24]), None, "cut");
+        assert_eq!(scans(&[&with_end[..24], &with_end].concat()), None, "another picture before the end");
+        assert_eq!(scans(&[0xFF, 0xD8, 0xFF, 0xDA, 0xFF]), None);
     }
 }

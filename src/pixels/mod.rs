@@ -1,17 +1,23 @@
 //! Turns encoded image bytes into the tensor a bundle asks for. Knows nothing of HTTP.
 
 mod decode;
+mod input;
 mod jpeg;
+mod picture;
 mod resize;
+mod tiff;
+mod webp;
 
 pub use decode::{DecodeError, DecodeLimits, decode};
 pub use image::RgbImage;
+pub use picture::{Picture, PictureError, TensorBatch, TensorLength};
 #[cfg(feature = "train")]
 pub(crate) use resize::{shorter_side_then_centre_crop, stretch};
 
 use std::path::Path;
 
 use crate::bundle::Preprocessing;
+use crate::stop::Stop;
 
 /// Endings of the files that are taken for pictures when a folder is read.
 pub const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
@@ -20,25 +26,6 @@ pub const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif
 pub fn has_picture_ending(path: &Path) -> bool {
     let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known))
-}
-
-/// One picture ready for the network: `[3, side, side]`, row-major, normalised.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PixelTensor {
-    side: usize,
-    values: Vec<f32>,
-}
-
-impl PixelTensor {
-    /// Height and width in pixels.
-    pub fn side(&self) -> usize {
-        self.side
-    }
-
-    /// The `3 × side × side` values: planes R, G, B, each row by row.
-    pub fn values(&self) -> &[f32] {
-        &self.values
-    }
 }
 
 /// The preprocessing of one bundle, with its per-channel tables made once.
@@ -70,41 +57,44 @@ impl Preprocessor {
     /// Decodes, and turns upright if asked.
     ///
     /// # Errors
-    /// When the bytes are no picture of a known format, are damaged, or exceed the limits.
-    pub fn decode(&self, bytes: &[u8]) -> Result<RgbImage, DecodeError> {
-        decode(bytes, self.settings.exif, &self.limits)
+    /// When the bytes are no picture of a known format, are damaged, or exceed the limits, or `stop` is asked for.
+    pub fn decode(&self, bytes: &[u8], stop: &Stop) -> Result<Picture, DecodeError> {
+        decode(bytes, self.settings.exif, &self.limits, stop)
     }
 
-    /// Decodes, turns upright if asked, resizes, crops and normalises.
+    /// Decodes, turns upright if asked, resizes, crops and normalises: as [`Self::normalize`].
     ///
     /// # Errors
-    /// When the bytes are no picture of a known format, are damaged, or exceed the limits.
-    pub fn prepare(&self, bytes: &[u8]) -> Result<PixelTensor, DecodeError> {
-        Ok(self.normalize(&self.decode(bytes)?))
+    /// As [`Self::decode`].
+    pub fn prepare(&self, bytes: &[u8], stop: &Stop) -> Result<Vec<f32>, DecodeError> {
+        Ok(self.normalize(&self.decode(bytes, stop)?))
     }
 
-    /// Resizes, crops and normalises a decoded picture of any size.
-    pub fn normalize(&self, picture: &RgbImage) -> PixelTensor {
-        let side = self.side();
-        let mut values = vec![0.0; 3 * side * side];
-        self.normalize_into(picture, &mut values);
-        PixelTensor { side, values }
+    /// Resizes, crops and normalises a decoded picture of any size: its tensor `[3, side, side]`, planes R, G, B, each row by
+    /// row.
+    pub fn normalize(&self, picture: &Picture) -> Vec<f32> {
+        let cropped = self.crop(picture);
+        let (pixels, _) = cropped.as_chunks::<3>();
+        let planes = self.tables.iter().enumerate();
+        planes.flat_map(|(channel, table)| pixels.iter().map(move |pixel| table[usize::from(pixel[channel])])).collect()
     }
 
-    /// As [`Self::normalize`], into `out`, whose length must be 3 × side × side.
-    pub fn normalize_into(&self, picture: &RgbImage, out: &mut [f32]) {
-        let side = self.side();
-        let cropped = resize::shorter_side_then_centre_crop(picture, self.settings.shorter_side, self.settings.crop);
-        for (channel, (plane, table)) in out.chunks_exact_mut(side * side).zip(self.tables.iter()).enumerate() {
-            for (out, pixel) in plane.iter_mut().zip(cropped.chunks_exact(3)) {
-                *out = table[usize::from(pixel[channel])];
-            }
-        }
+    /// As [`Self::normalize`], as one more picture of `batch`.
+    ///
+    /// # Errors
+    /// When the batch is of another side; then nothing is added.
+    pub fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength> {
+        batch.push(&self.crop(picture), &self.tables)
+    }
+
+    /// Side × side RGB triples.
+    fn crop(&self, picture: &Picture) -> Vec<u8> {
+        resize::shorter_side_then_centre_crop(picture, self.settings.shorter_side, self.settings.crop)
     }
 
     /// A grey picture's tensor, for warming a network up.
-    pub fn blank(&self) -> PixelTensor {
-        let side = self.settings.crop;
-        self.normalize(&RgbImage::from_pixel(side, side, image::Rgb([128; 3])))
+    pub fn blank(&self) -> Vec<f32> {
+        let side = self.side();
+        self.tables.iter().flat_map(|table| std::iter::repeat_n(table[128], side * side)).collect()
     }
 }

@@ -6,6 +6,8 @@ use std::ops::Range;
 
 use image::RgbImage;
 
+use super::picture::Picture;
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 
@@ -23,7 +25,7 @@ struct Taps {
 
 /// Resizes so that the shorter side is `shorter_side`, then cuts the central `crop × crop` pixels.
 /// Returns `crop × crop` RGB triples, row by row. Needs `1 ≤ crop ≤ shorter_side`.
-pub(crate) fn shorter_side_then_centre_crop(picture: &RgbImage, shorter_side: u32, crop: u32) -> Vec<u8> {
+pub(crate) fn shorter_side_then_centre_crop(picture: &Picture, shorter_side: u32, crop: u32) -> Vec<u8> {
     let (width, height) = picture.dimensions();
     let short = width.min(height);
     let scaled = |side: u32| {
@@ -38,7 +40,7 @@ pub(crate) fn shorter_side_then_centre_crop(picture: &RgbImage, shorter_side: u3
 
 /// Resizes the whole picture to `side × side`, whatever its ratio.
 #[cfg(feature = "train")]
-pub(crate) fn stretch(picture: &RgbImage, side: u32) -> RgbImage {
+pub(crate) fn stretch(picture: &Picture, side: u32) -> RgbImage {
     let (width, height) = picture.dimensions();
     let pixels = resize(picture, &Taps::new(width, side.into(), side), &Taps::new(height, side.into(), side));
     RgbImage::from_raw(side, side, pixels).unwrap_or_else(|| RgbImage::new(side, side))

@@ -8,7 +8,8 @@ mod requests;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
+use std::time::{Duration, Instant};
 
 use crate::bundle::{Bundle, Repository, VersionFolder, VersionPolicy, sha256_hex};
 use crate::engine::Budget;
@@ -187,10 +188,19 @@ impl Registry {
         }
     }
 
-    /// Opens nothing more, and waits for what is being opened.
-    pub fn close(&self) {
+    /// Opens nothing more, drops all models, and waits for what is being opened and for the workers, at most until `deadline`.
+    /// Says whether all have ended.
+    pub fn close(&self, deadline: Instant) -> bool {
         self.closing.store(true, Ordering::Release);
-        drop(self.loading.lock().unwrap_or_else(PoisonError::into_inner));
+        while matches!(self.loading.try_lock(), Err(TryLockError::WouldBlock)) {
+            if deadline <= Instant::now() {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Dropped outside the lock.
+        drop(self.write(std::mem::take));
+        self.budget.wait_for_workers(deadline)
     }
 
     fn load_versions(&self, name: &str, unchanged_too: bool) -> Result<(), RegistryError> {
@@ -344,6 +354,11 @@ impl Registry {
     /// Whether every model was opened once.
     pub fn is_filled(&self) -> bool {
         self.filled.load(Ordering::Acquire)
+    }
+
+    /// Panics of workers outside of what guards each picture.
+    pub fn worker_panics(&self) -> u64 {
+        self.budget.panics()
     }
 
     /// How often a version was opened, and how often that failed.

@@ -3,14 +3,14 @@
 mod cache;
 mod library;
 mod model;
-mod stop;
 
 pub use cache::{NetworkCache, NetworkFile};
 pub use library::{Library, LibraryError, disable_telemetry};
 pub use model::{Device, OnnxModel, RuntimeError, SessionOptions};
-pub use stop::Stop;
 
 use ndarray::{Array2, ArrayView4};
+
+use crate::stop::Stop;
 
 /// Name of the network's output that [`Outputs::features`] is read from.
 pub const FEATURES: &str = "features";

@@ -1,16 +1,17 @@
 //! A session over one network.
 
 use std::fmt;
-
 use std::path::Path;
+use std::sync::Arc;
 
 use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
 use ort::logging::LogLevel;
-use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{RunOptions, Session};
 use ort::value::TensorRef;
 
-use super::{FEATURES, Library, Outputs, Runner, Stop};
+use super::{FEATURES, Library, Outputs, Runner};
+use crate::stop::Stop;
 
 /// Where a network runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -155,8 +156,18 @@ impl OnnxModel {
         }
         let fail = |error: ort::Error| RuntimeError::Run(error.to_string());
         let input = TensorRef::from_array_view(images).map_err(fail)?;
-        let options = stop.begin()?;
-        let found = self.session.run_with_options(ort::inputs!["images" => input], options);
+        if stop.asked() {
+            return Err(RuntimeError::Stopped);
+        }
+        let options = Arc::new(RunOptions::new().map_err(fail)?);
+        // Heard between two of the network's nodes, also when somebody asks before the run has begun.
+        let running = Arc::downgrade(&options);
+        stop.on_ask(move || {
+            if let Some(Err(error)) = running.upgrade().map(|options| options.terminate()) {
+                tracing::warn!(%error, "a run that nobody waits for could not be ended");
+            }
+        });
+        let found = self.session.run_with_options(ort::inputs!["images" => input], &options);
         let found = found.map_err(|error| if stop.asked() { RuntimeError::Stopped } else { fail(error) })?;
         let take = |value: ort::value::ValueRef<'_>| Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned());
         let outputs = found.iter().enumerate().filter(|(place, (name, _))| wanted(*place, name));

@@ -1,8 +1,12 @@
 //! Connections: accepting, bounding, draining.
 
+use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
@@ -10,14 +14,15 @@ use axum::body::Body;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
+use super::activity::{Activity, Closing, Noted, Patience};
 use super::tls::Tls;
 use super::{ConnectionLimits, Ended, Shared};
 
@@ -41,20 +46,21 @@ pub(super) async fn serve(
     drain_timeout: Duration,
     mut stop: watch::Receiver<bool>,
 ) -> Ended {
-    let graceful = Arc::new(GracefulShutdown::new());
+    // Told once, when open requests are the last; closed when every connection has ended.
+    let (drain, draining) = watch::channel(());
     let places = Arc::new(Semaphore::new(limits.max_connections.min(Semaphore::MAX_PERMITS)));
     let mut accepting = JoinSet::new();
     for server in servers {
-        let (shared, graceful, places) = (shared.clone(), graceful.clone(), places.clone());
-        accepting.spawn(accept(server, shared, limits, graceful, places));
+        accepting.spawn(accept(server, shared.clone(), limits, draining.clone(), places.clone()));
     }
     // An error means that nobody can stop us any more; that is a stop, too.
     let _ = stop.wait_for(|stop| *stop).await;
     shared.draining.store(true, Ordering::Release);
     tracing::info!(connections = shared.telemetry.connections.get(), "draining");
     accepting.shutdown().await;
-    let Some(graceful) = Arc::into_inner(graceful) else { return Ended::DeadlinePassed };
-    match tokio::time::timeout(drain_timeout, graceful.shutdown()).await {
+    drop(draining);
+    let _ = drain.send(());
+    match tokio::time::timeout(drain_timeout, drain.closed()).await {
         Ok(()) => Ended::Drained,
         Err(_) => Ended::DeadlinePassed,
     }
@@ -64,10 +70,11 @@ async fn accept(
     server: Server,
     shared: Arc<Shared>,
     limits: ConnectionLimits,
-    graceful: Arc<GracefulShutdown>,
+    draining: watch::Receiver<()>,
     places: Arc<Semaphore>,
 ) {
     let Server { listener, router, tls } = server;
+    let patience = Patience { head: limits.header_timeout, idle: limits.idle_timeout, answer: shared.limits.timeout };
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -85,16 +92,15 @@ async fn accept(
         };
         // Small answers must not wait for more to come.
         let _ = stream.set_nodelay(true);
-        let (router, tls, shared, watcher) = (router.clone(), tls.clone(), shared.clone(), graceful.watcher());
+        let (router, tls, shared, draining) = (router.clone(), tls.clone(), shared.clone(), draining.clone());
         tokio::spawn(async move {
             shared.telemetry.connections.inc();
-            let stuck = shared.limits.timeout;
             let _open = Open { shared, _place: place };
             match tls {
-                None => connection(stream, router, limits, stuck, watcher).await,
+                None => connection(stream, router, patience, draining).await,
                 Some(tls) => {
                     if let Some(stream) = handshake(&tls, stream, limits.header_timeout).await {
-                        connection(stream, router, limits, stuck, watcher).await;
+                        connection(stream, router, patience, draining).await;
                     }
                 }
             }
@@ -134,42 +140,68 @@ async fn handshake(
     }
 }
 
-/// `stuck`: how long a peer may leave an answer unread.
-async fn connection<S>(stream: S, router: Router, limits: ConnectionLimits, stuck: Duration, watcher: Watcher)
+async fn connection<S>(stream: S, router: Router, patience: Patience, mut draining: watch::Receiver<()>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(stuck));
-    let begun = Arc::new(AtomicBool::new(false));
-    let noted = begun.clone();
+    stream.set_write_timeout(Some(patience.answer));
+    let activity = Activity::new(patience);
+    let begins = activity.clone();
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-        noted.store(true, Ordering::Relaxed);
-        router.clone().oneshot(request.map(Body::new))
+        let open = begins.begin(request.version());
+        let answer = router.clone().oneshot(request.map(Body::new));
+        async move { Ok::<_, Infallible>(answer.await?.map(|body| open.guard(body))) }
     });
     let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        // Also ends connections that stay idle.
-        .header_read_timeout(limits.header_timeout)
-        .max_buf_size(MAX_HEAD);
+    // A head that does not arrive is `activity`'s to see: hyper's own limit ends idle connections, too.
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEAD);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEAD as u32)
-        .keep_alive_interval(limits.header_timeout)
-        .keep_alive_timeout(limits.header_timeout);
-    let connection = watcher.watch(builder.serve_connection(TokioIo::new(Box::pin(stream)), service).into_owned());
-    tokio::pin!(connection);
-    let ended = match tokio::time::timeout(limits.header_timeout, &mut connection).await {
-        Ok(ended) => ended,
-        // hyper's own limit begins once it knows the protocol, which it never does of a connection that stays silent.
-        Err(_) if !begun.load(Ordering::Relaxed) => return,
-        Err(_) => connection.await,
-    };
-    if let Err(error) = ended {
-        tracing::debug!(error, "a connection ended");
+        .keep_alive_interval(patience.head)
+        .keep_alive_timeout(patience.head);
+    let stream = TokioIo::new(Noted::new(Box::pin(stream), activity.clone()));
+    let mut connection = pin!(builder.serve_connection(stream, service));
+    let mut due = pin!(sleep_until(activity.due().0));
+    let mut drain = pin!(draining.changed());
+    let (mut closing, mut drains) = (false, false);
+    let ended = poll_fn(|context| {
+        if let Poll::Ready(ended) = connection.as_mut().poll(context) {
+            return Poll::Ready(Some(ended));
+        }
+        if !drains && drain.as_mut().poll(context).is_ready() {
+            drains = true;
+            connection.as_mut().graceful_shutdown();
+            // It may have nothing left to do.
+            context.waker().wake_by_ref();
+        }
+        let (next, _) = activity.due();
+        if !closing && next < due.deadline() {
+            due.as_mut().reset(next);
+        }
+        while due.as_mut().poll(context).is_ready() {
+            match activity.overdue() {
+                // It was told to close, and has not.
+                _ if closing => return Poll::Ready(None),
+                Some(Closing::Stuck) => return Poll::Ready(None),
+                Some(Closing::Idle) => {
+                    closing = true;
+                    connection.as_mut().graceful_shutdown();
+                    context.waker().wake_by_ref();
+                    due.as_mut().reset(Instant::now() + patience.head);
+                }
+                None => due.as_mut().reset(activity.due().0.max(Instant::now() + Duration::from_millis(1))),
+            }
+        }
+        Poll::Pending
+    })
+    .await;
+    match ended {
+        Some(Err(error)) => tracing::debug!(error, "a connection ended"),
+        Some(Ok(())) => {}
+        None => tracing::debug!("a connection was closed: its peer was idle, or did not go on"),
     }
 }

@@ -91,6 +91,10 @@ impl Models {
         self.0.is_filled()
     }
 
+    pub(crate) fn worker_panics(&self) -> u64 {
+        self.0.worker_panics()
+    }
+
     pub(crate) fn loads(&self) -> (u64, u64) {
         self.0.loads()
     }

@@ -92,6 +92,7 @@ pub(crate) struct Telemetry {
     capacity: Family<ModelLabels, Gauge>,
     running: Family<ModelLabels, Gauge>,
     ready: Family<VersionLabels, Gauge>,
+    worker_panics: Counter,
     /// Open connections.
     pub(crate) connections: Gauge,
     /// Requests at work.
@@ -133,6 +134,7 @@ impl Telemetry {
             capacity: Family::default(),
             running: Family::default(),
             ready: Family::default(),
+            worker_panics: Counter::default(),
             connections: Gauge::default(),
             in_flight: Gauge::default(),
         };
@@ -157,6 +159,7 @@ impl Telemetry {
             capacity "queue_capacity_images" "Images that can wait at most"
             running "running_images" "Images that workers are at"
             ready "model_ready" "1 for each version that answers"
+            worker_panics "worker_panics" "Panics of workers between pictures: a defect of the server; the worker goes on"
             connections "connections" "Open connections"
             in_flight "requests_in_flight" "Requests at work"
         }
@@ -249,6 +252,8 @@ impl Telemetry {
             let labels = VersionLabels { model: model.name.clone(), version: model.version.clone() };
             self.ready.get_or_create(&labels).set(1);
         }
+        let panics = &self.worker_panics;
+        panics.inc_by(registry.worker_panics().saturating_sub(panics.get()));
         let (ok, failed) = registry.loads();
         for (outcome, count) in [("ok", ok), ("failed", failed)] {
             let counter = self.loads.get_or_create(&OutcomeLabels { outcome });

@@ -1,5 +1,6 @@
 //! HTTP: routes, request bodies, wire types, errors, the OpenAPI document; connections and their limits.
 
+mod activity;
 mod body;
 mod connections;
 mod control;
@@ -77,13 +78,15 @@ impl Default for RequestLimits {
 pub struct ConnectionLimits {
     /// Open at once; more are closed at once.
     pub max_connections: usize,
-    /// For a request's head to arrive, and for an idle connection to begin one.
+    /// For a request's head to arrive, the first one's from the connection's start.
     pub header_timeout: Duration,
+    /// For the next request to begin.
+    pub idle_timeout: Duration,
 }
 
 impl Default for ConnectionLimits {
     fn default() -> Self {
-        Self { max_connections: 16_384, header_timeout: Duration::from_secs(10) }
+        Self { max_connections: 16_384, header_timeout: Duration::from_secs(10), idle_timeout: Duration::from_secs(75) }
     }
 }
 

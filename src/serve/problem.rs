@@ -114,7 +114,12 @@ impl From<&ClassifyError> for Problem {
             DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {
                 problem.with_limit(*limit)
             }
-            DecodeError::UnknownFormat | DecodeError::Damaged { .. } => problem,
+            DecodeError::TooManyScans { limit, .. } => problem.with_limit(*limit as u64),
+            DecodeError::UnknownFormat
+            | DecodeError::NoPixels { .. }
+            | DecodeError::Unsupported { .. }
+            | DecodeError::Stopped
+            | DecodeError::Damaged { .. } => problem,
         }
     }
 }

@@ -61,7 +61,7 @@ pub(super) fn evaluate(
             let picture = images
                 .picture(first + at, job.recipe.preprocessing.exif, &limits)
                 .map_err(|reason| TrainError::Image { name: images.name(first + at), reason })?;
-            preprocessor.normalize_into(&picture, out);
+            out.copy_from_slice(&preprocessor.normalize(&picture));
             Ok::<_, TrainError>(())
         })?;
         let input = Tensor::<4>::from_data(TensorData::new(values, [size, 3, side, side]), &job.device);

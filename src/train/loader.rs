@@ -11,7 +11,7 @@ use super::TrainError;
 use super::augment::vary;
 use super::recipe::Recipe;
 use crate::data::LabelledImages;
-use crate::pixels::{DecodeLimits, Preprocessor};
+use crate::pixels::{DecodeLimits, Picture, Preprocessor};
 
 /// Batches that each thread makes ahead.
 const AHEAD: usize = 2;
@@ -140,8 +140,15 @@ fn work(
             };
             let mut rng = seeded(recipe.seed, epoch, record);
             let (varied, hole) = vary(&picture, shorter_side, side as u32, &recipe.augment, &mut rng);
+            let varied = match Picture::try_from(varied) {
+                Ok(varied) => varied,
+                Err(error) => {
+                    failed = Some(TrainError::Image { name: images.name(record), reason: error.to_string() });
+                    break;
+                }
+            };
             let out = &mut batch.images[at * 3 * side * side..(at + 1) * 3 * side * side];
-            preprocessor.normalize_into(&varied, out);
+            out.copy_from_slice(&preprocessor.normalize(&varied));
             if let Some([left, top, right, bottom]) = hole {
                 for plane in out.chunks_exact_mut(side * side) {
                     (top..bottom).for_each(|y| plane[y * side + left..y * side + right].fill(0.0));

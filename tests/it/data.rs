@@ -25,7 +25,7 @@ fn cifar_record(label_bytes: &[u8], picture: &RgbImage) -> Vec<u8> {
 }
 
 fn decoded(set: &LabelledImages) -> Vec<RgbImage> {
-    (0..set.len()).map(|n| set.picture(n, Exif::Apply, &DecodeLimits::default()).unwrap()).collect()
+    (0..set.len()).map(|n| (*set.picture(n, Exif::Apply, &DecodeLimits::default()).unwrap()).clone()).collect()
 }
 
 fn open(path: &Path, names: &[&str]) -> Result<LabelledImages, String> {

@@ -8,7 +8,8 @@ use nbn::bundle::{Bundle, Exif};
 use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::{Checkpoint, FoldError, passes};
-use nbn::runtime::{OnnxModel, Runner, SessionOptions, Stop};
+use nbn::runtime::{OnnxModel, Runner, SessionOptions};
+use nbn::stop::Stop;
 use ndarray::ArrayView4;
 use safetensors::SafeTensors;
 

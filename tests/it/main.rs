@@ -4,14 +4,17 @@
 mod batch;
 mod calibration;
 mod cli;
+mod connections;
 mod data;
 mod echoes;
 mod engine;
 mod export;
 mod fold_properties;
+mod hostile;
 mod imports;
 #[cfg(feature = "train")]
 mod kernels;
+mod memory;
 mod operations;
 mod origins;
 mod pixels;

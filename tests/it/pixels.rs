@@ -5,6 +5,7 @@ use std::fs;
 use image::ImageFormat;
 use nbn::bundle::{Exif, Preprocessing};
 use nbn::pixels::{DecodeError, DecodeLimits, Preprocessor, decode};
+use nbn::stop::Stop;
 use safetensors::SafeTensors;
 
 use crate::support::{data, picture};
@@ -18,13 +19,13 @@ fn preprocessing(shorter_side: u32, crop: u32, exif: Exif) -> Preprocessing {
 fn differences(file: &str, expected: &SafeTensors<'_>, key: &str, settings: Preprocessing) -> Vec<f32> {
     let bytes = fs::read(data("pixels").join(file)).unwrap();
     let std = settings.std;
-    let found = Preprocessor::new(settings, DecodeLimits::default()).prepare(&bytes).unwrap();
+    let found = Preprocessor::new(settings, DecodeLimits::default()).prepare(&bytes, &Stop::default()).unwrap();
     let tensor = expected.tensor(key).unwrap();
     let values: Vec<f32> = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    assert_eq!(values.len(), found.values().len(), "{key}");
+    assert_eq!(values.len(), found.len(), "{key}");
     let plane = values.len() / 3;
     let steps = |(n, (a, b)): (usize, (&f32, &f32))| (a - b).abs() * std[n / plane] * 255.0;
-    found.values().iter().zip(&values).enumerate().map(steps).collect()
+    found.iter().zip(&values).enumerate().map(steps).collect()
 }
 
 #[test]
@@ -51,23 +52,23 @@ fn preprocessing_equals_torchvision_bit_for_bit() {
 fn exif_orientation_is_applied_or_ignored_as_the_manifest_says() {
     let bytes = fs::read(data("pixels/rotated.jpg")).unwrap();
     let limits = DecodeLimits::default();
-    assert_eq!(decode(&bytes, Exif::Ignore, &limits).unwrap().dimensions(), (60, 40));
-    assert_eq!(decode(&bytes, Exif::Apply, &limits).unwrap().dimensions(), (40, 60));
+    assert_eq!(decode(&bytes, Exif::Ignore, &limits, &Stop::default()).unwrap().dimensions(), (60, 40));
+    assert_eq!(decode(&bytes, Exif::Apply, &limits, &Stop::default()).unwrap().dimensions(), (40, 60));
 }
 
 #[test]
 fn what_follows_a_jpegs_end_is_not_looked_at() {
     let whole = fs::read(data("pixels/photo.jpg")).unwrap();
     let limits = DecodeLimits::default();
-    let expected = decode(&whole, Exif::Apply, &limits).unwrap();
+    let expected = decode(&whole, Exif::Apply, &limits, &Stop::default()).unwrap();
     // A phone's film, in which anything may stand; another picture.
     for tail in [&[0xFF, 0xDA, 0][..], &[0, 0xFF, 0xD9, 7, 0xFF, 0xDA], b"\0\0\0\x18ftypmp42", &whole] {
         let longer = [&whole[..], tail].concat();
-        assert_eq!(decode(&longer, Exif::Apply, &limits).unwrap(), expected, "{tail:?}");
+        assert_eq!(decode(&longer, Exif::Apply, &limits, &Stop::default()).unwrap(), expected, "{tail:?}");
     }
     let cut = &whole[..whole.len() / 2];
     for tail in [&[][..], &whole] {
-        let refused = decode(&[cut, tail].concat(), Exif::Apply, &limits);
+        let refused = decode(&[cut, tail].concat(), Exif::Apply, &limits, &Stop::default());
         assert!(matches!(refused, Err(DecodeError::Damaged { .. })), "{refused:?}");
     }
 }
@@ -87,7 +88,7 @@ fn of_colours_with_16_bits_the_high_byte_counts() {
     ] {
         let mut bytes = std::io::Cursor::new(Vec::new());
         picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
-        let found = decode(bytes.get_ref(), Exif::Apply, &DecodeLimits::default()).unwrap();
+        let found = decode(bytes.get_ref(), Exif::Apply, &DecodeLimits::default(), &Stop::default()).unwrap();
         assert_eq!(found.as_raw(), &expected);
     }
 }
@@ -97,14 +98,14 @@ fn limits_hold_before_memory_is_allocated() {
     let png = picture(200, 100, ImageFormat::Png);
     let few_pixels = DecodeLimits { max_pixels: 19_999, ..DecodeLimits::default() };
     assert!(matches!(
-        decode(&png, Exif::Apply, &few_pixels),
+        decode(&png, Exif::Apply, &few_pixels, &Stop::default()),
         Err(DecodeError::TooManyPixels { width: 200, height: 100, limit: 19_999 })
     ));
     for format in
         [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP, ImageFormat::Gif, ImageFormat::Tiff, ImageFormat::Bmp]
     {
         let few_bytes = DecodeLimits { max_decoded_bytes: 50_000, ..DecodeLimits::default() };
-        let refused = decode(&picture(200, 100, format), Exif::Apply, &few_bytes);
+        let refused = decode(&picture(200, 100, format), Exif::Apply, &few_bytes, &Stop::default());
         assert!(matches!(refused, Err(DecodeError::TooManyBytes { .. })), "{format:?}: {refused:?}");
     }
 }
@@ -116,16 +117,16 @@ fn no_cut_or_flipped_file_panics() {
     {
         let whole = picture(37, 23, format);
         for cut in 0..whole.len() {
-            let _ = decode(&whole[..cut], Exif::Apply, &DecodeLimits::default());
+            let _ = decode(&whole[..cut], Exif::Apply, &DecodeLimits::default(), &Stop::default());
         }
         assert!(
-            decode(&whole[..whole.len() / 2], Exif::Apply, &DecodeLimits::default()).is_err(),
+            decode(&whole[..whole.len() / 2], Exif::Apply, &DecodeLimits::default(), &Stop::default()).is_err(),
             "{format:?} cut in half"
         );
         for at in 0..whole.len() {
             let mut changed = whole.clone();
             changed[at] ^= 0x55;
-            let _ = decode(&changed, Exif::Apply, &DecodeLimits::default());
+            let _ = decode(&changed, Exif::Apply, &DecodeLimits::default(), &Stop::default());
         }
     }
 }

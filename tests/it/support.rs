@@ -11,8 +11,9 @@ use nbn::classify::{Classifier, Scorer};
 use nbn::engine::{Budget, Engine};
 use nbn::pixels::DecodeLimits;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions, RequestStats, ServedModel};
-use nbn::runtime::{Device, Library, NetworkCache, Outputs, Runner, RuntimeError, SessionOptions, Stop};
+use nbn::runtime::{Device, Library, NetworkCache, Outputs, Runner, RuntimeError, SessionOptions};
 use nbn::serve::{self, Ended, Listeners, RequestLimits, ServeOptions};
+use nbn::stop::Stop;
 use ndarray::{Array2, ArrayView4};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -49,8 +50,137 @@ pub(crate) fn picture(width: u32, height: u32, format: image::ImageFormat) -> Ve
     bytes.into_inner()
 }
 
+/// A progressive JPEG with a scan for the mean of each block of `width` × `height` grey pixels and `scans` − 1 further scans,
+/// none of which changes anything: libjpeg goes over all blocks for each.
+pub(crate) fn progressive_jpeg(width: u16, height: u16, scans: usize) -> Vec<u8> {
+    let mut bytes = vec![0xFF, 0xD8];
+    let mut segment = |marker: u8, content: &[u8]| {
+        bytes.extend([0xFF, marker]);
+        bytes.extend((content.len() as u16 + 2).to_be_bytes());
+        bytes.extend(content);
+    };
+    segment(0xDB, &[&[0][..], &[1; 64]].concat());
+    let [h1, h0] = height.to_be_bytes();
+    let [w1, w0] = width.to_be_bytes();
+    segment(0xC2, &[8, h1, h0, w1, w0, 1, 1, 0x11, 0]);
+    // One code of one bit in each table: a mean that does not change; an end of blocks that lasts for 2^14 and more of them.
+    let table = |class: u8, symbol: u8| [&[class, 1][..], &[0; 15], &[symbol]].concat();
+    segment(0xC4, &table(0x00, 0));
+    segment(0xC4, &table(0x10, 0xE0));
+    let blocks = usize::from(width).div_ceil(8) * usize::from(height).div_ceil(8);
+    for scan in 0..scans {
+        let (header, data): (&[u8], Vec<u8>) = if scan == 0 {
+            (&[0xFF, 0xDA, 0, 8, 1, 1, 0x00, 0, 0, 0], vec![0; blocks.div_ceil(8)])
+        } else {
+            // 0 and fourteen bits: a run of up to 2^15 − 1 blocks without anything. Runs of 2^14 + 0x3F00 blocks.
+            let runs = blocks.div_ceil(0x7F00);
+            let bits: String = "011111100000000".repeat(runs);
+            let bytes = bits.as_bytes().chunks(8).map(|byte| {
+                let text = format!("{:1<8}", std::str::from_utf8(byte).unwrap());
+                u8::from_str_radix(&text, 2).unwrap()
+            });
+            (
+                &[0xFF, 0xDA, 0, 8, 1, 1, 0x00, 1, 5, 0],
+                bytes.flat_map(|b| if b == 0xFF { vec![0xFF, 0] } else { vec![b] }).collect(),
+            )
+        };
+        bytes.extend(header);
+        bytes.extend(data);
+    }
+    bytes.extend([0xFF, 0xD9]);
+    bytes
+}
+
 pub(crate) fn shipped() -> Bundle {
     Bundle::load(&root().join("models/cifar10-lt")).unwrap()
+}
+
+/// A server process on a port of its own, killed when the test ends.
+pub(crate) struct Process {
+    pub(crate) address: String,
+    pub(crate) child: std::process::Child,
+    log: std::thread::JoinHandle<Vec<String>>,
+}
+
+impl Process {
+    /// Starts `nbn serve` over the shipped models, without a cache, and waits until it is ready.
+    pub(crate) fn serve(args: &[&str]) -> Self {
+        use std::io::BufRead;
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .current_dir(root())
+            .args(["serve", "--addr", &address, "--cache", "none"])
+            .args(args)
+            .env_remove("RUST_LOG")
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        assert!(lines.by_ref().any(|line| line.contains("\"ready\"")), "it ended before it was ready");
+        Self { address, child, log: std::thread::spawn(move || lines.collect()) }
+    }
+
+    /// The whole answer to a request of a connection of its own.
+    pub(crate) fn ask(&self, request: &[u8]) -> String {
+        ask(&self.address, request)
+    }
+
+    pub(crate) fn get(&self, path: &str) -> String {
+        self.ask(format!("GET {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", self.address).as_bytes())
+    }
+
+    pub(crate) fn post(&self, path: &str, content_type: &str, body: &[u8]) -> String {
+        self.ask(&request(&self.address, path, content_type, body))
+    }
+
+    /// A line of the process's status, in MiB.
+    pub(crate) fn memory(&self, name: &str) -> f64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+    }
+
+    /// From now on `VmHWM` is the peak since now.
+    pub(crate) fn forget_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
+    }
+
+    /// Asks it to end by SIGTERM, and waits; its status, and what it logged since it was ready.
+    pub(crate) fn terminate(mut self) -> (std::process::ExitStatus, Vec<String>) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        let status = self.child.wait().unwrap();
+        let log = std::mem::replace(&mut self.log, std::thread::spawn(Vec::new));
+        (status, log.join().unwrap())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A request on a connection that closes after it.
+pub(crate) fn request(address: &str, path: &str, content_type: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {}\r\n\
+         content-type: {content_type}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+/// The whole answer to `request` on a connection of its own.
+pub(crate) fn ask(address: &str, request: &[u8]) -> String {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.write_all(request).unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    text(&answer)
 }
 
 /// A running server on a port of its own.

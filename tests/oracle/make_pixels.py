@@ -47,6 +47,9 @@ def main():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to see it upright
     picture(60, 40, 4).save(OUT / "rotated.jpg", exif=exif)
+    # Noise: what a lossy WebP takes longest for. Only its time is of interest.
+    noise = np.random.default_rng(6).integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(OUT / "lossy.webp", quality=50)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -67,9 +68,13 @@ pub(crate) struct Serve {
     /// Seconds that a request may take
     #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     timeout: u32,
-    /// Seconds that a request's head may take, and that a connection may stay idle
+    /// Seconds that a request's head may take, the first one's from the connection's start
     #[arg(long, env = "NBN_HEADER_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     header_timeout: u32,
+    /// Seconds that a connection may stay idle between requests. Longer than a load balancer's, which is 60 as a rule: else
+    /// it sends requests on connections that the server has just closed
+    #[arg(long, env = "NBN_IDLE_TIMEOUT", default_value_t = 75, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    idle_timeout: u32,
     /// Seconds that open requests have to finish after SIGTERM
     #[arg(long, env = "NBN_DRAIN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     drain_timeout: u32,
@@ -133,7 +138,10 @@ pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads((processors / 2).max(1)).enable_all().build()?;
-    runtime.block_on(traced(args))
+    let result = runtime.block_on(traced(args));
+    // What still runs on threads of its own is not waited for: a network that is being opened, or spans on their way.
+    runtime.shutdown_background();
+    result
 }
 
 async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
@@ -150,6 +158,8 @@ async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
 
 async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     let (stop, stopped) = nbn::shutdown::on_signal()?;
+    let drain_timeout = Duration::from_secs(args.drain_timeout.into());
+    let last_exit = LastExit::after(stopped.clone(), drain_timeout)?;
     raise_file_limit(args.max_connections);
     let keys = Arc::new(keys(&args).context(Unusable)?);
     let tls = match (&args.tls_cert, &args.tls_key) {
@@ -195,7 +205,6 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     let (failure, mut failed) = oneshot::channel();
     tokio::spawn(watch_filling(filled, failure, stop));
     on_hangup(registry.clone(), keys.clone(), tls, args.api_keys_file.clone())?;
-    let drain_timeout = Duration::from_secs(args.drain_timeout.into());
     let options = ServeOptions {
         limits: RequestLimits {
             max_body_bytes: (args.max_body_mb as usize) << 20,
@@ -206,6 +215,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         connections: ConnectionLimits {
             max_connections: args.max_connections as usize,
             header_timeout: Duration::from_secs(args.header_timeout.into()),
+            idle_timeout: Duration::from_secs(args.idle_timeout.into()),
         },
         prior: args.prior.into(),
         drain_timeout,
@@ -223,14 +233,61 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         // Not waiting for the workers: the deadline has passed.
         std::process::exit(1);
     }
-    // A thread that opens a network cannot be stopped; the process would wait for it without end and without ears.
-    let closed = tokio::task::spawn_blocking(move || registry.close());
-    if tokio::time::timeout(drain_timeout.max(Duration::from_millis(100)), closed).await.is_err() {
-        tracing::warn!(seconds = args.drain_timeout, "a model was still being opened at the end of --drain-timeout");
+    last_exit.all_answered();
+    // A thread that opens a network cannot be stopped, nor one that decodes the last lines of a picture nobody waits for.
+    let deadline = last_exit.deadline();
+    let closed = tokio::task::spawn_blocking(move || registry.close(deadline)).await?;
+    if !closed {
+        tracing::warn!(
+            seconds = args.drain_timeout,
+            "a model was still being opened, or worked, at the end of --drain-timeout"
+        );
         std::process::exit(0);
     }
     tracing::info!("drained");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the process at the end of the drain, whatever its other threads do.
+struct LastExit {
+    begun: Arc<OnceLock<Instant>>,
+    answered: Arc<AtomicBool>,
+    drain: Duration,
+}
+
+impl LastExit {
+    /// What an orderly end may take beyond the drain.
+    const GRACE: Duration = Duration::from_millis(500);
+    /// What workers have to end when there is no time to drain.
+    const LEAST: Duration = Duration::from_millis(100);
+
+    /// Waits for `stopped` on a thread of its own.
+    fn after(mut stopped: watch::Receiver<bool>, drain: Duration) -> std::io::Result<Self> {
+        let this = Self { begun: Arc::default(), answered: Arc::default(), drain };
+        let (begun, answered) = (this.begun.clone(), this.answered.clone());
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new().name("nbn-last-exit".into()).spawn(move || {
+            // An error means that nobody can stop the server any more; then it has ended.
+            if runtime.block_on(stopped.wait_for(|stopped| *stopped)).is_err() {
+                return;
+            }
+            let begun = *begun.get_or_init(Instant::now);
+            std::thread::sleep((begun + drain + Self::GRACE).saturating_duration_since(Instant::now()));
+            tracing::error!(seconds = drain.as_secs(), "not ended at the end of --drain-timeout: exiting at once");
+            std::process::exit(i32::from(!answered.load(Ordering::SeqCst)));
+        })?;
+        Ok(this)
+    }
+
+    /// Every request was answered: what still runs is no failure.
+    fn all_answered(&self) {
+        self.answered.store(true, Ordering::SeqCst);
+    }
+
+    /// When the drain ends that has begun.
+    fn deadline(&self) -> Instant {
+        *self.begun.get_or_init(Instant::now) + self.drain.max(Self::LEAST)
+    }
 }
 
 /// Stops the server when its models cannot be opened.

@@ -9,7 +9,7 @@ pub use policy::Operation;
 use fastrand::Rng;
 
 use super::recipe::Augmentation;
-use crate::pixels::{RgbImage, shorter_side_then_centre_crop, stretch};
+use crate::pixels::{Picture, RgbImage, shorter_side_then_centre_crop, stretch};
 
 /// Extremes of [`Augmentation::ColorJitter`]'s factors.
 const JITTER: (f32, f32) = (0.6, 1.4);
@@ -22,7 +22,7 @@ pub type Hole = [usize; 4];
 
 /// Varies `picture` into one of `side × side` pixels. `shorter_side` is what evaluation resizes to before it crops.
 pub fn vary(
-    picture: &RgbImage,
+    picture: &Picture,
     shorter_side: u32,
     side: u32,
     steps: &[Augmentation],
@@ -72,7 +72,7 @@ fn jitter(picture: &mut RgbImage, rng: &mut Rng) {
 
 /// Ten tries for a part of a random area and ratio that lies within the picture, else its centre, as torchvision's
 /// `RandomResizedCrop`.
-fn resized_crop(picture: &RgbImage, side: u32, rng: &mut Rng) -> RgbImage {
+fn resized_crop(picture: &Picture, side: u32, rng: &mut Rng) -> RgbImage {
     let (width, height) = picture.dimensions();
     let area = f64::from(width) * f64::from(height);
     for _ in 0..10 {
@@ -81,7 +81,7 @@ fn resized_crop(picture: &RgbImage, side: u32, rng: &mut Rng) -> RgbImage {
         let (w, h) = ((target * ratio).sqrt().round() as u32, (target / ratio).sqrt().round() as u32);
         if (1..=width).contains(&w) && (1..=height).contains(&h) {
             let (x, y) = (rng.u32(0..=width - w), rng.u32(0..=height - h));
-            return stretch(&image::imageops::crop_imm(picture, x, y, w, h).to_image(), side);
+            return stretch(&picture.part(x, y, w, h), side);
         }
     }
     let ratio = f64::from(width) / f64::from(height);
@@ -93,7 +93,7 @@ fn resized_crop(picture: &RgbImage, side: u32, rng: &mut Rng) -> RgbImage {
         (width, height)
     };
     let (w, h) = (w.clamp(1, width), h.clamp(1, height));
-    stretch(&image::imageops::crop_imm(picture, (width - w) / 2, (height - h) / 2, w, h).to_image(), side)
+    stretch(&picture.part((width - w) / 2, (height - h) / 2, w, h), side)
 }
 
 /// Half the side, around a centre anywhere in the picture.

@@ -1,0 +1,104 @@
+//! The bytes of a file, which a decoder can read only as long as somebody waits for the picture.
+
+use std::io::{self, BufRead, Read, Seek, SeekFrom};
+
+use crate::stop::Stop;
+
+/// Bytes that are handed out between two looks at the stop. Compressed a thousandfold, they are eight million pixels.
+const CHUNK: usize = 8 << 10;
+
+/// A reader of bytes in memory that fails once it was stopped.
+pub(super) struct Watched<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    chunk: usize,
+    /// Places that no chunk reaches beyond, ascending.
+    pauses: Vec<usize>,
+    stop: &'a Stop,
+}
+
+impl<'a> Watched<'a> {
+    /// Looks at the stop before each chunk.
+    pub(super) fn new(bytes: &'a [u8], stop: &'a Stop) -> Self {
+        Self { bytes, at: 0, chunk: CHUNK, pauses: Vec::new(), stop }
+    }
+
+    /// As [`Self::new`], and at each of `pauses`, which ascend.
+    pub(super) fn with_pauses(bytes: &'a [u8], stop: &'a Stop, pauses: Vec<usize>) -> Self {
+        Self { pauses, ..Self::new(bytes, stop) }
+    }
+
+    /// Hands all bytes out at once: for decoders that are stopped otherwise.
+    pub(super) fn whole(bytes: &'a [u8], stop: &'a Stop) -> Self {
+        Self { chunk: usize::MAX, ..Self::new(bytes, stop) }
+    }
+}
+
+impl BufRead for Watched<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.stop.asked() {
+            return Err(io::Error::other("stopped"));
+        }
+        let pause = self.pauses.partition_point(|&pause| pause <= self.at);
+        let end = self.pauses.get(pause).copied().unwrap_or(usize::MAX).min(self.at.saturating_add(self.chunk));
+        Ok(&self.bytes[self.at..end.min(self.bytes.len())])
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        self.at = (self.at + bytes).min(self.bytes.len());
+    }
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.fill_buf()?.read(buffer)?;
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl Seek for Watched<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let (from, by) = match to {
+            SeekFrom::Start(at) => (at, 0),
+            SeekFrom::Current(by) => (self.at as u64, by),
+            SeekFrom::End(by) => (self.bytes.len() as u64, by),
+        };
+        let at = from.checked_add_signed(by).ok_or(io::ErrorKind::InvalidInput)?;
+        // Beyond the end there is nothing, wherever.
+        self.at = usize::try_from(at).unwrap_or(usize::MAX).min(self.bytes.len());
+        Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_end_at_pauses_and_nothing_is_read_after_the_stop() {
+        let bytes: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
+        let stop = Stop::default();
+        let mut watched = Watched::with_pauses(&bytes, &stop, vec![0, 5, 12, 19_000]);
+        let mut lengths = Vec::new();
+        let mut read = Vec::new();
+        loop {
+            let chunk = watched.fill_buf().unwrap().to_vec();
+            if chunk.is_empty() {
+                break;
+            }
+            lengths.push(chunk.len());
+            watched.consume(chunk.len());
+            read.extend(chunk);
+        }
+        assert_eq!(lengths, [5, 7, 8192, 8192, 2604, 1000]);
+        assert_eq!(read, bytes);
+        assert_eq!(watched.seek(SeekFrom::Start(3)).unwrap(), 3);
+        assert_eq!(watched.fill_buf().unwrap(), [3, 4]);
+        assert_eq!(watched.seek(SeekFrom::End(9)).unwrap(), 20_009);
+        assert!(watched.fill_buf().unwrap().is_empty());
+        assert!(watched.seek(SeekFrom::Current(-30_000)).is_err());
+        stop.ask();
+        assert!(watched.fill_buf().is_err() && watched.read(&mut [0]).is_err());
+    }
+}

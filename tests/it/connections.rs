@@ -1,0 +1,148 @@
+//! How long a connection may keep the server waiting.
+
+use std::time::{Duration, Instant};
+
+use nbn::registry::{Registry, RequestStats, ServedModel};
+use nbn::serve::{ConnectionLimits, RequestLimits, ServeOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::{Faulty, Process, Server, ask, model, progressive_jpeg, request, shipped};
+
+const HEAD: Duration = Duration::from_millis(300);
+const IDLE: Duration = Duration::from_millis(900);
+const ANSWER: Duration = Duration::from_millis(600);
+/// Longer than any of them: a connection that stays open so long fails the test.
+const NEVER: Duration = Duration::from_secs(30);
+
+const GET: &[u8] = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n";
+
+fn served() -> ServedModel {
+    let served = model(std::sync::Arc::new(shipped().manifest), Faulty(|| Ok(vec![0.0; 10])), 8);
+    ServedModel { requests: RequestStats::default(), ..served }
+}
+
+async fn server() -> Server {
+    let options = ServeOptions {
+        limits: RequestLimits { timeout: ANSWER, ..RequestLimits::default() },
+        connections: ConnectionLimits { header_timeout: HEAD, idle_timeout: IDLE, ..ConnectionLimits::default() },
+        drain_timeout: Duration::from_secs(20),
+        ..ServeOptions::default()
+    };
+    Server::with(Registry::new(vec![served()], None).unwrap(), options).await
+}
+
+/// Reads until the server closes; gives what came and how long that took.
+async fn until_closed(stream: &mut TcpStream) -> (Vec<u8>, Duration) {
+    let (began, mut read) = (Instant::now(), Vec::new());
+    // A reset is an end, too.
+    let _ = tokio::time::timeout(NEVER, stream.read_to_end(&mut read)).await.unwrap();
+    (read, began.elapsed())
+}
+
+async fn answer(stream: &mut TcpStream) {
+    stream.write_all(GET).await.unwrap();
+    let mut read = Vec::new();
+    while !read.ends_with(b"ok\n") {
+        let n = stream.read_buf(&mut read).await.unwrap();
+        assert!(n > 0, "closed after {:?}", String::from_utf8_lossy(&read));
+    }
+}
+
+#[tokio::test]
+async fn a_connection_stays_between_requests_for_longer_than_a_head_may_take() {
+    let server = server().await;
+    let mut stream = TcpStream::connect(&server.address).await.unwrap();
+    answer(&mut stream).await;
+    tokio::time::sleep(2 * HEAD).await;
+    answer(&mut stream).await;
+    let (rest, took) = until_closed(&mut stream).await;
+    assert!(rest.is_empty() && took >= IDLE - HEAD, "{took:?}");
+}
+
+#[tokio::test]
+async fn a_head_that_does_not_arrive_ends_the_connection_the_first_and_later_ones() {
+    let server = server().await;
+    for before in [0, 1] {
+        for sent in [&GET[..0], &GET[..9], &GET[..GET.len() - 1]] {
+            let mut stream = TcpStream::connect(&server.address).await.unwrap();
+            for _ in 0..before {
+                answer(&mut stream).await;
+            }
+            stream.write_all(sent).await.unwrap();
+            let (read, took) = until_closed(&mut stream).await;
+            assert!(!read.starts_with(b"HTTP/1.1 200"), "{read:?}");
+            // Nothing sent after an answer is an idle connection.
+            let idle = before == 1 && sent.is_empty();
+            assert!(took >= if idle { IDLE - HEAD } else { HEAD - Duration::from_millis(50) }, "{sent:?}: {took:?}");
+            assert!(idle || took < IDLE, "{sent:?} after {before}: {took:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_idle_http_2_connection_is_closed_whatever_it_pings() {
+    let server = server().await;
+    let stream = TcpStream::connect(&server.address).await.unwrap();
+    let (mut requests, mut connection) = h2::client::handshake(stream).await.unwrap();
+    let mut pings = connection.ping_pong().unwrap();
+    let ended = tokio::spawn(connection);
+    let request = http_get(&server, "/livez");
+    let (response, _) = requests.send_request(request, true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    let pinging = tokio::spawn(async move { while pings.ping(h2::Ping::opaque()).await.is_ok() {} });
+    tokio::time::timeout(NEVER, ended).await.unwrap().unwrap().unwrap();
+    pinging.await.unwrap();
+    assert!(requests.ready().await.is_err());
+}
+
+#[tokio::test]
+async fn an_answer_that_flow_control_holds_back_ends_the_connection() {
+    let server = server().await;
+    let stream = TcpStream::connect(&server.address).await.unwrap();
+    // No room for a single byte of any answer.
+    let (requests, connection) =
+        h2::client::Builder::new().initial_window_size(0).handshake::<_, bytes::Bytes>(stream).await.unwrap();
+    let ended = tokio::spawn(connection);
+    let mut requests = requests.ready().await.unwrap();
+    let (response, _) = requests.send_request(http_get(&server, "/v1/models"), true).unwrap();
+    let (began, response) = (Instant::now(), response.await.unwrap());
+    assert_eq!(response.status(), 200);
+    let _ = tokio::time::timeout(NEVER, ended).await.unwrap();
+    assert!(began.elapsed() >= ANSWER - Duration::from_millis(50));
+    // The server's own place is free again.
+    let metrics = server.get("/metrics").await;
+    assert!(crate::support::text(&metrics.body).contains("nbn_connections 1\n"), "the connection still counts");
+}
+
+fn http_get(server: &Server, path: &str) -> axum::http::Request<()> {
+    axum::http::Request::get(format!("http://{}{path}", server.address)).body(()).unwrap()
+}
+
+#[test]
+fn a_busy_worker_does_not_outlive_the_drain() {
+    let drain = Duration::from_secs(2);
+    let mut server = Process::serve(&["--workers", "1", "--timeout", "1", "--drain-timeout", "2"]);
+    // Thirty-two pictures that take a worker much longer, all together, than requests and drain may.
+    let slow = progressive_jpeg(6000, 6000, 64);
+    let part =
+        |n| format!("--x\r\ncontent-disposition: form-data; name=\"image\"; filename=\"{n}\"\r\n\r\n").into_bytes();
+    let body = (0..32).flat_map(|n| [part(n), slow.clone(), b"\r\n".to_vec()].concat());
+    let body: Vec<u8> = body.chain(*b"--x--\r\n").collect();
+    let request = request(&server.address, "/v1/classify", "multipart/form-data; boundary=x", &body);
+    let address = server.address.clone();
+    let client = std::thread::spawn(move || ask(&address, &request));
+    let busy = |text: &str| text.lines().any(|line| line.starts_with("nbn_running_images{") && !line.ends_with(" 0"));
+    while !busy(&server.get("/metrics")) {
+        assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
+        if client.is_finished() {
+            panic!("no worker was busy: {}", client.join().unwrap());
+        }
+    }
+    let stopped = Instant::now();
+    let (status, log) = server.terminate();
+    let took = stopped.elapsed();
+    assert!(took < drain + Duration::from_secs(1), "{took:?}: {log:?}");
+    assert_eq!(status.code(), Some(0), "{log:?}");
+    assert!(client.join().unwrap().starts_with("HTTP/1.1 504 "));
+}
