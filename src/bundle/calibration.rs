@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::manifest::{MAX_COUNT, cut};
 use super::{Class, Group, Manifest, sha256_hex};
 
 /// Version of the file's form that this build writes and reads.
@@ -254,15 +255,47 @@ pub enum CalibrationError {
     Value {
         /// Which.
         what: String,
-        /// Its value.
+        /// Its value, cut where it is long.
         value: String,
         /// What it must be.
         limit: &'static str,
     },
 }
 
+/// A range that a number must lie in, both ends included, and the range in words.
+type Limit = (f64, f64, &'static str);
+
+/// Temperatures. Fits keep to 0.05..=20.
+const TEMPERATURE: Limit = (1e-6, 1e6, "it must lie in 0.000001..=1000000");
+/// a, as a temperature's reciprocal.
+const SCALE: Limit = TEMPERATURE;
+/// c. With a logit in f32 and [`SCALE`], a·z + c stays far from what f64 can hold.
+const OFFSET: Limit = (-1e6, 1e6, "it must lie in -1000000..=1000000");
+/// κ. Fits keep to -1..=2, and checkpoints to 0..=10.
+const KAPPA: Limit = (-10.0, 10.0, "it must lie in -10..=10");
+/// π_train: the smallest is far below 1 in 2^60 images, and its reciprocal far from infinite.
+const PRIOR: Limit = (1e-30, 1.0, "it must lie in 1e-30..=1");
+/// Shares.
+const SHARE: Limit = (0.0, 1.0, "it must lie in 0..=1");
+/// Figures in nats.
+const NATS: Limit = (-1e50, 1e50, "it must be finite, at most 1e50 in size");
+/// Thresholds of -p/π_train.
+const ADJUSTED: Limit = (-1e30, 0.0, "it must lie in -1e30..=0");
+/// Thresholds of -p.
+const PLAIN: Limit = (-1.0, 0.0, "it must lie in -1..=0");
+/// How far from 1 the sum of π_train may be.
+const ROUNDING: f64 = 1e-6;
+
+fn within(what: impl Into<String>, value: f64, (least, most, limit): Limit) -> Result<(), CalibrationError> {
+    if (least..=most).contains(&value) { Ok(()) } else { Err(bad(what, &value, limit)) }
+}
+
+fn bad(what: impl Into<String>, value: &dyn std::fmt::Display, limit: &'static str) -> CalibrationError {
+    CalibrationError::Value { what: what.into(), value: value.to_string(), limit }
+}
+
 impl Calibration {
-    /// Checks that the file is of `manifest`'s bundle and consistent in itself.
+    /// Checks that the file is of `manifest`'s bundle and consistent in itself: every logit gives finite scores then.
     ///
     /// # Errors
     /// Names the first rule that is broken.
@@ -277,53 +310,81 @@ impl Calibration {
         ];
         for (what, found, expected) in hashes {
             if found != expected {
-                return Err(CalibrationError::Foreign { what, found: found.clone(), expected: expected.clone() });
+                return Err(CalibrationError::Foreign { what, found: cut(found), expected: expected.clone() });
             }
         }
-        let bad = |what: String, value: &dyn std::fmt::Display, limit| {
-            Err(CalibrationError::Value { what, value: value.to_string(), limit })
-        };
-        if self.classes.len() != manifest.classes.len() {
-            return bad("the number of classes".into(), &self.classes.len(), "it must be the manifest's");
+        within("temperature", self.temperature, TEMPERATURE)?;
+        within("temperature_alone", self.temperature_alone, TEMPERATURE)?;
+        within("kappa", self.kappa, KAPPA)?;
+        self.check_classes(&manifest.classes)?;
+        self.sets.check(self.classes.len())?;
+        self.fit.check()
+    }
+
+    fn check_classes(&self, expected: &[Class]) -> Result<(), CalibrationError> {
+        if self.classes.len() != expected.len() {
+            return Err(bad("the number of classes", &self.classes.len(), "it must be the manifest's"));
         }
-        for class in &self.classes {
-            let of = |what: &str| format!("{what} of class {:?}", class.label);
-            if !(class.a.is_finite() && class.a > 0.0) {
-                return bad(of("a"), &class.a, "it must be above 0");
+        for (k, (class, expected)) in self.classes.iter().zip(expected).enumerate() {
+            if class.label != expected.label {
+                let found = format!("{:?}", cut(&class.label));
+                return Err(bad(format!("the label of class {k}"), &found, "it must be the manifest's"));
             }
-            if !class.c.is_finite() {
-                return bad(of("c"), &class.c, "it must be finite");
-            }
-            if !(class.train_prior > 0.0 && class.train_prior <= 1.0) {
-                return bad(of("train_prior"), &class.train_prior, "it must lie in 0 to 1, above 0");
+            let of = |what: &str| format!("{what} of class {:?}", cut(&class.label));
+            within(of("a"), class.a, SCALE)?;
+            within(of("c"), class.c, OFFSET)?;
+            within(of("train_prior"), class.train_prior, PRIOR)?;
+            if class.support > MAX_COUNT {
+                return Err(bad(of("support"), &class.support, "it must be at most 2^40"));
             }
         }
-        self.sets.check(self.classes.len())
+        let total: f64 = self.classes.iter().map(|class| class.train_prior).sum();
+        within("the sum of train_prior", total, (1.0 - ROUNDING, 1.0 + ROUNDING, "it must be 1"))
+    }
+}
+
+impl FitReport {
+    fn check(&self) -> Result<(), CalibrationError> {
+        for (what, count) in [("fit.images", self.images), ("fit.top1_flips", self.top1_flips)] {
+            if count > MAX_COUNT {
+                return Err(bad(what, &count, "it must be at most 2^40"));
+            }
+        }
+        for rung in &self.ladder {
+            let of = |what: &str| format!("{what} of rung {:?} in fit.ladder", rung.rung.name());
+            within(of("balanced_nll"), rung.balanced_nll, NATS)?;
+            within(of("standard_error"), rung.standard_error, NATS)?;
+            within(of("nll"), rung.nll, NATS)?;
+        }
+        for (when, figures) in [("before", &self.before), ("after", &self.after)] {
+            within(format!("fit.{when}.nll"), figures.nll, NATS)?;
+            within(format!("fit.{when}.ece"), figures.ece, SHARE)?;
+            within(format!("fit.{when}.accuracy"), figures.accuracy, SHARE)?;
+        }
+        Ok(())
     }
 }
 
 impl SetTables {
     fn check(&self, classes: usize) -> Result<(), CalibrationError> {
-        let bad = |what: &str, value: usize, limit| {
-            Err(CalibrationError::Value { what: what.into(), value: value.to_string(), limit })
-        };
         if !self.alphas.is_sorted() || !self.alphas.iter().all(|a| *a > 0.0 && *a < 1.0) {
-            return bad("sets.alphas", self.alphas.len(), "levels must be ascending and lie between 0 and 1");
+            let levels = cut(&format!("{:?}", self.alphas));
+            return Err(bad("sets.alphas", &levels, "levels must be ascending and lie between 0 and 1"));
         }
-        for table in [&self.pas, &self.plain] {
+        for (name, table, limit) in [("pas", &self.pas, ADJUSTED), ("plain", &self.plain, PLAIN)] {
             if table.classes.len() != classes {
-                return bad(
-                    "the length of a class table in sets",
-                    table.classes.len(),
-                    "one entry per class is needed",
-                );
+                let what = format!("the length of sets.{name}.classes");
+                return Err(bad(what, &table.classes.len(), "one entry per class is needed"));
             }
             let mixes = std::iter::once(&table.marginal).chain(table.groups.iter().map(|g| &g.thresholds));
             let lists = mixes.flat_map(|m| [&m.calibration, &m.uniform, &m.train]).chain(&table.classes);
             for list in lists {
                 if list.len() != self.alphas.len() {
-                    return bad("the length of a threshold list in sets", list.len(), "one entry per level is needed");
+                    let what = format!("the length of a threshold list in sets.{name}");
+                    return Err(bad(what, &list.len(), "one entry per level is needed"));
                 }
+                let mut thresholds = list.iter().flatten();
+                thresholds.try_for_each(|t| within(format!("a threshold in sets.{name}"), *t, limit))?;
             }
         }
         Ok(())

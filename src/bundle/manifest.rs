@@ -4,6 +4,14 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the manifest's form that this build writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
+/// Most classes, so that sums of [`MAX_COUNT`] cannot overflow.
+pub(super) const MAX_CLASSES: usize = 1 << 20;
+/// Most training images of a class, and most calibration images.
+pub(super) const MAX_COUNT: u64 = 1 << 40;
+/// Longest class label, and longest other name, in characters.
+const MAX_NAME: usize = 1000;
+/// Characters of a value that an error quotes.
+const QUOTED: usize = 100;
 
 /// The content of `manifest.json`.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -180,15 +188,22 @@ pub enum ManifestError {
     /// Written by another version.
     #[error("schema_version is {0}; this build reads {SCHEMA_VERSION}: use a matching release or export again")]
     Schema(u32),
-    /// Fewer than two classes.
-    #[error("{0} classes; a classifier has at least 2")]
+    /// Too few or too many classes.
+    #[error("{0} classes; a classifier has at least 2, and this build reads at most {MAX_CLASSES}")]
     Classes(usize),
     /// Two classes of one name.
     #[error("class label {0:?} appears twice; labels must differ")]
     Duplicate(String),
-    /// κ out of range.
-    #[error("kappa is {0}; it must lie in 0..=10")]
-    Kappa(f64),
+    /// A value out of range.
+    #[error("{what} is {value}; {limit}")]
+    Value {
+        /// Which.
+        what: String,
+        /// Its value, cut where it is long.
+        value: String,
+        /// What it must be.
+        limit: &'static str,
+    },
     /// Sizes out of range.
     #[error(
         "shorter_side {shorter_side} and crop {crop}; both must lie in 1..=4096 and crop may not exceed shorter_side"
@@ -199,8 +214,8 @@ pub enum ManifestError {
         /// The crop's side.
         crop: u32,
     },
-    /// A mean or standard deviation that cannot be divided by.
-    #[error("mean {mean:?}, std {std:?}; all must be finite and std above 0")]
+    /// A mean or standard deviation that leaves no usable pixels.
+    #[error("mean {mean:?}, std {std:?}; every mean must lie in -1000..=1000 and every std in 0.000001..=1000000")]
     Normalization {
         /// Mean per channel.
         mean: [f32; 3],
@@ -223,22 +238,111 @@ impl Manifest {
         if self.schema_version != SCHEMA_VERSION {
             return Err(ManifestError::Schema(self.schema_version));
         }
-        if self.classes.len() < 2 {
-            return Err(ManifestError::Classes(self.classes.len()));
+        check_name("arch", &self.arch)?;
+        check_classes(&self.classes)?;
+        self.preprocessing.check()?;
+        self.fold.check()?;
+        self.checkpoint.check("checkpoint")?;
+        self.model.check("model")
+    }
+}
+
+/// Checks the number of classes, their labels and their counts.
+///
+/// # Errors
+/// Names the first rule that is broken.
+pub fn check_classes(classes: &[Class]) -> Result<(), ManifestError> {
+    if !(2..=MAX_CLASSES).contains(&classes.len()) {
+        return Err(ManifestError::Classes(classes.len()));
+    }
+    let mut seen = std::collections::HashSet::new();
+    for (index, class) in classes.iter().enumerate() {
+        check_name(&format!("the label of class {index}"), &class.label)?;
+        if !seen.insert(&class.label) {
+            return Err(ManifestError::Duplicate(cut(&class.label)));
         }
-        let mut seen = std::collections::HashSet::new();
-        if let Some(twice) = self.classes.iter().find(|class| !seen.insert(&class.label)) {
-            return Err(ManifestError::Duplicate(twice.label.clone()));
+        if let Some(count) = class.count.filter(|count| *count > MAX_COUNT) {
+            let what = format!("the count of class {:?}", cut(&class.label));
+            return Err(value(what, &count, "a class has at most 2^40 training images"));
         }
-        if let Some(kappa) = self.fold.kappa.filter(|kappa| !(0.0..=10.0).contains(kappa)) {
-            return Err(ManifestError::Kappa(kappa));
+    }
+    Ok(())
+}
+
+/// Checks κ, whichever file brings it.
+///
+/// # Errors
+/// When it is out of range.
+pub fn check_kappa(kappa: f64) -> Result<(), ManifestError> {
+    if (0.0..=10.0).contains(&kappa) { Ok(()) } else { Err(value("kappa", &kappa, "it must lie in 0..=10")) }
+}
+
+fn check_name(what: &str, name: &str) -> Result<(), ManifestError> {
+    if name.chars().nth(MAX_NAME).is_none() {
+        return Ok(());
+    }
+    Err(value(what, &format!("{:?}", cut(name)), "it may have at most 1000 characters"))
+}
+
+fn value(what: impl Into<String>, value: &dyn std::fmt::Display, limit: &'static str) -> ManifestError {
+    ManifestError::Value { what: what.into(), value: value.to_string(), limit }
+}
+
+/// The beginning of `text`, as errors quote it.
+pub(super) fn cut(text: &str) -> String {
+    match text.char_indices().nth(QUOTED) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
+    }
+}
+
+impl FoldReport {
+    fn check(&self) -> Result<(), ManifestError> {
+        check_name("fold.by", &self.by)?;
+        check_name("fold.head", &self.head)?;
+        self.normalized_layers.iter().try_for_each(|layer| check_name("a name in fold.normalized_layers", layer))?;
+        self.kappa.map_or(Ok(()), check_kappa)?;
+        if !(1..=100).contains(&self.experts) {
+            return Err(value("fold.experts", &self.experts, "it must lie in 1..=100"));
         }
-        self.preprocessing.check()
+        let single = -f64::from(f32::MAX)..=f64::from(f32::MAX);
+        if let Some(alpha) = self.alphas.iter().find(|alpha| !single.contains(&alpha.value)) {
+            let what = format!("the value of magnitude {} in fold.alphas", alpha.index);
+            return Err(value(what, &alpha.value, "f32 must be able to hold it"));
+        }
+        self.proof.outputs.iter().try_for_each(OutputProof::check)
+    }
+}
+
+impl OutputProof {
+    fn check(&self) -> Result<(), ManifestError> {
+        check_name("a name in fold.proof.outputs", &self.output)?;
+        let numbers =
+            [("max_absolute", self.max_absolute), ("max_relative", self.max_relative), ("tolerance", self.tolerance)];
+        match numbers.into_iter().find(|(_, number)| !(number.is_finite() && *number >= 0.0)) {
+            Some((what, number)) => {
+                let what = format!("{what} of output {:?} in fold.proof", cut(&self.output));
+                Err(value(what, &number, "it must be finite and at least 0"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl FileDigest {
+    fn check(&self, what: &'static str) -> Result<(), ManifestError> {
+        check_name(&format!("{what}.file"), &self.file)?;
+        let hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if self.sha256.len() == 64 && self.sha256.bytes().all(hexadecimal) {
+            return Ok(());
+        }
+        let found = format!("{:?}", cut(&self.sha256));
+        Err(value(format!("{what}.sha256"), &found, "it must have 64 digits, 0 to 9 and a to f"))
     }
 }
 
 impl Preprocessing {
-    /// Checks the ranges of sizes and statistics.
+    /// Checks the ranges of sizes and statistics: within them, every pixel value is finite.
     ///
     /// # Errors
     /// Names the values that are out of range.
@@ -247,9 +351,7 @@ impl Preprocessing {
         if !(1..=4096).contains(&shorter_side) || !(1..=shorter_side).contains(&crop) {
             return Err(ManifestError::Size { shorter_side, crop });
         }
-        if !mean.iter().chain(&std).all(|v| v.is_finite()) || !std.iter().all(|&v| v > 0.0) {
-            return Err(ManifestError::Normalization { mean, std });
-        }
-        Ok(())
+        let fit = mean.iter().all(|v| v.abs() <= 1e3) && std.iter().all(|v| (1e-6..=1e6).contains(v));
+        if fit { Ok(()) } else { Err(ManifestError::Normalization { mean, std }) }
     }
 }

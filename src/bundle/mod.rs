@@ -2,9 +2,10 @@
 //!
 //! `models/<name>/<version>/` holds `model.onnx`, `manifest.json` and, when calibrated, `calibration.json`; once
 //! evaluated, `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256
-//! is the one the manifest names, and a calibration that was made for both.
+//! is the one the manifest names, a calibration that was made for both, and figures that were measured with all three.
 
 mod calibration;
+mod card;
 mod manifest;
 mod repository;
 
@@ -18,9 +19,10 @@ pub use calibration::{
     GroupThresholds, KappaSource, MixThresholds, Rung, RungReport, ScoreTable, SetTables, Status, Thresholds,
     TrainingOverlap, inputs_sha256, train_prior,
 };
+pub use card::StaleCard;
 pub use manifest::{
     Alpha, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof, Preprocessing, Proof,
-    SCHEMA_VERSION,
+    SCHEMA_VERSION, check_classes, check_kappa,
 };
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 
@@ -33,6 +35,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const CALIBRATION_FILE: &str = "calibration.json";
 /// File name of the measured figures in a bundle.
 pub const EVALUATION_FILE: &str = "evaluation.json";
+/// Every file of a bundle.
+pub const BUNDLE_FILES: [&str; 4] = [MODEL_FILE, MANIFEST_FILE, CALIBRATION_FILE, EVALUATION_FILE];
 
 /// A calibration and the name that answers give it.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,8 +107,10 @@ pub struct Bundle {
     pub network: Network,
     /// The calibration, when there is one.
     pub calibration: Option<BoundCalibration>,
-    /// What `fold evaluate --card` measured, when it did.
+    /// What `fold evaluate --card` measured with this network and this calibration.
     pub evaluation: Option<serde_json::Value>,
+    /// Why `evaluation.json` gives no figures, where there is such a file and it gives none.
+    pub stale_card: Option<StaleCard>,
     /// The bundle's own folder.
     pub folder: PathBuf,
 }
@@ -152,14 +158,6 @@ pub enum BundleError {
         /// Which rule is broken.
         cause: CalibrationError,
     },
-    /// `evaluation.json` is not of this bundle.
-    #[error("{path}: {reason}: run `fold evaluate --card` again, or remove the file")]
-    Evaluation {
-        /// The file.
-        path: PathBuf,
-        /// What does not fit.
-        reason: String,
-    },
     /// `model.onnx` is not the file that the manifest describes.
     #[error(
         "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `fold export`; \
@@ -201,7 +199,8 @@ pub enum BundleError {
 }
 
 impl Bundle {
-    /// Opens the bundle in `folder`, which holds `manifest.json` itself, or the highest version below it.
+    /// Opens the bundle in `folder`, which holds `manifest.json` itself, or the highest version below it. Figures that do
+    /// not belong to it are left out, with a warning in the log.
     ///
     /// # Errors
     /// When a file cannot be read, the manifest is malformed or inconsistent, the model's digest differs, or the
@@ -217,49 +216,23 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::load`], but for the model's digest.
     pub fn open(folder: &Path) -> Result<Self, BundleError> {
-        let mut bundle = Self::open_calibrated(folder)?;
-        let path = bundle.folder.join(EVALUATION_FILE);
-        if path.exists() {
-            bundle.evaluation = Some(bundle.read_evaluation(path)?);
-        }
-        Ok(bundle)
-    }
-
-    /// As [`Bundle::load`], but does not look at `evaluation.json`: to evaluate anew.
-    ///
-    /// # Errors
-    /// As [`Bundle::load`].
-    pub fn load_calibrated(folder: &Path) -> Result<Self, BundleError> {
-        let bundle = Self::open_calibrated(folder)?;
-        bundle.network.bytes()?;
-        Ok(bundle)
-    }
-
-    fn open_calibrated(folder: &Path) -> Result<Self, BundleError> {
         let mut bundle = Self::open_uncalibrated(folder)?;
         let path = bundle.folder.join(CALIBRATION_FILE);
         if path.exists() {
             bundle.calibration = Some(BoundCalibration::load(&path, &bundle.manifest)?);
         }
-        Ok(bundle)
-    }
-
-    fn read_evaluation(&self, path: PathBuf) -> Result<serde_json::Value, BundleError> {
-        let value: serde_json::Value = serde_json::from_slice(&read(&path)?)
-            .map_err(|error| BundleError::Evaluation { path: path.clone(), reason: format!("not JSON: {error}") })?;
-        let expected = [
-            ("model_sha256", Some(self.manifest.model.sha256.as_str())),
-            ("calibration", self.calibration.as_ref().map(|c| c.id.as_str())),
-        ];
-        for (key, expected) in expected {
-            let found = value.get(key).and_then(serde_json::Value::as_str);
-            if found != expected {
-                let word = |v: Option<&str>| v.unwrap_or("none").to_owned();
-                let reason = format!("it was measured with {key} {}, this bundle's is {}", word(found), word(expected));
-                return Err(BundleError::Evaluation { path, reason });
+        match bundle.card() {
+            Ok(card) => bundle.evaluation = card,
+            Err(stale) => {
+                let file = bundle.folder.join(EVALUATION_FILE);
+                tracing::warn!(
+                    file = %file.display(), reason = %stale,
+                    "the figures of a stale model card are withheld: run `fold evaluate --card` again"
+                );
+                bundle.stale_card = Some(stale);
             }
         }
-        Ok(value)
+        Ok(bundle)
     }
 
     /// As [`Bundle::load`], but does not look at `calibration.json` and `evaluation.json`: to calibrate anew.
@@ -282,7 +255,7 @@ impl Bundle {
         let network = Network::new(folder.join(MODEL_FILE), manifest.model.sha256.clone());
         let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         let (name, version) = (part(folder.parent()), part(Some(&folder)));
-        Ok(Self { name, version, manifest, network, calibration: None, evaluation: None, folder })
+        Ok(Self { name, version, manifest, network, calibration: None, evaluation: None, stale_card: None, folder })
     }
 }
 

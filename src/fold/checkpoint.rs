@@ -13,6 +13,10 @@ use super::FoldError;
 
 /// Most elements of one tensor (4 GiB of f32), before anything is allocated for it.
 const MAX_ELEMENTS: usize = 1 << 30;
+/// Longest name of a tensor, in bytes.
+const MAX_NAME: usize = 500;
+/// Highest number in a name: no network has as many blocks or experts, and sums of such numbers cannot overflow.
+const MAX_INDEX: usize = 9999;
 /// Bytes that tell what a file is.
 const HEAD: u64 = 64;
 /// Wrapper keys under which training scripts keep the weights.
@@ -40,7 +44,8 @@ impl Checkpoint {
     /// Reads a `torch.save` file or safetensors, told apart by content.
     ///
     /// # Errors
-    /// When the file cannot be read, is neither, or holds a tensor that is no finite float.
+    /// When the file cannot be read, is neither, or holds a tensor that is no finite float or whose name or size is beyond
+    /// any network's.
     pub fn load(path: &Path) -> Result<Self, FoldError> {
         let unread = |cause| FoldError::File { path: path.to_owned(), cause };
         let mut head = Vec::new();
@@ -53,6 +58,7 @@ impl Checkpoint {
         } else {
             read_pytorch(path, archive)?
         };
+        checkpoint.tensors.keys().try_for_each(|name| check_name(name))?;
         checkpoint.check_finite()?;
         Ok(checkpoint)
     }
@@ -113,7 +119,7 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
         if is_counter(&name) {
             continue;
         }
-        check_size(&name, tensor.num_elements())?;
+        check_size(&name, tensor.shape())?;
         let values = match tensor.dtype() {
             DType::F32 => widen(&read(&tensor, path)?, f32::from_le_bytes),
             DType::F64 => widen(&read(&tensor, path)?, |b| f64::from_le_bytes(b) as f32),
@@ -171,7 +177,7 @@ fn read_safetensors(path: &Path) -> Result<Checkpoint, FoldError> {
         if is_counter(&name) {
             continue;
         }
-        check_size(&name, view.shape().iter().product())?;
+        check_size(&name, view.shape())?;
         let values = match view.dtype() {
             Dtype::F32 => widen(view.data(), f32::from_le_bytes),
             Dtype::F64 => widen(view.data(), |b| f64::from_le_bytes(b) as f32),
@@ -184,15 +190,28 @@ fn read_safetensors(path: &Path) -> Result<Checkpoint, FoldError> {
     Ok(checkpoint)
 }
 
-fn check_size(name: &str, elements: usize) -> Result<(), FoldError> {
+fn check_size(name: &str, shape: &[usize]) -> Result<(), FoldError> {
+    let elements = shape.iter().fold(1usize, |elements, extent| elements.saturating_mul(*extent));
     if elements > MAX_ELEMENTS {
         return Err(FoldError::Shape {
             name: name.into(),
-            found: vec![elements],
+            found: shape.to_vec(),
             expected: format!("at most {MAX_ELEMENTS} elements"),
         });
     }
     Ok(())
+}
+
+fn check_name(name: &str) -> Result<(), FoldError> {
+    let refuse = |reason: String| Err(FoldError::Name { name: name.chars().take(100).collect(), reason });
+    if name.len() > MAX_NAME {
+        return refuse(format!("it has {} bytes; names have at most {MAX_NAME}", name.len()));
+    }
+    let numbers = name.split('.').filter(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()));
+    match numbers.into_iter().find(|number| number.parse::<usize>().is_ok_and(|n| n > MAX_INDEX) || number.len() > 10) {
+        Some(number) => refuse(format!("it has the number {number}; blocks and experts count up to {MAX_INDEX}")),
+        None => Ok(()),
+    }
 }
 
 fn widen<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {

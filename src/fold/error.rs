@@ -29,6 +29,14 @@ pub enum FoldError {
         /// What the reader said.
         reason: String,
     },
+    /// A name that no network's tensor has.
+    #[error("tensor {name:?}: {reason}: the file is damaged, or no checkpoint of a network")]
+    Name {
+        /// The name, cut where it is long.
+        name: String,
+        /// What is wrong with it, and the limit.
+        reason: String,
+    },
     /// A tensor's element type is no number that a network can have.
     #[error("tensor {name} has element type {dtype}; weights must be f64, f32, f16 or bf16")]
     ElementType {

@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 use super::architecture::{self, Extras, Family, Overrides};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, onnx, passes, verify};
 use crate::bundle::{
-    Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, Preprocessing, SCHEMA_VERSION, sha256_hex,
+    BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
+    Preprocessing, SCHEMA_VERSION, check_classes, check_kappa, sha256_hex,
 };
-use crate::files::{draft_of, replace, replace_folder};
+use crate::files::{draft_of, foreign, name_of_draft, remove_own, replace, replace_folder};
 use crate::runtime::Library;
+
+/// Files of others that an error names.
+const NAMED: usize = 3;
 
 /// The published evaluation pipelines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -39,8 +43,8 @@ impl Preset {
             Self::Inaturalist => (256, 224, [0.466, 0.471, 0.380], [0.195, 0.194, 0.192]),
             Self::Cifar => (32, 32, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
         };
-        let side = side.unwrap_or(crop);
-        Preprocessing { shorter_side: (side * shorter_side).div_ceil(crop), crop: side, mean, std, exif }
+        let own = Preprocessing { shorter_side, crop, mean, std, exif };
+        at_side(own, side.unwrap_or(crop))
     }
 }
 
@@ -81,22 +85,15 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
             options.out.display()
         )));
     }
-    if options.out.exists() && !options.force {
-        return Err(FoldError::Input(format!(
-            "{} exists: give the next version's number, or --force to replace it",
-            options.out.display()
-        )));
-    }
-    if options.out.exists() && !options.out.join(MANIFEST_FILE).is_file() {
-        return Err(FoldError::Input(format!(
-            "{} is no bundle: --force replaces bundles only; give another folder, or remove it",
-            options.out.display()
-        )));
+    if options.out.exists() {
+        check_replaceable(&options.out, options.force)?;
     }
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
-    let stored: Option<Preprocessing> = metadata(&checkpoint, PREPROCESSING_KEY)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
-    let stored = stored.filter(|_| options.preset.is_none());
+    let stored = match options.preset {
+        Some(_) => None,
+        None => metadata(&checkpoint, PREPROCESSING_KEY, Preprocessing::check, "--preprocessing")?,
+    };
     let side = match (options.input_size, options.preset, &stored) {
         (Some(side), ..) => side as usize,
         (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop as usize,
@@ -108,23 +105,25 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         let reason = "--expert-logits: this network has one expert, whose logits are the network's: leave it out";
         return Err(FoldError::Input(reason.into()));
     }
-    let classes = match (&options.classes, metadata(&checkpoint, CLASSES_KEY)?) {
-        (None, Some(stored)) => fitting(stored, network.classes)?,
-        (path, _) => classes(path.as_deref(), network.classes)?,
+    let stored_classes = match options.classes {
+        Some(_) => None,
+        None => metadata(&checkpoint, CLASSES_KEY, |classes: &Vec<Class>| check_classes(classes), "--classes")?,
     };
-    let kappa = metadata(&checkpoint, KAPPA_KEY)?;
+    let classes = match stored_classes {
+        Some(stored) => fitting(stored, network.classes)?,
+        None => classes(options.classes.as_deref(), network.classes)?,
+    };
+    let kappa = metadata(&checkpoint, KAPPA_KEY, |kappa: &f64| check_kappa(*kappa), "another checkpoint")?;
     drop(checkpoint);
     let preprocessing = match stored {
-        Some(stored) if stored.crop as usize == side => Preprocessing { exif: options.exif, ..stored },
-        Some(stored) => {
-            let shorter_side = (side as u32 * stored.shorter_side).div_ceil(stored.crop);
-            Preprocessing { shorter_side, crop: side as u32, exif: options.exif, ..stored }
-        }
+        Some(stored) => Preprocessing { exif: options.exif, ..at_side(stored, side as u32) },
         None => options
             .preset
             .unwrap_or_else(|| Preset::guess(network.family, network.classes))
             .preprocessing(Some(side as u32), options.exif),
     };
+    // Found out now, not after the proof.
+    preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
     let folded = passes::fold(network.graph.clone())?;
     let model = onnx::write(&folded);
@@ -157,15 +156,67 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     Ok(manifest)
 }
 
+/// Refuses to replace what stands at `out`, unless it is a bundle, nothing else lies in it, and `force` asks for it.
+fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
+    let refuse = |reason: String| Err(FoldError::Input(format!("{} {reason}", out.display())));
+    if !force {
+        return refuse("exists: give the next version's number, or --force to replace it".into());
+    }
+    if !out.join(MANIFEST_FILE).is_file() {
+        return refuse("is no bundle: --force replaces bundles only; give another folder, or remove it".into());
+    }
+    let own = own_files(out);
+    let others = foreign(out, &own.iter().map(String::as_str).collect::<Vec<_>>());
+    let Some((named, more)) = others.split_at_checked(NAMED.min(others.len())).filter(|_| !others.is_empty()) else {
+        return Ok(());
+    };
+    let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+    refuse(format!(
+        "holds {}{more}, which `fold` did not write: --force would remove it with the bundle; move it elsewhere, or give \
+         the next version's number",
+        named.join(", ")
+    ))
+}
+
+/// Names of the files that a bundle at `out` may hold: its own, and the drafts of them that ended runs have left.
+fn own_files(out: &Path) -> Vec<String> {
+    let mut own: Vec<String> = foreign(out, &BUNDLE_FILES)
+        .into_iter()
+        .filter(|name| name_of_draft(name).is_some_and(|draft| BUNDLE_FILES.contains(&draft)))
+        .collect();
+    own.extend(BUNDLE_FILES.map(str::to_owned));
+    own
+}
+
+/// `stored` for inputs of `side` pixels: the resize keeps its ratio to the crop.
+fn at_side(stored: Preprocessing, side: u32) -> Preprocessing {
+    let shorter_side = (u64::from(side) * u64::from(stored.shorter_side)).div_ceil(u64::from(stored.crop.max(1)));
+    Preprocessing { shorter_side: u32::try_from(shorter_side).unwrap_or(u32::MAX), crop: side, ..stored }
+}
+
 fn is_norm(op: &super::graph::Op) -> bool {
     use super::graph::Op;
     matches!(op, Op::BatchNorm(_) | Op::NormalizedBatchNorm { .. })
 }
 
-/// What the checkpoint's metadata says under `key`, where it says something.
-fn metadata<T: serde::de::DeserializeOwned>(checkpoint: &Checkpoint, key: &str) -> Result<Option<T>, FoldError> {
-    let wrong = |error| FoldError::Input(format!("the checkpoint's metadata {key} cannot be read: {error}"));
-    checkpoint.metadata.get(key).map(|text| serde_json::from_str(text).map_err(wrong)).transpose()
+/// What the checkpoint's metadata says under `key`, where it says something. `instead` is what the user can give in its
+/// place.
+///
+/// # Errors
+/// When it cannot be read, or `check` refuses it.
+fn metadata<T: serde::de::DeserializeOwned>(
+    checkpoint: &Checkpoint,
+    key: &str,
+    check: impl Fn(&T) -> Result<(), ManifestError>,
+    instead: &str,
+) -> Result<Option<T>, FoldError> {
+    let wrong = |reason: String| {
+        FoldError::Input(format!("the checkpoint's metadata {key} cannot be used: {reason}: give {instead}"))
+    };
+    let Some(text) = checkpoint.metadata.get(key) else { return Ok(None) };
+    let value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+    check(&value).map_err(|error| wrong(error.to_string()))?;
+    Ok(Some(value))
 }
 
 fn fitting(classes: Vec<Class>, expected: usize) -> Result<Vec<Class>, FoldError> {
@@ -216,6 +267,7 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
             if has_header { "" } else { " (its first line is taken for a class: a header must be label,count)" }
         )));
     }
+    check_classes(&classes).map_err(|error| FoldError::Input(format!("{}: {error}", path.display())))?;
     Ok(classes)
 }
 
@@ -240,16 +292,16 @@ fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError>
     fs::create_dir_all(parent).map_err(at(parent))?;
     let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
     let draft = draft_of(out);
+    let own = own_files(out);
+    let own: Vec<&str> = own.iter().map(String::as_str).collect();
     let write = || {
         fs::create_dir(&draft)?;
         replace(&draft.join(MODEL_FILE), model)?;
         replace(&draft.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
-        replace_folder(&draft, out)
+        replace_folder(&draft, out, &own)
     };
-    write().map_err(at(out)).inspect_err(|_| {
-        // The reason to tell is the first one.
-        let _ = fs::remove_dir_all(&draft);
-    })
+    // The reason to tell is the first one.
+    write().map_err(at(out)).inspect_err(|_| remove_own(&draft, &BUNDLE_FILES))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, FoldError> {

@@ -17,10 +17,12 @@ use sha2::{Digest, Sha256};
 
 use super::model::{builder, optimised};
 use super::{Library, OnnxModel, RuntimeError, SessionOptions};
-use crate::files::{draft_of, replace};
+use crate::files::{draft_of, name_of_draft, place_folder, remove_own, replace};
 
 const GRAPH: &str = "network.onnx";
 const WEIGHTS: &str = "network.data";
+/// Drafts that are older were left by processes that ended.
+const STALE: Duration = Duration::from_secs(3600);
 
 /// A network's file and what it must be.
 #[derive(Debug, Clone)]
@@ -160,16 +162,14 @@ impl NetworkCache {
                         file => file.and_then(|f| f.sync_all()).map_err(text)?,
                     }
                 }
-                match fs::rename(&draft, entry) {
+                match place_folder(&draft, entry) {
                     // Another process was first; its entry is as good.
                     Err(_) if entry.join(GRAPH).is_file() => Ok(()),
                     result => result.map_err(text),
                 }
             });
-        if draft.exists() {
-            // What is left is of no use, and its name will not be used again.
-            let _ = fs::remove_dir_all(&draft);
-        }
+        // What is left is of no use, and its name will not be used again.
+        remove_own(&draft, &[GRAPH, WEIGHTS]);
         made
     }
 }
@@ -187,17 +187,29 @@ fn stamp_name(path: &Path) -> String {
     digest.iter().take(8).fold("checked-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
 }
 
-/// Removes what processes that were killed have left behind: drafts older than an hour.
+/// Removes the drafts of entries that killed processes have left in `folder`. The user may have named any folder, and it
+/// may hold anything: only folders whose name has a draft's exact form are touched.
 fn sweep(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
-        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|time| time.elapsed().ok());
-        let draft = entry.file_name().as_encoded_bytes().starts_with(b".");
-        if draft && age.is_some_and(|age| age > Duration::from_secs(3600)) {
+        if entry.file_name().to_str().is_some_and(is_draft) && is_stale_folder(&entry.path()) {
             // Another process may be at the same; and a folder that cannot be written is another's to keep.
-            let _ = fs::remove_dir_all(entry.path());
+            remove_own(&entry.path(), &[GRAPH, WEIGHTS]);
         }
     }
+}
+
+/// Whether `name` is that of a draft of an entry, whose own name is half a SHA-256 in hexadecimal.
+fn is_draft(name: &str) -> bool {
+    let hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    name_of_draft(name).is_some_and(|entry| entry.len() == 32 && entry.bytes().all(hexadecimal))
+}
+
+/// Whether `path` is a folder, and no link to one, that was last changed before [`STALE`].
+fn is_stale_folder(path: &Path) -> bool {
+    let Ok(found) = fs::symlink_metadata(path) else { return false };
+    let age = found.modified().ok().and_then(|time| time.elapsed().ok());
+    found.is_dir() && age.is_some_and(|age| age > STALE)
 }
 
 /// What the runtime's choice of kernels and layouts depends on.
@@ -218,4 +230,59 @@ fn processor() -> String {
         detected!("neon" "dotprod" "fp16" "i8mm" "bf16" "sve");
     }
     features.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn a_sweep_takes_stale_drafts_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let folder = |name: &str, files: &[&str], hours: u64| {
+            fs::create_dir(at(name)).unwrap();
+            files.iter().for_each(|file| fs::write(at(name).join(file), "x").unwrap());
+            let then = SystemTime::now() - Duration::from_secs(3600 * hours);
+            File::open(at(name)).unwrap().set_modified(then).unwrap();
+        };
+        let entry = "0123456789abcdef0123456789abcdef";
+        let stale = format!(".{entry}-17-0-1700000000000000000");
+        let kept = [
+            ".git".to_owned(),
+            ".ssh".into(),
+            // Not quite an entry, not quite a draft, a draft that may be at work, and one that holds something else.
+            format!(".{}-17-0-1700000000000000000", entry.to_uppercase()),
+            format!(".{}-17-0-1700000000000000000", &entry[1..]),
+            ".part-17-0-1700000000000000000".into(),
+            format!(".{entry}-17-0"),
+            format!("{entry}-17-0-1700000000000000000"),
+            format!(".{entry}-17-1-1700000000000000000"),
+        ];
+        kept[..7].iter().for_each(|name| folder(name, &[GRAPH, "config"], 3));
+        folder(&kept[7], &[GRAPH, WEIGHTS], 0);
+        folder("elsewhere", &[GRAPH], 3);
+        folder(&stale, &[GRAPH, WEIGHTS], 3);
+        let mixed = format!(".{entry}-17-2-1700000000000000000");
+        folder(&mixed, &[GRAPH, "config"], 3);
+        let file = format!(".{entry}-17-3-1700000000000000000");
+        fs::write(at(&file), "x").unwrap();
+        File::open(at(&file)).unwrap().set_modified(SystemTime::now() - Duration::from_secs(3 * 3600)).unwrap();
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(at("elsewhere"), at(&format!(".{entry}-17-4-1700000000000000000"))).unwrap();
+        let names = || {
+            let entries = fs::read_dir(root.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        let before = names();
+        sweep(root.path());
+        assert_eq!(names(), before.into_iter().filter(|name| *name != stale).collect::<Vec<_>>());
+        kept[..7].iter().for_each(|name| assert!(at(name).join(GRAPH).is_file() && at(name).join("config").is_file()));
+        assert!(at(&kept[7]).join(WEIGHTS).is_file() && at("elsewhere").join(GRAPH).is_file());
+        assert!(at(&mixed).join("config").is_file() && at(&file).is_file());
+    }
 }

@@ -205,8 +205,15 @@ impl Recipe {
             if fits { Ok(()) } else { Err(TrainError::Flag { flag, value: value.to_string(), limit }) }
         };
         let finite = |v: f64| v.is_finite() && v > 0.0;
-        within("--epochs", self.epochs as f64, self.epochs >= 1, "at least 1")?;
-        within("--batch", self.batch as f64, self.batch >= 2, "at least 2: BatchNorm has no variance of one image")?;
+        // Beyond, steps could not be counted.
+        within("--epochs", self.epochs as f64, (1..=1_000_000).contains(&self.epochs), "1 to 1000000")?;
+        let batch = (2..=1_000_000).contains(&self.batch);
+        within(
+            "--batch",
+            self.batch as f64,
+            batch,
+            "at least 2, as BatchNorm has no variance of one image, at most 1000000",
+        )?;
         within("--lr", self.learning_rate, finite(self.learning_rate), "above 0")?;
         within("--momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
         let decay = self.weight_decay;

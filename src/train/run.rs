@@ -18,7 +18,7 @@ use super::network::{Network, State, host};
 use super::objective::Objective;
 use super::optimizer::{Optimizer, learning_rate};
 use super::recipe::Recipe;
-use super::state::{self, Files, Progress, Resumable};
+use super::state::{self, Files, FirstSave, Progress, RECIPE_KEY, Resumable, SET_KEY};
 use crate::bundle::{Class, sha256_hex};
 use crate::data::LabelledImages;
 use crate::fold::architecture;
@@ -113,6 +113,7 @@ pub enum End {
 pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Result<End, TrainError> {
     job.recipe.check()?;
     let _lock = state::lock(&job.files)?;
+    state::settle(&job.files)?;
     let classes = job.classes.len();
     let side = job.recipe.preprocessing.crop as usize;
     let (start, found) = blueprint::start(&job.recipe, classes, side)?;
@@ -121,13 +122,15 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let recipe = Arc::new(job.recipe.clone());
     let images = Arc::new(job.training.clone());
     let set = digest(&job.classes, &job.training);
-    let mut run = if job.resume { resume(job, &network, &set)? } else { begin(job, &network, initial, set) };
     let per_epoch = loader::steps(images.len(), recipe.batch);
+    let mut run =
+        if job.resume { resume(job, &network, &initial, &set, per_epoch)? } else { begin(job, &network, initial, set) };
     let counts: Vec<u64> = job.classes.iter().map(|c| c.count.unwrap_or(0)).collect();
     let objective = Objective::new(&recipe, &counts);
     let mut saved = job.resume;
     if job.resume {
         keep_metrics(&job.files, run.progress.epoch)?;
+        keep_lists(job)?;
     }
     watch(Event::Start {
         epoch: run.progress.epoch,
@@ -158,8 +161,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
                 images_per_second: (run.progress.seen - seen_before) as f64 / begun.elapsed().as_secs_f64(),
             });
             if stop.load(Ordering::Relaxed) && run.progress.step < per_epoch {
-                first_save(job, &mut saved)?;
-                save(job, &network, &run, per_epoch)?;
+                save(job, &network, &run, per_epoch, None, &mut saved)?;
                 return Ok(End::Stopped);
             }
         }
@@ -186,9 +188,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
             seconds: progress.seconds,
             evaluation,
         };
-        first_save(job, &mut saved)?;
-        append_metrics(job, &report)?;
-        save(job, &network, &run, per_epoch)?;
+        save(job, &network, &run, per_epoch, Some(&report), &mut saved)?;
         unmeasured?;
         watch(Event::Epoch(&report));
         if stop.load(Ordering::Relaxed) && epoch + 1 < recipe.epochs {
@@ -207,10 +207,10 @@ fn begin(job: &Job, network: &Network, state: State, set: String) -> Resumable {
     }
 }
 
-fn resume(job: &Job, network: &Network, set: &str) -> Result<Resumable, TrainError> {
+fn resume(job: &Job, network: &Network, start: &State, set: &str, per_epoch: usize) -> Result<Resumable, TrainError> {
     let path = &job.files.state;
     // Another network would only be found out by a tensor that does not fit: the recipe says it better.
-    let run = state::load(path, network, &job.device);
+    let run = state::load(path, network, start, &job.device);
     let begun = match &run {
         Ok(run) => Some(run.progress.recipe.clone()),
         Err(_) => state::recipe(path),
@@ -224,6 +224,10 @@ fn resume(job: &Job, network: &Network, set: &str) -> Result<Resumable, TrainErr
         let differences = "other training images or classes, or in another order".into();
         return Err(TrainError::OtherRecipe { path: path.clone(), differences });
     }
+    run.progress.check(job.training.len(), per_epoch).map_err(|reason| {
+        TrainError::Input(format!("{} is damaged: {reason}: begin anew with --overwrite", path.display()))
+    })?;
+    state::check_checkpoint(&job.files, &run.progress)?;
     Ok(run)
 }
 
@@ -344,36 +348,42 @@ fn magnitudes(network: &Network, state: &State, found: &architecture::Network) -
     found.alphas.iter().filter_map(|alpha| values.get(alpha.index).copied()).collect()
 }
 
-/// Before a run's first save: what an earlier one left goes, and the lists of records come.
-fn first_save(job: &Job, saved: &mut bool) -> Result<(), TrainError> {
-    if *saved {
+/// Saves the run, with the line of the epoch where one is done. The first save puts the run in the place of an earlier
+/// one.
+fn save(
+    job: &Job,
+    network: &Network,
+    run: &Resumable,
+    per_epoch: usize,
+    report: Option<&EpochReport>,
+    saved: &mut bool,
+) -> Result<(), TrainError> {
+    let line = report.map(line).transpose()?.unwrap_or_default();
+    if !*saved {
+        let first = FirstSave {
+            state: state::state_content(network, run)?,
+            checkpoint: checkpoint(job, network, run, per_epoch)?,
+            metrics: line.into_bytes(),
+            training: job.records[0].clone().into_bytes(),
+            calibration: job.records[1].clone().into_bytes(),
+        };
+        first.write(&job.files)?;
+        *saved = true;
         return Ok(());
     }
-    let files = &job.files;
-    for path in [&files.state, &files.checkpoint, &files.metrics] {
-        match fs::remove_file(path) {
-            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                return Err(TrainError::File { path: path.clone(), cause, kept: String::new() });
-            }
-            _ => {}
-        }
-    }
-    state::replace(&files.training, job.records[0].as_bytes(), "")?;
-    state::replace(&files.calibration, job.records[1].as_bytes(), "")?;
-    *saved = true;
-    Ok(())
-}
-
-fn save(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<(), TrainError> {
-    let kept = kept(job, run);
-    state::save(&job.files.state, network, run, &kept)?;
+    append_metrics(job, &line)?;
+    state::replace(&job.files.state, &state::state_content(network, run)?, &kept(job, run))?;
     save_checkpoint(job, network, run, per_epoch)
 }
 
 fn save_checkpoint(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<(), TrainError> {
-    let kept = kept(job, run);
+    let content = checkpoint(job, network, run, per_epoch)?;
+    state::replace(&job.files.checkpoint, &content, &kept(job, run))
+}
+
+fn checkpoint(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -> Result<Vec<u8>, TrainError> {
     let steps = run.progress.epoch * per_epoch + run.progress.step;
-    state::save_checkpoint(&job.files.checkpoint, network, averaged(run), steps, metadata(job, run)?, &kept)
+    state::checkpoint_content(network, averaged(run), steps, metadata(job, run)?)
 }
 
 /// What `fold export` and `fold calibrate` want to know of a checkpoint.
@@ -392,7 +402,8 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
             (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),
             (crate::fold::PREPROCESSING_KEY, json(serde_json::to_string(&recipe.preprocessing))?),
-            ("nbn.recipe", json(serde_json::to_string(recipe))?),
+            (RECIPE_KEY, json(serde_json::to_string(recipe))?),
+            (SET_KEY, run.progress.set.clone()),
         ]
         .map(|(key, value)| (key.to_owned(), value)),
     );
@@ -420,9 +431,23 @@ fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
     state::replace(&files.metrics, kept.as_bytes(), "")
 }
 
-fn append_metrics(job: &Job, report: &EpochReport) -> Result<(), TrainError> {
+/// Writes the lists of records where one is missing: they follow from the recipe and the images, which are the same.
+fn keep_lists(job: &Job) -> Result<(), TrainError> {
+    for (path, records) in [&job.files.training, &job.files.calibration].into_iter().zip(&job.records) {
+        if !path.exists() {
+            state::replace(path, records.as_bytes(), "")?;
+        }
+    }
+    Ok(())
+}
+
+fn line(report: &EpochReport) -> Result<String, TrainError> {
+    let line = serde_json::to_string(report).map_err(|e| TrainError::Input(format!("the metrics: {e}")))?;
+    Ok(line + "\n")
+}
+
+fn append_metrics(job: &Job, line: &str) -> Result<(), TrainError> {
     let path = &job.files.metrics;
-    let line = serde_json::to_string(report).map_err(|e| TrainError::Input(format!("the metrics: {e}")))? + "\n";
     let file = OpenOptions::new().append(true).create(true).open(path);
     file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|cause| TrainError::File {
         path: path.clone(),

@@ -1,9 +1,15 @@
 //! What a run leaves on disk: the checkpoint that `fold export` reads, and beside it what `--resume` needs.
 //!
 //! Both are written under another name and renamed, the state first: whatever interrupts a run, the last good files stay.
+//!
+//! A run that begins anew over an earlier one ([`FirstSave`]) first writes all of its files whole beside the earlier
+//! ones, under waiting names, the state before the others. The run changes when the new state takes its place. A process
+//! that ends before that moment has changed nothing; when one ends after it, the next process puts the other files into
+//! their places ([`settle`]).
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -22,6 +28,10 @@ use crate::fold::checkpoint::Tensor as Values;
 const FORMAT: u32 = 1;
 /// Key of the progress in the state file's metadata.
 const PROGRESS: &str = "nbn.progress";
+/// Key of [`Progress::set`] in the checkpoint's metadata.
+pub const SET_KEY: &str = "nbn.set";
+/// Key of [`Progress::recipe`] in the checkpoint's metadata.
+pub const RECIPE_KEY: &str = "nbn.recipe";
 
 /// How far a run has come.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,6 +60,28 @@ impl Progress {
     /// Nothing done.
     pub fn new(recipe: Recipe, set: String) -> Self {
         Self { format: FORMAT, recipe, set, epoch: 0, step: 0, loss: 0.0, seen: 0, right: 0, seconds: 0.0 }
+    }
+
+    /// Checks that a run over `images` images, in epochs of `steps` steps, can have come this far.
+    ///
+    /// # Errors
+    /// Names the number that is out of range, and the range.
+    pub fn check(&self, images: usize, steps: usize) -> Result<(), String> {
+        let numbers = [
+            ("epoch", self.epoch, self.recipe.epochs),
+            ("step", self.step, steps.saturating_sub(1)),
+            ("seen", self.seen, images),
+            ("right", self.right, self.seen),
+        ];
+        if let Some((what, value, most)) = numbers.into_iter().find(|(_, value, most)| value > most) {
+            return Err(format!("its {what} is {value}; at most {most} fits the run"));
+        }
+        for (what, value) in [("loss", self.loss), ("seconds", self.seconds)] {
+            if !(0.0..=1e50).contains(&value) {
+                return Err(format!("its {what} is {value}; it must lie in 0..=1e50"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -93,6 +125,19 @@ impl Files {
             calibration: beside("calibration.json"),
         }
     }
+
+    /// All but the state, in the order in which they take their places.
+    fn after_the_state(&self) -> [&Path; 4] {
+        [&self.checkpoint, &self.metrics, &self.training, &self.calibration]
+    }
+
+    /// Removes `names` beside the checkpoint, in this order. The folder holds the lock and so stays.
+    fn remove(&self, names: &[String]) {
+        let folder = self.checkpoint.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        // The user may have put a link in the folder's place.
+        files::remove_own(&fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), &names);
+    }
 }
 
 /// Takes the run for this process, as long as the file is kept open.
@@ -115,14 +160,103 @@ pub fn lock(files: &Files) -> Result<File, TrainError> {
 /// # Errors
 /// When the disk is full or the folder cannot be written.
 pub fn replace(path: &Path, content: &[u8], kept: &str) -> Result<(), TrainError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.partial"));
-    // The lock on the run keeps others away.
-    files::replace_through(&partial, path, content).map_err(|cause| TrainError::File {
-        path: path.to_owned(),
-        cause,
-        kept: kept.into(),
-    })
+    files::replace_through(&partial(path), path, content).map_err(failed(path, kept))
+}
+
+fn failed(path: &Path, kept: &str) -> impl FnOnce(io::Error) -> TrainError {
+    let (path, kept) = (path.to_owned(), kept.to_owned());
+    move |cause| TrainError::File { path, cause, kept }
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The name under which `path` is written; the lock on the run keeps others away.
+fn partial(path: &Path) -> PathBuf {
+    path.with_file_name(format!(".{}.partial", name(path)))
+}
+
+/// The name under which a new run's file, written whole, waits to take the place of the earlier run's.
+fn waiting(path: &Path) -> PathBuf {
+    path.with_file_name(format!(".{}.next", name(path)))
+}
+
+/// The files with which a run begins.
+pub struct FirstSave {
+    /// As [`state_content`] gives it.
+    pub state: Vec<u8>,
+    /// As [`checkpoint_content`] gives it.
+    pub checkpoint: Vec<u8>,
+    /// A line per epoch that is done.
+    pub metrics: Vec<u8>,
+    /// The records trained on.
+    pub training: Vec<u8>,
+    /// The records held out.
+    pub calibration: Vec<u8>,
+}
+
+impl FirstSave {
+    /// Puts the run in the place of an earlier one, of which nothing changes until all is written.
+    ///
+    /// # Errors
+    /// When the disk is full or the folder cannot be written.
+    pub fn write(&self, files: &Files) -> Result<(), TrainError> {
+        let parts = [
+            (&files.state, &self.state),
+            (&files.checkpoint, &self.checkpoint),
+            (&files.metrics, &self.metrics),
+            (&files.training, &self.training),
+            (&files.calibration, &self.calibration),
+        ];
+        let kept = if files.state.exists() || files.checkpoint.exists() {
+            "; the run that was there is as it was: make room or mend it, and begin again"
+        } else {
+            ""
+        };
+        for (path, content) in parts {
+            let written = files::replace_through(&partial(path), &waiting(path), content);
+            written.map_err(failed(path, kept)).inspect_err(|_| give_up(files))?;
+        }
+        take_place(&files.state)?;
+        take_places(files)
+    }
+}
+
+/// Ends what a process that was putting one run in the place of another has left in between: the new one stands whole
+/// when its state had taken its place, else the earlier one does. To be called with the lock held.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn settle(files: &Files) -> Result<(), TrainError> {
+    if waiting(&files.state).exists() {
+        give_up(files);
+        return Ok(());
+    }
+    take_places(files)
+}
+
+/// Removes what waits, the state last: as long as it is there, nothing of the rest counts.
+fn give_up(files: &Files) {
+    let paths = files.after_the_state().into_iter().chain([files.state.as_path()]);
+    let names: Vec<String> = paths.flat_map(|path| [name(&partial(path)), name(&waiting(path))]).collect();
+    files.remove(&names);
+}
+
+/// Puts the files of a run whose state stands into their places. The earlier run's lists and metrics go before its
+/// checkpoint does: no moment leaves a checkpoint beside lists of images that another run trained on.
+fn take_places(files: &Files) -> Result<(), TrainError> {
+    if waiting(&files.checkpoint).exists() {
+        files.remove(&[&files.training, &files.calibration, &files.metrics].map(|path| name(path)));
+    }
+    files.after_the_state().into_iter().filter(|path| waiting(path).exists()).try_for_each(take_place)
+}
+
+fn take_place(path: impl AsRef<Path>) -> Result<(), TrainError> {
+    let path = path.as_ref();
+    let draft = waiting(path);
+    let file = OpenOptions::new().write(true).open(&draft);
+    file.and_then(|file| files::commit(&file, &draft, path)).map_err(failed(path, ""))
 }
 
 /// The bytes of a safetensors file.
@@ -147,29 +281,26 @@ fn serialize(
     safetensors::serialize(views, Some(metadata)).map_err(refuse)
 }
 
-/// Writes the checkpoint: the authors' names, raw directions and magnitudes, and `metadata`.
+/// The checkpoint's bytes: the authors' names, raw directions and magnitudes, and `metadata`.
 ///
 /// # Errors
-/// As [`replace`].
-pub fn save_checkpoint(
-    path: &Path,
+/// When the values do not make a safetensors file.
+pub fn checkpoint_content(
     network: &Network,
     state: &State,
     steps: usize,
     metadata: BTreeMap<String, String>,
-    kept: &str,
-) -> Result<(), TrainError> {
+) -> Result<Vec<u8>, TrainError> {
     // PyTorch's BatchNorm counts its batches, and a strict load wants the counter.
     let counters = network.norms().iter().map(|n| (format!("{n}.num_batches_tracked"), steps as i64)).collect();
-    let content = serialize(&network.store(state), &counters, metadata.into_iter().collect())?;
-    replace(path, &content, kept)
+    serialize(&network.store(state), &counters, metadata.into_iter().collect())
 }
 
-/// Writes the state.
+/// The state's bytes, as [`load`] reads them.
 ///
 /// # Errors
-/// As [`replace`].
-pub fn save(path: &Path, network: &Network, run: &Resumable, kept: &str) -> Result<(), TrainError> {
+/// As [`checkpoint_content`].
+pub fn state_content(network: &Network, run: &Resumable) -> Result<Vec<u8>, TrainError> {
     let mut tensors = BTreeMap::new();
     let mut put = |prefix: &str, values: BTreeMap<String, Values>| {
         tensors.extend(values.into_iter().map(|(name, t)| (format!("{prefix}/{name}"), t)));
@@ -186,31 +317,52 @@ pub fn save(path: &Path, network: &Network, run: &Resumable, kept: &str) -> Resu
             .collect(),
     );
     let progress = serde_json::to_string(&run.progress).map_err(|e| TrainError::Input(format!("the state: {e}")))?;
-    let content = serialize(&tensors, &BTreeMap::new(), HashMap::from([(PROGRESS.to_owned(), progress)]))?;
-    replace(path, &content, kept)
+    serialize(&tensors, &BTreeMap::new(), HashMap::from([(PROGRESS.to_owned(), progress)]))
+}
+
+/// The metadata of the safetensors file at `path`, when there is one that can be read.
+fn metadata(path: &Path) -> Option<HashMap<String, String>> {
+    let bytes = fs::read(path).ok()?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
+    header.metadata().clone()
+}
+
+/// Refuses to go on with the run at `progress` where the checkpoint is another run's: it would be overwritten.
+///
+/// # Errors
+/// When the checkpoint tells of another recipe or other images.
+pub fn check_checkpoint(files: &Files, progress: &Progress) -> Result<(), TrainError> {
+    let Some(found) = metadata(&files.checkpoint) else { return Ok(()) };
+    let recipe = found.get(RECIPE_KEY).and_then(|text| serde_json::from_str::<Recipe>(text).ok());
+    let other_recipe = recipe.is_some_and(|recipe| !progress.recipe.differences(&recipe).is_empty());
+    if !other_recipe && found.get(SET_KEY).is_none_or(|set| *set == progress.set) {
+        return Ok(());
+    }
+    Err(TrainError::Input(format!(
+        "{} is of another run than {}: move it elsewhere to go on (--resume), or begin anew over both (--overwrite)",
+        files.checkpoint.display(),
+        files.state.display()
+    )))
 }
 
 /// The recipe of the state at `path`, when there is one.
 pub fn recipe(path: &Path) -> Option<Recipe> {
-    let bytes = fs::read(path).ok()?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
-    let progress: Progress = serde_json::from_str(header.metadata().as_ref()?.get(PROGRESS)?).ok()?;
+    let progress: Progress = serde_json::from_str(metadata(path)?.get(PROGRESS)?).ok()?;
     Some(progress.recipe)
 }
 
-/// Reads the state that [`save`] wrote for the same `network`.
+/// Reads the state that [`state_content`] made for the same `network`, whose tensors are as long as those in `start`.
 ///
 /// # Errors
-/// When the file cannot be read or is of another network.
-pub fn load(path: &Path, network: &Network, device: &Device) -> Result<Resumable, TrainError> {
-    let fail = |cause| TrainError::File { path: path.to_owned(), cause, kept: String::new() };
+/// When the file cannot be read or is of another network, or holds values that are not finite.
+pub fn load(path: &Path, network: &Network, start: &State, device: &Device) -> Result<Resumable, TrainError> {
     let refuse = |reason: String| {
         TrainError::Input(format!(
             "{}: not the state of such a run: {reason}: begin anew with --overwrite",
             path.display()
         ))
     };
-    let bytes = fs::read(path).map_err(fail)?;
+    let bytes = fs::read(path).map_err(failed(path, ""))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get(PROGRESS)).ok_or_else(|| refuse("no progress".into()))?;
     let progress: Progress = serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
@@ -218,32 +370,49 @@ pub fn load(path: &Path, network: &Network, device: &Device) -> Result<Resumable
         return Err(refuse(format!("its format is {}, this build reads {FORMAT}", progress.format)));
     }
     let file = SafeTensors::deserialize(&bytes).map_err(|e| refuse(e.to_string()))?;
-    let tensor = |name: String| -> Option<Tensor<1>> {
-        let view = file.tensor(&name).ok()?;
-        let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let length = values.len();
-        Some(Tensor::from_data(TensorData::new(values, [length]), device))
-    };
+    let tensor = |name: String, like: &Tensor<1>| tensor(&file, &name, like, device).map_err(refuse);
+    let need =
+        |name: String, like: &Tensor<1>| tensor(name.clone(), like)?.ok_or_else(|| refuse(format!("it lacks {name}")));
     let state = |prefix: &str| -> Result<State, TrainError> {
-        let need = |name: String| tensor(name.clone()).ok_or_else(|| refuse(format!("it lacks {name}")));
+        let parameters = network.parameters().iter().zip(&start.parameters);
+        let statistics = network.norms().iter().zip(&start.statistics);
         Ok(State {
-            parameters: network
-                .parameters()
-                .iter()
-                .map(|p| need(format!("{prefix}/{}", p.name)))
+            parameters: parameters
+                .map(|(p, like)| need(format!("{prefix}/{}", p.name), like))
                 .collect::<Result<_, _>>()?,
-            statistics: network
-                .norms()
-                .iter()
-                .map(|n| Ok((need(format!("{prefix}/{n}.running_mean"))?, need(format!("{prefix}/{n}.running_var"))?)))
+            statistics: statistics
+                .map(|(n, (mean, variance))| {
+                    let mean = need(format!("{prefix}/{n}.running_mean"), mean)?;
+                    Ok((mean, need(format!("{prefix}/{n}.running_var"), variance)?))
+                })
                 .collect::<Result<_, TrainError>>()?,
         })
     };
-    let velocities = network.parameters().iter().map(|p| tensor(format!("velocity/{}", p.name))).collect();
+    let parameters = network.parameters().iter().zip(&start.parameters);
+    let velocities =
+        parameters.map(|(p, like)| tensor(format!("velocity/{}", p.name), like)).collect::<Result<_, _>>()?;
     Ok(Resumable {
         state: state("weights")?,
         ema: progress.recipe.ema.map(|_| state("ema")).transpose()?,
         optimizer: Optimizer { velocities },
         progress,
     })
+}
+
+/// The tensor `name` of `file`, where there is one: f32, as long as `like`, and finite.
+fn tensor(file: &SafeTensors<'_>, name: &str, like: &Tensor<1>, device: &Device) -> Result<Option<Tensor<1>>, String> {
+    let Ok(view) = file.tensor(name) else { return Ok(None) };
+    let [expected] = like.dims();
+    let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    if view.dtype() != Dtype::F32 || values.len() != expected {
+        return Err(format!(
+            "{name} has {:?} values of {:?}; {expected} of F32 are expected",
+            view.shape(),
+            view.dtype()
+        ));
+    }
+    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+        return Err(format!("{name} holds {value}"));
+    }
+    Ok(Some(Tensor::from_data(TensorData::new(values, [expected]), device)))
 }

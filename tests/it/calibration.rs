@@ -1,8 +1,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nbn::bundle::{Bundle, Class, KappaSource, Manifest, Rung, TrainingOverlap};
+use nbn::bundle::{Bundle, Class, KappaSource, Manifest, Rung, StaleCard, TrainingOverlap};
 use nbn::calibrate::{CalibrateError, Kappa, Options, Problem, calibrate, temperature_alone, threshold};
+use nbn::classify::{ScoreRequest, Scorer};
 use nbn::data::LabelledLogits;
 use nbn::metrics::Rows;
 use nbn::registry::ServedModel;
@@ -11,7 +12,7 @@ use nbn::serve::RequestLimits;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
-use crate::support::{Server, data, fold, library, nbn, picture, root, shipped, text};
+use crate::support::{Server, data, fold, library, model_options, nbn, picture, repository, root, shipped, text};
 
 /// Class scores drawn so that labels follow them, then doubled: a classifier that is too sure.
 fn too_sure(counts: &[usize], seed: u64) -> LabelledLogits {
@@ -292,8 +293,25 @@ fn the_commands_refuse_what_does_not_fit_and_write_nothing() {
     assert!(page.matches("<svg").count() >= 6 && !page.contains("http://127") && !page.contains("src="));
     assert!(Bundle::load(&bundle).unwrap().evaluation.is_some());
     // An evaluation of another calibration is stale; a calibration of another bundle is foreign.
-    assert!(calibrate(&["--force", "--rung", "temperature"]).status.success());
-    assert!(Bundle::load(&bundle).unwrap().evaluation.is_none());
+    let card = fs::read(bundle.join("evaluation.json")).unwrap();
+    let out = calibrate(&["--force", "--rung", "temperature"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let stderr = text(&out.stderr);
+    assert!(stderr.contains("evaluation.json: it was measured with calibration"), "{stderr}");
+    assert!(stderr.contains("until `fold evaluate --card` has measured them again"), "{stderr}");
+    assert_eq!(card, fs::read(bundle.join("evaluation.json")).unwrap(), "the stale card was touched");
+    let stale = Bundle::load(&bundle).unwrap();
+    assert!(
+        stale.evaluation.is_none() && matches!(stale.stale_card, Some(StaleCard::Other { key: "calibration", .. }))
+    );
+    let warned = fold(&["inspect", bundle_path]);
+    assert!(warned.status.success() && text(&warned.stderr).contains("stale model card"), "{}", text(&warned.stderr));
+    assert!(evaluate(&["--card", "--resamples", "20"]).status.success());
+    let anew = Bundle::load(&bundle).unwrap();
+    assert!(anew.evaluation.is_some() && anew.stale_card.is_none());
+    let elsewhere = at("elsewhere.json");
+    let out = calibrate(&["--out", elsewhere.to_str().unwrap()]);
+    assert!(out.status.success() && !text(&out.stderr).contains("evaluation.json"), "{}", text(&out.stderr));
     let mut manifest: Value = serde_json::from_slice(&fs::read(bundle.join("manifest.json")).unwrap()).unwrap();
     manifest["classes"][0]["count"] = json!(1);
     fs::write(bundle.join("manifest.json"), manifest.to_string()).unwrap();
@@ -503,4 +521,169 @@ fn batch_rows_carry_sets_and_decisions() {
     assert!(text(&out.stderr).contains("3 entries"), "{}", text(&out.stderr));
     let out = score(&["--max-set-size", "3"]);
     assert_eq!(out.status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn a_stale_card_is_withheld_and_the_model_serves() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = repository(folder.path()).join("cifar10-lt/1");
+    let card = async || {
+        let opened = Bundle::open(&bundle).unwrap();
+        let (stale, budget) = (opened.stale_card.clone(), std::sync::Arc::new(nbn::engine::Budget::new(2)));
+        let model = ServedModel::start(opened, library(), &model_options(), budget).unwrap();
+        let server = Server::of(vec![model], RequestLimits::default()).await;
+        let card = server.get("/v1/models/cifar10-lt").await;
+        assert_eq!(card.status, 200);
+        (card.json()["evaluation"].clone(), stale)
+    };
+    assert!(matches!(card().await, (figures, None) if figures["data"] == "test.bin"));
+    let fresh = fs::read_to_string(bundle.join("evaluation.json")).unwrap();
+    let mut other: Value = serde_json::from_str(&fresh).unwrap();
+    other["calibration"] = json!("0".repeat(5000));
+    let mut foreign: Value = serde_json::from_str(&fresh).unwrap();
+    foreign["model_sha256"] = json!(7);
+    for (content, words) in [
+        (other.to_string(), "it was measured with calibration 000"),
+        (foreign.to_string(), "it was measured with model_sha256 7, this bundle's is c22b"),
+        ("[1, 2]".into(), "it was measured with model_sha256 none"),
+        ("{\"model_sha256\"".into(), "it is not JSON"),
+        (format!("{fresh}{}", " ".repeat(1 << 20)), "it is longer than 1048576 bytes"),
+    ] {
+        fs::write(bundle.join("evaluation.json"), content).unwrap();
+        let (figures, stale) = card().await;
+        let stale = stale.unwrap().to_string();
+        assert!(stale.contains(words) && stale.len() < 300, "{stale}");
+        assert_eq!(figures, Value::Null, "{words}");
+    }
+    fs::remove_file(bundle.join("evaluation.json")).unwrap();
+    assert!(matches!(card().await, (Value::Null, None)));
+}
+
+/// The places of all numbers and texts in `value`; of a list those in its first and its last entry.
+fn leaves(value: &Value, at: &str, found: &mut Vec<String>) {
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, value)| leaves(value, &format!("{at}/{key}"), found)),
+        Value::Array(list) => {
+            let ends = [0, list.len().saturating_sub(1)];
+            ends[..list.len().min(2)].iter().for_each(|&n| leaves(&list[n], &format!("{at}/{n}"), found));
+        }
+        _ => found.push(at.to_owned()),
+    }
+}
+
+/// What `bundle` makes of large and small logits is finite, in 0..=1, and sums to 1; and so are its pixels finite.
+#[track_caller]
+fn assert_scores(bundle: &Bundle, what: &str) {
+    let scorer = Scorer::new(std::sync::Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
+    let classes = bundle.manifest.classes.len();
+    let calibrated = bundle.calibration.is_some();
+    for prior in [Some(Prior::Train), None] {
+        let request = ScoreRequest { prior: prior.filter(|_| calibrated), ..ScoreRequest::default() };
+        let with_set = ScoreRequest { alpha: calibrated.then_some(0.1), ..request.clone() };
+        let rules = [request, with_set].map(|request| scorer.rule(request, &Prior::default()));
+        for rule in rules.iter().flatten() {
+            for spread in [0.0, 20.0, f32::MAX] {
+                let z = (0..classes).map(|k| if k % 2 == 0 { spread } else { -spread }).collect();
+                let scored = scorer.score(&Logits::try_new(z, classes).unwrap(), rule);
+                let p = scored.probabilities.values();
+                assert!(p.iter().all(|p| (0.0..=1.0).contains(p)), "{what}: {p:?}");
+                assert!((p.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{what}: {p:?}");
+                assert!(scored.set.is_none_or(|set| !set.members.is_empty()), "{what}");
+            }
+        }
+    }
+    let preprocessing = &bundle.manifest.preprocessing;
+    for (mean, std) in preprocessing.mean.iter().zip(&preprocessing.std) {
+        assert!([0.0, 1.0].iter().all(|value| ((value - mean) / std).is_finite()), "{what}: {preprocessing:?}");
+    }
+}
+
+#[test]
+fn a_bundle_with_a_number_changed_is_refused_by_name_or_scores_soundly() {
+    let changes = [json!(0), json!(-1), json!(1e308), json!(1e-308), json!(1u64 << 63), json!(""), Value::Null];
+    let (mut loaded, mut refused) = (0, 0);
+    for (file, alone) in
+        [("manifest.json", false), ("manifest.json", true), ("calibration.json", false), ("evaluation.json", false)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = repository(folder.path()).join("cifar10-lt/1");
+        if alone {
+            fs::remove_file(bundle.join("calibration.json")).unwrap();
+        }
+        let original: Value = serde_json::from_slice(&fs::read(bundle.join(file)).unwrap()).unwrap();
+        let mut places = Vec::new();
+        leaves(&original, "", &mut places);
+        assert!(places.len() > 30, "{file}: {} places", places.len());
+        for (place, change) in places.iter().flat_map(|place| changes.iter().map(move |change| (place, change))) {
+            let mut changed = original.clone();
+            *changed.pointer_mut(place).unwrap() = change.clone();
+            fs::write(bundle.join(file), changed.to_string()).unwrap();
+            let what = format!("{file}{place} = {change}");
+            match Bundle::open(&bundle) {
+                Ok(opened) => {
+                    loaded += 1;
+                    assert_scores(&opened, &what);
+                }
+                Err(error) => {
+                    refused += 1;
+                    let error = error.to_string();
+                    assert_ne!(file, "evaluation.json", "{what}: {error}");
+                    let named = place.split('/').any(|key| key.len() > 1 && error.contains(key))
+                        || ["a", "c"].iter().any(|key| error.contains(&format!(": {key} of class \"")));
+                    let other_bundle = error.contains("it belongs to another bundle");
+                    assert!(named || other_bundle || error.contains(" at line "), "{what}: {error}");
+                    assert!(error.contains(file) || other_bundle, "{what}: {error}");
+                }
+            }
+        }
+    }
+    assert!(loaded > 100 && refused > 500, "{loaded} loaded, {refused} refused");
+}
+
+#[test]
+fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
+    let bundle = shipped();
+    let content = &bundle.calibration.as_ref().unwrap().content;
+    let said = |change: fn(&mut nbn::bundle::Calibration)| {
+        let mut changed = content.clone();
+        change(&mut changed);
+        changed.check(&bundle.manifest).unwrap_err().to_string()
+    };
+    content.check(&bundle.manifest).unwrap();
+    for (error, words) in [
+        (said(|c| c.classes[1].a = 1e300), "a of class \"automobile\" is 1000"),
+        (said(|c| c.classes[1].a = f64::NAN), "a of class \"automobile\" is NaN; it must lie in 0.000001..=1000000"),
+        (said(|c| c.classes[1].c = -1e300), "it must lie in -1000000..=1000000"),
+        (said(|c| c.classes[9].train_prior = 1e-310), "train_prior of class \"truck\""),
+        (said(|c| c.classes[9].train_prior = 0.5), "the sum of train_prior is 1.49"),
+        (said(|c| c.classes.swap(0, 1)), "the label of class 0 is \"automobile\"; it must be the manifest's"),
+        (said(|c| c.temperature_alone = 0.0), "temperature_alone is 0;"),
+        (said(|c| c.kappa = f64::INFINITY), "kappa is inf; it must lie in -10..=10"),
+        (
+            said(|c| c.sets.plain.marginal.uniform[15] = Some(0.5)),
+            "a threshold in sets.plain is 0.5; it must lie in -1..=0",
+        ),
+        (said(|c| c.sets.pas.classes[0][15] = Some(f64::NEG_INFINITY)), "a threshold in sets.pas is -inf"),
+        (said(|c| c.fit.before.ece = 2.0), "fit.before.ece is 2; it must lie in 0..=1"),
+    ] {
+        assert!(error.contains(words) && error.contains("run `fold calibrate` again"), "{error}");
+    }
+    let said = |change: fn(&mut Manifest)| {
+        let mut changed = bundle.manifest.clone();
+        change(&mut changed);
+        changed.check().unwrap_err().to_string()
+    };
+    for (error, words) in [
+        (said(|m| m.fold.experts = 0), "fold.experts is 0; it must lie in 1..=100"),
+        (said(|m| m.fold.kappa = Some(-0.5)), "kappa is -0.5; it must lie in 0..=10"),
+        (said(|m| m.fold.alphas[0].value = f64::INFINITY), "the value of magnitude 0 in fold.alphas is inf"),
+        (said(|m| m.fold.proof.outputs[0].tolerance = f64::NAN), "tolerance of output \"logits\" in fold.proof is NaN"),
+        (said(|m| m.classes[2].count = Some(u64::MAX)), "the count of class \"bird\" is 18446744073709551615"),
+        (said(|m| m.classes[2].label = "é".repeat(1 << 20)), "it may have at most 1000 characters"),
+        (said(|m| m.model.sha256 = "XYZ".into()), "model.sha256 is \"XYZ\"; it must have 64 digits"),
+        (said(|m| m.preprocessing.std[1] = 1e-30), "every std in 0.000001..=1000000"),
+        (said(|m| m.preprocessing.mean[1] = f32::NAN), "every mean must lie in -1000..=1000"),
+    ] {
+        assert!(error.contains(words) && error.len() < 400, "{error}");
+    }
 }

@@ -278,3 +278,114 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
     assert!(text(&shown.stdout).contains("layer3.1.bn2"), "{}", text(&shown.stderr));
     assert!(root().join("models/cifar10-lt/1/manifest.json").is_file());
 }
+
+/// The small checkpoint with `metadata`, and its tensors called what `rename` gives.
+fn written(path: &Path, metadata: &[(&str, &str)], rename: impl Fn(&str) -> String) {
+    let bytes = fs::read(data("checkpoints/cifar_a.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = file.tensors().into_iter().map(|(name, view)| (rename(&name), view)).collect();
+    let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    safetensors::serialize_to_file(tensors, Some(metadata), path).unwrap();
+}
+
+#[test]
+fn every_number_of_a_checkpoints_metadata_is_checked_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("a.safetensors"), folder.path().join("m/1"));
+    let preprocessing = |shorter_side: &str, crop: &str, std: &str| {
+        let sizes = format!("\"shorter_side\":{shorter_side},\"crop\":{crop}");
+        format!("{{{sizes},\"mean\":[0,0,0],\"std\":[1,1,{std}],\"exif\":\"apply\"}}")
+    };
+    let classes = |label: &str, count: &str| {
+        let class = |k: usize| format!("{{\"label\":\"{k}{label}\",\"count\":{count}}}");
+        format!("[{}]", (0..6).map(class).collect::<Vec<_>>().join(","))
+    };
+    let long = "x".repeat(1001);
+    let cases = [
+        ("nbn.preprocessing", preprocessing("0", "0", "1"), "shorter_side 0 and crop 0; both must lie in 1..=4096"),
+        ("nbn.preprocessing", preprocessing("32", "0", "1"), "crop 0"),
+        ("nbn.preprocessing", preprocessing("16", "32", "1"), "crop 32"),
+        ("nbn.preprocessing", preprocessing("4294967295", "32", "1"), "shorter_side 4294967295"),
+        ("nbn.preprocessing", preprocessing("32", "32", "0"), "std [1.0, 1.0, 0.0]"),
+        ("nbn.preprocessing", preprocessing("32", "32", "1e-38"), "every std in 0.000001..=1000000"),
+        ("nbn.preprocessing", preprocessing("-1", "32", "1"), "-1"),
+        ("nbn.preprocessing", "null".into(), "null"),
+        ("nbn.kappa", "-1".into(), "kappa is -1; it must lie in 0..=10"),
+        ("nbn.kappa", "1e308".into(), "it must lie in 0..=10"),
+        ("nbn.kappa", "1e999".into(), "out of range"),
+        ("nbn.classes", classes("", "9223372036854775808"), "the count of class \"0\" is 9223372036854775808"),
+        ("nbn.classes", classes("", "-1"), "-1"),
+        ("nbn.classes", classes(&long, "1"), "the label of class 0 is \"0xxx"),
+        ("nbn.classes", "[]".into(), "0 classes"),
+    ];
+    for (key, value, words) in cases {
+        written(&path, &[(key, &value)], str::to_owned);
+        let plain = ExportOptions { input_size: None, ..options(&path, &out, 32) };
+        let error = export(&plain, library()).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains(words) && error.contains(": give "), "{key} {value}: {error}");
+        assert!(error.len() < 500, "{error}");
+        assert!(!out.exists(), "{key} {value}");
+    }
+    // What the command line gives instead is taken, and the checkpoint's is not looked at.
+    written(&path, &[("nbn.preprocessing", &preprocessing("0", "0", "0"))], str::to_owned);
+    let given = ExportOptions { preset: Some(nbn::fold::export::Preset::Cifar), ..options(&path, &out, 32) };
+    assert_eq!(export(&given, library()).unwrap().preprocessing.crop, 32);
+    fs::remove_dir_all(&out).unwrap();
+    // A size that the stored ratio carries beyond the limit.
+    written(&path, &[("nbn.preprocessing", &preprocessing("4096", "1", "1"))], str::to_owned);
+    let error = export(&options(&path, &out, 2048), library()).unwrap_err().to_string();
+    assert!(error.contains("--input-size 2048") && error.contains("1..=4096"), "{error}");
+}
+
+#[test]
+fn a_tensors_name_that_no_network_has_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    for (from, to, words) in [
+        ("layer1.0.", "layer1.18446744073709551615.", "it has the number 18446744073709551615"),
+        ("layer1.0.", "layer1.10000.", "count up to 9999"),
+        ("layer1.0.", &format!("layer1.{}.", "x".repeat(600)), "names have at most 500"),
+    ] {
+        written(&path, &[], |name| name.replacen(from, to, 1));
+        let error = Checkpoint::load(&path).unwrap_err().to_string();
+        assert!(error.contains("tensor \"layer1.") && error.contains(words), "{error}");
+        assert!(error.len() < 400, "{error}");
+        assert!(!fold(&["inspect", path.to_str().unwrap()]).status.success());
+    }
+}
+
+#[test]
+fn a_bundle_is_not_replaced_with_files_of_others_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m/1");
+    let checkpoint = data("checkpoints/cifar_a.safetensors");
+    let force = ExportOptions { force: true, ..options(&checkpoint, &out, 32) };
+    export(&force, library()).unwrap();
+    for name in ["notes.md", "a.csv", "zoo.txt"] {
+        fs::write(out.join(name), "mine").unwrap();
+    }
+    fs::create_dir(out.join("calibration.json")).unwrap();
+    let before = fs::read(out.join("manifest.json")).unwrap();
+    let error = export(&force, library()).unwrap_err().to_string();
+    assert!(error.contains("holds a.csv, calibration.json, notes.md and 1 more"), "{error}");
+    assert!(error.contains("move it elsewhere, or give the next version's number"), "{error}");
+    for name in ["notes.md", "a.csv", "zoo.txt"] {
+        assert_eq!(fs::read(out.join(name)).unwrap(), b"mine");
+    }
+    assert!(out.join("calibration.json").is_dir());
+    assert_eq!(before, fs::read(out.join("manifest.json")).unwrap());
+    for name in ["notes.md", "a.csv", "zoo.txt"] {
+        fs::remove_file(out.join(name)).unwrap();
+    }
+    fs::remove_dir(out.join("calibration.json")).unwrap();
+    // A draft that an ended run of this program has left is its own.
+    fs::write(out.join(".calibration.json-17-0-1700000000000000000"), "{").unwrap();
+    export(&force, library()).unwrap();
+    let names = |folder: &Path| {
+        let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&out), ["manifest.json", "model.onnx"]);
+    assert_eq!(names(&folder.path().join("m")), ["1"]);
+}

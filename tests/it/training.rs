@@ -587,6 +587,83 @@ fn a_run_goes_on_only_as_it_was_begun() {
 }
 
 #[test]
+fn a_run_that_cannot_be_saved_leaves_the_one_that_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    done(train(&set, &out, &["--epochs", "1"]));
+    let files = || {
+        ["safetensors", "state", "metrics.jsonl", "training.json", "calibration.json"]
+            .map(|ending| fs::read(out.with_extension(ending)).unwrap())
+    };
+    let before = files();
+    // A folder in the place of a draft fails as a full disk does, after the state and the checkpoint were written.
+    let taken = folder.path().join(".run.training.json.partial");
+    fs::create_dir(&taken).unwrap();
+    let overwrite = ["--epochs", "1", "--overwrite", "--seed", "1"];
+    refused(train(&set, &out, &overwrite), &["run.training.json", "the run that was there is as it was"]);
+    assert!(files() == before, "the old run was touched");
+    assert!(!folder.path().join(".run.state.next").exists() && !folder.path().join(".run.safetensors.next").exists());
+    fs::remove_dir(&taken).unwrap();
+    done(train(&set, &out, &["--epochs", "1", "--resume"]));
+    done(train(&set, &out, &overwrite));
+    assert!(files().iter().zip(&before).all(|(new, old)| new != old));
+}
+
+/// The safetensors file at `path` with `change` made to the JSON under `key` of its metadata.
+fn with_metadata(path: &Path, key: &str, change: impl Fn(&mut Value)) {
+    let bytes = fs::read(path).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let mut metadata = header.metadata().clone().unwrap();
+    let mut value: Value = serde_json::from_str(&metadata[key]).unwrap();
+    change(&mut value);
+    metadata.insert(key.into(), value.to_string());
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let changed = safetensors::serialize(file.tensors(), Some(metadata)).unwrap();
+    fs::write(path, changed).unwrap();
+}
+
+#[test]
+fn a_state_is_not_taken_for_that_of_another_runs_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let (out, other) = (folder.path().join("run.safetensors"), folder.path().join("other.safetensors"));
+    done(train(&set, &out, &["--epochs", "1"]));
+    done(train(&set, &other, &["--epochs", "1", "--seed", "1"]));
+    fs::copy(&other, &out).unwrap();
+    let before = fs::read(&out).unwrap();
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.safetensors is of another run", "run.state"]);
+    assert_eq!(before, fs::read(&out).unwrap(), "the other run's checkpoint was overwritten");
+}
+
+#[test]
+fn every_number_of_a_state_is_checked_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    done(train(&set, &out, &["--epochs", "1"]));
+    let state = out.with_extension("state");
+    let whole = fs::read(&state).unwrap();
+    for (key, value, words) in [
+        ("epoch", serde_json::json!(2), "its epoch is 2; at most 1 fits the run"),
+        ("step", serde_json::json!(u64::MAX), "its step is 18446744073709551615"),
+        ("seen", serde_json::json!(1_000_000), "its seen is 1000000"),
+        ("right", serde_json::json!(1), "its right is 1; at most 0"),
+        ("loss", serde_json::json!(-1.0), "its loss is -1"),
+        ("seconds", serde_json::json!(1e308), "its seconds is 1000"),
+    ] {
+        fs::write(&state, &whole).unwrap();
+        with_metadata(&state, "nbn.progress", |progress| progress[key] = value.clone());
+        refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.state", words, "--overwrite"]);
+    }
+    let mut broken = whole.clone();
+    let end = broken.len() - 4;
+    broken[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&state, broken).unwrap();
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.state", "holds NaN", "--overwrite"]);
+}
+
+#[test]
 fn classes_of_other_names_are_another_run() {
     let folder = tempfile::tempdir().unwrap();
     pictures(folder.path());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nbn::bundle::{Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap};
+use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap};
 use nbn::calibrate::{Kappa, Options, calibrate, command_line, describe};
 use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
 
@@ -91,15 +91,27 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     if args.dry_run {
         return Ok(());
     }
+    // A file that no program would load must not take the place of one that loads.
+    calibration.check(&bundle.manifest).context("these images give no usable calibration")?;
     let text = serde_json::to_string_pretty(&calibration)? + "\n";
     replace(&out, text.as_bytes())?;
-    let stale = bundle.folder.join(EVALUATION_FILE);
-    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
-    if canonical(&out) == canonical(&bundle.folder.join(CALIBRATION_FILE)) && stale.exists() {
-        std::fs::remove_file(&stale).with_context(|| format!("cannot remove {}", stale.display()))?;
-        eprintln!("removed     {}, which was measured with another calibration", stale.display());
-    }
+    warn_of_a_stale_card(bundle, &out)?;
     println!("{}", out.display());
+    Ok(())
+}
+
+/// Says so when the bundle's card was measured with another calibration than the one just written to `out`.
+fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
+    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
+    if canonical(out) != canonical(&bundle.folder.join(CALIBRATION_FILE)) {
+        return Ok(());
+    }
+    bundle.calibration = Some(BoundCalibration::load(out, &bundle.manifest)?);
+    if let Err(stale) = bundle.card() {
+        let card = bundle.folder.join(EVALUATION_FILE);
+        eprintln!("stale       {}: {stale}", card.display());
+        eprintln!("            its figures are not shown until `fold evaluate --card` has measured them again");
+    }
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! `fold evaluate`'s command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -46,7 +46,7 @@ pub(crate) struct Evaluate {
 }
 
 pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
-    let bundle = open(&args, &args.bundle, args.calibration.as_ref())?;
+    let bundle = open(&args.bundle, args.calibration.as_ref())?;
     let options = Options { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
     if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
         bail!("--against needs the images themselves: a file of logits is of one bundle");
@@ -60,7 +60,7 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let comparison = match &args.against {
         None => None,
         Some(path) => {
-            let other = open(&args, path, None)?;
+            let other = open(path, None)?;
             let labels = |bundle: &Bundle| bundle.manifest.classes.iter().map(|c| c.label.clone()).collect::<Vec<_>>();
             if labels(&bundle) != labels(&other) {
                 bail!(
@@ -90,17 +90,12 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A bundle that may carry a stale evaluation.json, which this command replaces.
-fn open(args: &Evaluate, path: &std::path::Path, calibration: Option<&PathBuf>) -> anyhow::Result<Bundle> {
-    if let Some(file) = calibration {
-        let mut bundle = Bundle::load_uncalibrated(path)?;
-        bundle.calibration = Some(BoundCalibration::load(file, &bundle.manifest)?);
-        return Ok(bundle);
-    }
-    if args.card {
-        return Ok(Bundle::load_calibrated(path)?);
-    }
-    Ok(Bundle::load(path)?)
+/// The bundle at `path`, with `calibration` in the place of its own where one is given.
+fn open(path: &Path, calibration: Option<&PathBuf>) -> anyhow::Result<Bundle> {
+    let Some(file) = calibration else { return Ok(Bundle::load(path)?) };
+    let mut bundle = Bundle::load_uncalibrated(path)?;
+    bundle.calibration = Some(BoundCalibration::load(file, &bundle.manifest)?);
+    Ok(bundle)
 }
 
 fn write_card(bundle: &Bundle, evaluation: &Evaluation) -> anyhow::Result<()> {
