@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, BufReader, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Read};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -17,11 +17,14 @@ use super::rows::{
     Columns, Format, Output, Row, RowWriter, WriteError, keys_in_csv, keys_in_json_lines, keys_in_parquet,
 };
 use crate::bundle::Class;
+use crate::files;
 
 /// What all parts of a folder have in common, as `run.json` keeps it.
 pub type RunRecord = serde_json::Map<String, Value>;
 
 const RECORD: &str = "run.json";
+/// Bytes of a `run.json`; a record takes a thousand.
+const MAX_RECORD: u64 = 1 << 20;
 
 /// A folder that parts cannot be added to.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +80,17 @@ pub enum PartsError {
         /// How many.
         parts: usize,
     },
+    /// Something of the user's has a name that a run needs.
+    #[error(
+        "{} was not written by a run of nbn score ({reason}); it is left as it is: move it, or give another folder",
+        path.display()
+    )]
+    Foreign {
+        /// The file, folder or link.
+        path: PathBuf,
+        /// How that is known.
+        reason: String,
+    },
     /// Another process is at it.
     #[error("another process writes share {index} of {count} to {}", folder.display())]
     Locked {
@@ -116,21 +130,92 @@ struct Current<'a> {
 struct Name {
     shard: Shard,
     number: u64,
+    format: Format,
 }
 
 impl Name {
-    fn parse(name: &str, ending: &str) -> Option<Self> {
-        let rest = name.strip_prefix("part-")?.strip_suffix(ending)?.strip_suffix('.')?;
-        let mut words = rest.split('-');
-        let index = words.next()?.parse().ok()?;
-        let count = words.next().filter(|word| *word == "of").and(words.next())?.parse().ok()?;
-        let number = words.next()?.parse().ok()?;
-        words.next().is_none().then_some(Self { shard: Shard::new(index, count).ok()?, number })
+    /// The part that is called exactly `text`.
+    fn parse(text: &str) -> Option<Self> {
+        let (rest, ending) = text.strip_prefix("part-")?.split_once('.')?;
+        let format = Format::of_ending(ending)?;
+        let (shard, number) = rest.rsplit_once('-')?;
+        let shard = parse_share(shard)?;
+        let name = Self { shard, number: number.parse().ok()?, format };
+        (name.text() == text).then_some(name)
+    }
+
+    /// The part whose draft is called exactly `text`.
+    fn parse_draft(text: &str) -> Option<Self> {
+        Self::parse(text.strip_prefix('.')?.strip_suffix(".tmp")?)
+    }
+
+    fn text(&self) -> String {
+        format!("part-{}-{:06}.{}", share(self.shard), self.number, self.format.ending())
+    }
+
+    fn draft(&self) -> String {
+        format!(".{}.tmp", self.text())
     }
 }
 
-fn name(shard: Shard, number: u64, format: Format) -> String {
-    format!("part-{:05}-of-{:05}-{number:06}.{}", shard.index(), shard.count(), format.ending())
+/// A share as names have it.
+fn share(shard: Shard) -> String {
+    format!("{:05}-of-{:05}", shard.index(), shard.count())
+}
+
+fn parse_share(text: &str) -> Option<Shard> {
+    let (index, count) = text.split_once("-of-")?;
+    let shard = Shard::new(index.parse().ok()?, count.parse().ok()?).ok()?;
+    (share(shard) == text).then_some(shard)
+}
+
+fn name_of_lock(shard: Shard) -> String {
+    format!(".lock-{}", share(shard))
+}
+
+/// The name under which `shard` writes `run.json` before it is put in its place.
+fn draft_of_record(shard: Shard) -> String {
+    format!(".{RECORD}-{}.tmp", share(shard))
+}
+
+/// Whether only `shard` writes under the name `file` before it puts `run.json` in its place.
+fn is_draft_of_record(file: &str, shard: Shard) -> bool {
+    let draft = draft_of_record(shard);
+    file == draft || files::name_of_draft(file) == Some(&draft)
+}
+
+/// What a folder holds of earlier runs.
+#[derive(Default)]
+struct Found {
+    parts: Vec<(PathBuf, Name)>,
+    /// Unfinished files of this share, from a run that was killed.
+    stale: Vec<PathBuf>,
+}
+
+impl Found {
+    fn in_folder(folder: &Path, shard: Shard) -> io::Result<Self> {
+        let mut found = Self::default();
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            let Some(file) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            if let Some(name) = Name::parse(file) {
+                found.parts.push((path, name));
+            } else if Name::parse_draft(file).is_some_and(|name| name.shard == shard) || is_draft_of_record(file, shard)
+            {
+                found.stale.push(path);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Removes the draft `path` that a killed run left. What is no regular file was made by somebody else and stays.
+fn remove_draft(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => fs::remove_file(path),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 impl<'a> Parts<'a> {
@@ -154,43 +239,26 @@ impl<'a> Parts<'a> {
         };
         fs::create_dir_all(folder).map_err(io(folder))?;
         let lock = lock(folder, shard)?;
-        let mut found = Vec::new();
-        let mut other = None;
-        for entry in fs::read_dir(folder).map_err(io(folder))? {
-            let path = entry.map_err(io(folder))?.path();
-            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let ending = Path::new(&file).extension().unwrap_or_default().to_string_lossy().into_owned();
-            if let Some(name) = Name::parse(&file, &ending) {
-                if ending == format.ending() {
-                    found.push((path, name));
-                } else {
-                    other = Some(ending);
-                }
-            } else if file.starts_with(&format!(".part-{:05}-of-{:05}-", shard.index(), shard.count())) {
-                // What an ended process left behind.
-                fs::remove_file(&path).map_err(io(&path))?;
-            }
+        let Found { parts: mut found, stale } = Found::in_folder(folder, shard).map_err(io(folder))?;
+        if let Some((_, name)) = found.iter().find(|(_, name)| name.format != format) {
+            let (field, before, now) = ("format".into(), name.format.ending().into(), format.ending().into());
+            return Err(PartsError::Differs { folder: folder.to_owned(), field, before, now });
         }
-        if let Some(before) = other {
-            let (field, now) = ("format".into(), format.ending().into());
-            return Err(PartsError::Differs { folder: folder.to_owned(), field, before: before.into(), now });
-        }
-        if !found.is_empty() && !folder.join(RECORD).exists() {
+        let before = read_record(&folder.join(RECORD), record)?;
+        if !found.is_empty() && before.is_none() {
             return Err(PartsError::NoRecord { folder: folder.to_owned(), parts: found.len() });
         }
-        if found.is_empty() && shard.count() == 1 {
-            // Nobody else is here, and nothing was made: what an ended run was to do binds nobody.
-            match fs::remove_file(folder.join(RECORD)) {
-                Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(io(&folder.join(RECORD))(cause)),
-                _ => {}
-            }
-        }
+        // A run that ended before it wrote a part leaves no settings that this one must match.
+        let replaceable = found.is_empty() && shard.count() == 1;
         // Parts of other shares of the same count hold other pictures.
         found.retain(|(_, name)| name.shard.count() != shard.count() || name.shard == shard);
         if !resume && !found.is_empty() {
             return Err(PartsError::NotEmpty { folder: folder.to_owned(), parts: found.len() });
         }
-        agree(folder, record, shard)?;
+        for draft in stale {
+            remove_draft(&draft).map_err(io(&draft))?;
+        }
+        agree(folder, record, before.filter(|_| !replaceable), shard)?;
         let mut committed = HashMap::new();
         let mut rows = 0;
         for (part, _) in &found {
@@ -198,6 +266,11 @@ impl<'a> Parts<'a> {
                 rows += 1;
                 *committed.entry(hash(key)).or_default() += 1;
             };
+            // A pipe might never end.
+            if !fs::metadata(part).map_err(io(part))?.is_file() {
+                let reason = "it is not a regular file".into();
+                return Err(PartsError::Damaged { part: part.clone(), reason });
+            }
             let file = File::open(part).map_err(io(part))?;
             let read = match format {
                 Format::Jsonl => keys_in_json_lines(BufReader::new(file), each),
@@ -224,18 +297,32 @@ impl<'a> Parts<'a> {
         Ok((parts, committed))
     }
 
+    /// Whether `path` is a name in `folder` that parts, or what belongs to them, may get.
+    pub fn may_write(folder: &Path, path: &Path) -> bool {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let inside = match (fs::canonicalize(parent), fs::canonicalize(folder)) {
+            (Ok(parent), Ok(folder)) => parent == folder,
+            _ => parent == folder,
+        };
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let lock = name.strip_prefix(".lock-").and_then(parse_share).is_some();
+        inside && (name == RECORD || lock || Name::parse(name).is_some() || Name::parse_draft(name).is_some())
+    }
+
     fn current(&mut self) -> Result<&mut Current<'a>, WriteError> {
         let current = match self.current.take() {
             Some(current) => current,
             None => {
-                let name = name(self.shard, self.next, self.format);
-                let (part, draft) = (self.folder.join(&name), self.folder.join(format!(".{name}.tmp")));
-                let open = || {
-                    let output = BufWriter::with_capacity(1 << 18, File::create(&draft)?);
-                    RowWriter::new(output, self.format, self.columns, self.classes)
-                };
-                let writer = open().map_err(|error| self.explain(error, &draft, &part))?;
-                Current { draft, part, writer, rows: 0 }
+                let name = Name { shard: self.shard, number: self.next, format: self.format };
+                let (part, draft) = (self.folder.join(name.text()), self.folder.join(name.draft()));
+                // Never through a link that somebody put there.
+                let file = remove_draft(&draft).and_then(|()| File::create_new(&draft));
+                let file = file.map_err(|cause| self.explain(cause.into(), &part))?;
+                let output = BufWriter::with_capacity(1 << 18, file);
+                match RowWriter::new(output, self.format, self.columns, self.classes) {
+                    Ok(writer) => Current { draft, part, writer, rows: 0 },
+                    Err(error) => return Err(self.give_up(error, &draft, &part)),
+                }
             }
         };
         Ok(self.current.insert(current))
@@ -245,14 +332,9 @@ impl<'a> Parts<'a> {
         let Some(Current { draft, part, writer, rows }) = self.current.take() else { return Ok(()) };
         let commit = || {
             let file = writer.into_inner()?.into_inner().map_err(|error| WriteError::Io(error.into_error()))?;
-            file.sync_all()?;
-            fs::rename(&draft, &part)?;
-            // So that the name, too, outlives a power cut; not every system can.
-            let _ = File::open(&self.folder).and_then(|folder| folder.sync_all());
-            Ok(())
+            Ok(files::commit(&file, &draft, &part)?)
         };
-        let done = commit();
-        done.map_err(|error| self.explain(error, &draft, &part))?;
+        commit().map_err(|error| self.give_up(error, &draft, &part))?;
         self.next += 1;
         self.parts += 1;
         self.rows += rows;
@@ -260,13 +342,19 @@ impl<'a> Parts<'a> {
     }
 
     /// Takes the unfinished part away, which makes room, and says what is safe.
-    fn explain(&self, error: WriteError, draft: &Path, part: &Path) -> WriteError {
-        let free = rustix::fs::statvfs(&self.folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
+    fn give_up(&self, error: WriteError, draft: &Path, part: &Path) -> WriteError {
+        let error = self.explain(error, part);
         // It is no part, and the next run would remove it.
-        let _ = fs::remove_file(draft);
+        let _ = remove_draft(draft);
+        error
+    }
+
+    /// What it means that `part` cannot be written.
+    fn explain(&self, error: WriteError, part: &Path) -> WriteError {
         let part = part.to_owned();
         match error {
             error if error.kind() == Some(io::ErrorKind::StorageFull) => {
+                let free = rustix::fs::statvfs(&self.folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
                 WriteError::Full { part, free, parts: self.parts, rows: self.rows }
             }
             WriteError::Io(cause) => WriteError::Part { part, cause },
@@ -281,7 +369,7 @@ impl Output for Parts<'_> {
         if let Err(error) = current.writer.write(row) {
             let Some(Current { draft, part, writer, .. }) = self.current.take() else { return Err(error) };
             drop(writer);
-            return Err(self.explain(error, &draft, &part));
+            return Err(self.give_up(error, &draft, &part));
         }
         current.rows += 1;
         if current.rows >= self.part_rows { self.commit() } else { Ok(()) }
@@ -294,23 +382,24 @@ impl Output for Parts<'_> {
 
 /// Takes the share, of which no other process may write, nor any share of another split of the same folder.
 fn lock(folder: &Path, shard: Shard) -> Result<File, PartsError> {
-    let name = |shard: Shard| format!(".lock-{:05}-of-{:05}", shard.index(), shard.count());
     let io = |path: &Path, cause| PartsError::Io { path: path.to_owned(), cause };
     let locked =
         |shard: Shard| PartsError::Locked { folder: folder.to_owned(), index: shard.index(), count: shard.count() };
-    let path = folder.join(name(shard));
-    let file = File::create(&path).map_err(|cause| io(&path, cause))?;
+    let path = folder.join(name_of_lock(shard));
+    // Not truncated: it may be a file of the user's.
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    let file = file.map_err(|cause| io(&path, cause))?;
     // A file system without locks: two processes on one share are the operator's to avoid.
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
         return Err(locked(shard));
     }
     for entry in fs::read_dir(folder).map_err(|cause| io(folder, cause))? {
-        let path = entry.map_err(|cause| io(folder, cause))?.path();
-        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let words = file.strip_prefix(".lock-").and_then(|rest| rest.split_once("-of-"));
-        let Some(other) = words.and_then(|(i, n)| Shard::new(i.parse().ok()?, n.parse().ok()?).ok()) else { continue };
-        if other.count() != shard.count()
-            && let Ok(file) = File::open(&path)
+        let entry = entry.map_err(|cause| io(folder, cause))?;
+        let other = entry.file_name().to_str().and_then(|name| parse_share(name.strip_prefix(".lock-")?));
+        if let Some(other) = other
+            && other.count() != shard.count()
+            && entry.file_type().is_ok_and(|found| found.is_file())
+            && let Ok(file) = File::open(entry.path())
             // Shared: others may look at the same moment, and NFS locks exclusively only what is open for writing.
             && let Err(TryLockError::WouldBlock) = file.try_lock_shared()
         {
@@ -320,33 +409,47 @@ fn lock(folder: &Path, shard: Shard) -> Result<File, PartsError> {
     Ok(file)
 }
 
-/// Writes `record` when there is none, else compares it with what is there.
-fn agree(folder: &Path, record: &RunRecord, shard: Shard) -> Result<(), PartsError> {
-    let path = folder.join(RECORD);
-    let io = |cause| PartsError::Io { path: path.clone(), cause };
-    if !path.exists() {
-        // Other shares may do the same at this moment: the first to link a whole file wins, and all compare with it.
-        let draft = folder.join(format!(".{RECORD}-{:05}-of-{:05}.tmp", shard.index(), shard.count()));
-        let text = serde_json::to_vec_pretty(record).map_err(|error| io(error.into()))?;
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&text)?;
-            file.sync_all()
-        };
-        write().map_err(io)?;
-        let linked = match fs::hard_link(&draft, &path) {
-            // A file system without links: the last to rename wins.
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => fs::rename(&draft, &path),
-            _ => fs::remove_file(&draft),
-        };
-        linked.map_err(io)?;
+/// Bytes of the file at `path`, if there is any.
+///
+/// # Errors
+/// When a link, a folder or something else stands there, which no run makes.
+fn size_of_own(path: &Path) -> Result<Option<u64>, PartsError> {
+    let path = path.to_owned();
+    match fs::symlink_metadata(&path) {
+        Ok(found) if found.is_file() => Ok(Some(found.len())),
+        Ok(_) => Err(PartsError::Foreign { path, reason: "it is not a regular file".into() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(PartsError::Io { path, cause }),
     }
-    let text = fs::read(&path).map_err(io)?;
-    let before: RunRecord = serde_json::from_slice(&text).map_err(|error| {
-        let reason =
-            format!("damaged ({error}); without it, nothing says how the parts were made: give another folder");
-        io(io::Error::new(io::ErrorKind::InvalidData, reason))
-    })?;
+}
+
+/// The record at `path`, if there is any.
+///
+/// # Errors
+/// When something else stands there: it has not the form of `like`.
+fn read_record(path: &Path, like: &RunRecord) -> Result<Option<RunRecord>, PartsError> {
+    let foreign = |reason: String| PartsError::Foreign { path: path.to_owned(), reason };
+    let io = |cause| PartsError::Io { path: path.to_owned(), cause };
+    let Some(bytes) = size_of_own(path)? else { return Ok(None) };
+    if bytes > MAX_RECORD {
+        return Err(foreign(format!("it has {bytes} bytes, and a record has at most {MAX_RECORD}")));
+    }
+    let mut text = Vec::new();
+    File::open(path).and_then(|file| file.take(MAX_RECORD).read_to_end(&mut text)).map_err(io)?;
+    let record = serde_json::from_slice::<RunRecord>(&text);
+    let record = record.map_err(|error| foreign(format!("it is not a JSON object: {error}")))?;
+    match like.keys().find(|field| !record.contains_key(*field)) {
+        Some(field) => Err(foreign(format!("it has no field {field:?}"))),
+        None => Ok(Some(record)),
+    }
+}
+
+/// Compares `record` with `before`, which the folder has already; where it has none, writes it.
+fn agree(folder: &Path, record: &RunRecord, before: Option<RunRecord>, shard: Shard) -> Result<(), PartsError> {
+    let before = match before {
+        Some(before) => before,
+        None => publish(folder, record, shard)?,
+    };
     let fields = before.keys().chain(record.keys());
     let value = |record: &RunRecord, field: &String| record.get(field).cloned().unwrap_or_default();
     match fields.into_iter().find(|field| before.get(*field) != record.get(*field)) {
@@ -360,21 +463,81 @@ fn agree(folder: &Path, record: &RunRecord, shard: Shard) -> Result<(), PartsErr
     }
 }
 
+/// Writes `record`, and gives the one that the folder has then: other shares may write theirs at the same moment, and
+/// the first one counts.
+fn publish(folder: &Path, record: &RunRecord, shard: Shard) -> Result<RunRecord, PartsError> {
+    let (path, draft) = (folder.join(RECORD), folder.join(draft_of_record(shard)));
+    let io = |cause| PartsError::Io { path: path.clone(), cause };
+    let text = serde_json::to_vec_pretty(record).map_err(|error| io(error.into()))?;
+    size_of_own(&draft)?;
+    if shard.count() == 1 {
+        // No other share can write, and what stands there is a record that no part was made with.
+        files::replace_through(&draft, &path, &text).map_err(io)?;
+        return Ok(record.clone());
+    }
+    let place = || {
+        files::replace(&draft, &text)?;
+        match fs::hard_link(&draft, &path) {
+            // A file system without links: the last to rename wins.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return files::commit(&File::open(&draft)?, &draft, &path);
+            }
+            _ => fs::remove_file(&draft)?,
+        }
+        files::sync_folder(folder);
+        Ok(())
+    };
+    place().map_err(io)?;
+    Ok(read_record(&path, record)?.unwrap_or_else(|| record.clone()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_part_is_told_by_its_name_alone() {
+    fn a_part_and_its_draft_are_told_by_their_exact_names() {
         let shard = Shard::new(3, 16).unwrap();
-        let text = name(shard, 7, Format::Csv);
-        assert_eq!(text, "part-00003-of-00016-000007.csv");
-        let parsed = Name::parse(&text, "csv").unwrap();
-        assert_eq!((parsed.shard, parsed.number), (shard, 7));
-        for wrong in
-            ["part-00003-of-00016-000007.jsonl", ".part-00003-of-00016-000007.csv.tmp", "part-3-of-2-1.csv", "rows.csv"]
-        {
-            assert!(Name::parse(wrong, "csv").is_none(), "{wrong}");
+        let name = Name { shard, number: 7, format: Format::Csv };
+        assert_eq!(
+            (name.text(), name.draft()),
+            ("part-00003-of-00016-000007.csv".into(), ".part-00003-of-00016-000007.csv.tmp".into())
+        );
+        let million = Name { number: 1_000_000, ..name };
+        for parsed in [Name::parse(&million.text()), Name::parse_draft(&million.draft())] {
+            let parsed = parsed.unwrap();
+            assert_eq!((parsed.shard, parsed.number, parsed.format), (shard, 1_000_000, Format::Csv));
         }
+        for wrong in [
+            "part-3-of-16-7.csv",
+            "part-00003-of-00016-000007.txt",
+            "part-00003-of-00016-000007.csv.gz",
+            "part-+0003-of-00016-000007.csv",
+            "part-00003-of-00003-000007.csv",
+            "part-00003-of-00016-000007-1.csv",
+            "part-00003-of-00016-.csv",
+            "rows.csv",
+        ] {
+            assert!(Name::parse(wrong).is_none(), "{wrong}");
+            assert!(Name::parse_draft(&format!(".{wrong}.tmp")).is_none(), "{wrong}");
+        }
+        for wrong in ["part-00003-of-00016-000007.csv", ".part-00003-of-00016-000007.csv", ".part-00003-of-00016-notes"]
+        {
+            assert!(Name::parse_draft(wrong).is_none(), "{wrong}");
+        }
+    }
+
+    fn record(field: &str) -> RunRecord {
+        [("nbn".to_owned(), "1".into()), ("field".to_owned(), field.into())].into_iter().collect()
+    }
+
+    #[test]
+    fn the_first_record_counts_for_all_shares() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (Shard::new(0, 2).unwrap(), Shard::new(1, 2).unwrap());
+        assert_eq!(publish(folder.path(), &record("a"), first).unwrap(), record("a"));
+        assert_eq!(publish(folder.path(), &record("b"), second).unwrap(), record("a"));
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, [RECORD]);
     }
 }

@@ -1,10 +1,14 @@
 //! `nbn score` with parts, shares and tables. `tests/clients/batch.py` has other programs read the rows, and kills.
 
-use std::collections::HashMap;
-use std::fs;
-use std::io::{self, BufRead, BufReader, Cursor, Read};
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Write};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use image::ImageFormat;
 use nbn::classify::ScoreRequest;
@@ -19,7 +23,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::Value;
 
-use crate::support::{data, fold, library, model_options, nbn, picture, shipped, text};
+use crate::support::{data, fold, library, model_options, nbn, picture, root, shipped, text};
 
 fn nbn_score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
@@ -281,5 +285,418 @@ fn a_list_that_breaks_off_is_told_to_every_share_once() {
         assert_eq!(summary.broken, ["stdin cannot be read further: the line is dead"]);
         assert_eq!(summary.failed as usize, keys.len());
         assert!(keys.iter().all(|key| key.starts_with("gone/")), "{keys:?}");
+    }
+}
+
+/// Everything below `folder`, without following links: contents of files, targets of links.
+fn snapshot(folder: &Path) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let kind = fs::symlink_metadata(&path).unwrap().file_type();
+        let content = if kind.is_symlink() {
+            format!("link to {}", fs::read_link(&path).unwrap().display())
+        } else if kind.is_dir() {
+            found.extend(snapshot(&path));
+            "folder".into()
+        } else {
+            text(&fs::read(&path).unwrap())
+        };
+        found.insert(path, content);
+    }
+    found
+}
+
+/// As somebody else's program leaves it, three hours ago.
+fn age(path: &Path) {
+    File::open(path).unwrap().set_modified(SystemTime::now() - Duration::from_secs(3 * 3600)).unwrap();
+}
+
+#[test]
+fn what_others_put_beside_the_rows_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out, elsewhere) =
+        (folder.path().join("images"), folder.path().join("rows"), folder.path().join("elsewhere"));
+    for made in [&images, &out, &elsewhere] {
+        fs::create_dir(made).unwrap();
+    }
+    pictures(&images, 3);
+    fs::write(elsewhere.join("precious"), "precious").unwrap();
+    let stale = ".part-00000-of-00001-000777.jsonl.tmp";
+    for beside in [&out, folder.path()] {
+        for name in [
+            ".part-00000-of-00001-notes",
+            ".part-00000-of-00001-000001.jsonl",
+            ".part-00000-of-00001-1.jsonl.tmp",
+            ".part-00000-of-00001-000001.txt.tmp",
+            ".part-00001-of-00002-000001.jsonl.tmp",
+            ".lock-00000-of-00001",
+            ".rows.jsonl-1-2-3",
+            ".summary.json-1-2-3",
+            ".run.json-00000-of-00002.tmp",
+            "notes.txt",
+        ] {
+            fs::write(beside.join(name), "mine").unwrap();
+            age(&beside.join(name));
+        }
+        let repository = beside.join(".part-00000-of-00001-000778.jsonl.tmp");
+        fs::create_dir(&repository).unwrap();
+        fs::write(repository.join("key"), "key").unwrap();
+        age(&repository);
+        symlink(elsewhere.join("precious"), beside.join(".part-00000-of-00001-000779.jsonl.tmp")).unwrap();
+        symlink(&elsewhere, beside.join(".part-00000-of-00001-000780.jsonl.tmp")).unwrap();
+    }
+    let before = snapshot(folder.path());
+    fs::write(out.join(stale), "half a r").unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let to_parts = nbn_score(&["--output-dir", &at("rows"), "--summary", &at("summary.json"), &at("images")]);
+    assert!(to_parts.status.success(), "{}", text(&to_parts.stderr));
+    let to_file = nbn_score(&["--output", &at("rows.jsonl"), "--summary", &at("summary.json"), &at("images")]);
+    assert!(to_file.status.success(), "{}", text(&to_file.stderr));
+    let mut after = snapshot(folder.path());
+    for made in ["rows/part-00000-of-00001-000000.jsonl", "rows/run.json", "rows.jsonl", "summary.json"] {
+        assert!(after.remove(&folder.path().join(made)).is_some(), "{made}");
+    }
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_link_where_a_part_is_drafted_is_not_written_through() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out) = (folder.path().join("images"), folder.path().join("rows"));
+    fs::create_dir(&images).unwrap();
+    fs::create_dir(&out).unwrap();
+    pictures(&images, 1);
+    let precious = folder.path().join("precious");
+    fs::write(&precious, "precious").unwrap();
+    let link = out.join(".part-00000-of-00001-000000.jsonl.tmp");
+    symlink(&precious, &link).unwrap();
+    let refused = nbn_score(&["--output-dir", out.to_str().unwrap(), images.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("000000.jsonl: File exists"), "{}", text(&refused.stderr));
+    assert_eq!((fs::read_to_string(&precious).unwrap(), fs::read_link(&link).unwrap()), ("precious".into(), precious));
+}
+
+#[test]
+fn a_run_json_of_another_program_is_refused_and_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out) = (folder.path().join("images"), folder.path().join("rows"));
+    fs::create_dir(&images).unwrap();
+    fs::create_dir(&out).unwrap();
+    pictures(&images, 2);
+    let (record, elsewhere) = (out.join("run.json"), folder.path().join("elsewhere.json"));
+    fs::write(&elsewhere, "{}").unwrap();
+    let run = |more: &[&str]| {
+        nbn_score(&[&["--output-dir", out.to_str().unwrap()], more, &[images.to_str().unwrap()]].concat())
+    };
+    let file = |content: &'static str| move |path: &Path| fs::write(path, content).unwrap();
+    type Make<'a> = Box<dyn Fn(&Path) + 'a>;
+    let cases: [(Make<'_>, &str); 6] = [
+        (Box::new(file("")), "it is not a JSON object"),
+        (Box::new(file("[1, 2]")), "it is not a JSON object"),
+        (Box::new(file("{\"nbn\": \"0.1.0\", \"seed\": 7}")), "it has no field \"abstain_prior_only\""),
+        (Box::new(|path| File::create(path).unwrap().set_len(5 << 20).unwrap()), "it has 5242880 bytes"),
+        (Box::new(|path| fs::create_dir_all(path.join("kept")).unwrap()), "it is not a regular file"),
+        (Box::new(|path| symlink(&elsewhere, path).unwrap()), "it is not a regular file"),
+    ];
+    for (make, reason) in cases {
+        make(&record);
+        if record.is_file() {
+            age(&record);
+        }
+        let before = snapshot(folder.path());
+        for more in [&[][..], &["--resume"], &["--shard", "0/2"]] {
+            let refused = run(more);
+            assert_eq!(refused.status.code(), Some(1), "{reason}");
+            let said = text(&refused.stderr);
+            assert!(said.contains("run.json was not written by a run of nbn score"), "{said}");
+            assert!(said.contains(reason) && said.contains("move it, or give another folder"), "{said}");
+        }
+        let mut after = snapshot(folder.path());
+        after.retain(|path, _| !path.file_name().unwrap().to_str().unwrap().starts_with(".lock-"));
+        assert_eq!(after, before, "{reason}");
+        fs::remove_file(out.join(".lock-00000-of-00001")).unwrap();
+        fs::remove_file(out.join(".lock-00000-of-00002")).unwrap();
+        if record.is_symlink() || !record.is_dir() {
+            fs::remove_file(&record).unwrap();
+        } else {
+            fs::remove_dir_all(&record).unwrap();
+        }
+    }
+    // Its own, of a run that ended before it wrote a part, is replaced.
+    let nothing = folder.path().join("nothing.txt");
+    fs::write(&nothing, "").unwrap();
+    assert!(nbn_score(&["--output-dir", out.to_str().unwrap(), nothing.to_str().unwrap()]).status.success());
+    assert_eq!(serde_json::from_slice::<Value>(&fs::read(&record).unwrap()).unwrap()["prior"], "uniform");
+    assert!(run(&["--prior", "train"]).status.success());
+    assert_eq!(serde_json::from_slice::<Value>(&fs::read(&record).unwrap()).unwrap()["prior"], "train");
+    assert_eq!(rows(&out, "").len(), 2);
+}
+
+#[test]
+fn a_run_that_fails_before_its_first_row_leaves_the_files_it_was_to_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(at("images")).unwrap();
+    pictures(Path::new(&at("images")), 1);
+    fs::write(at("a.csv"), "id,picture\n1,x.png\n").unwrap();
+    fs::write(at("rows.jsonl"), "rows of yesterday\n").unwrap();
+    fs::write(at("summary.json"), "counts of yesterday\n").unwrap();
+    let before = snapshot(folder.path());
+    let (images, gone) = (at("images"), at("gone"));
+    let cases: [(&[&str], &str); 8] = [
+        (&["--model", &gone, &images], "gone"),
+        (&[&at("gone/*.png")], "no file matches"),
+        (&[&at("gone.tar")], "No such file"),
+        (&[&at("a.csv")], "name one with --image-column"),
+        (&["--labels", "line", &images], "--labels line is of use only"),
+        (&["--prior", &at("gone.json"), &images], "--prior"),
+        (&["--features", &images], "has no output features"),
+        (&["--alpha", "7", &images], "alpha"),
+    ];
+    for (args, words) in cases {
+        let model = if args[0] == "--model" { &[][..] } else { &["--model", "models/cifar10-lt"] };
+        let files = ["--output", &at("rows.jsonl"), "--summary", &at("summary.json")];
+        let failed = nbn(&[&["score"], model, &files, args].concat());
+        assert_eq!(failed.status.code(), Some(1), "{args:?}");
+        assert!(text(&failed.stderr).contains(words), "{args:?}: {}", text(&failed.stderr));
+        assert_eq!(snapshot(folder.path()), before, "{args:?}");
+    }
+    // A summary that cannot be written is told before the rows are touched, and rows before the summary.
+    for (output, summary) in
+        [("rows.jsonl", "no/folder.json"), ("no/rows.jsonl", "summary.json"), ("images", "summary.json")]
+    {
+        let failed = nbn_score(&["--output", &at(output), "--summary", &at(summary), &images]);
+        assert_eq!(failed.status.code(), Some(1));
+        assert!(text(&failed.stderr).contains(": cannot write "), "{}", text(&failed.stderr));
+        assert_eq!(snapshot(folder.path()), before);
+    }
+    // A source without a readable row has nothing to take the place of the rows; the summary says so.
+    fs::write(at("empty.tar"), "").unwrap();
+    let files = ["--output", &at("rows.jsonl"), "--summary", &at("summary.json")];
+    assert_eq!(nbn_score(&[&files[..], &[&at("empty.tar")]].concat()).status.code(), Some(1));
+    assert_eq!(fs::read_to_string(at("rows.jsonl")).unwrap(), "rows of yesterday\n");
+    let summary: Value = serde_json::from_slice(&fs::read(at("summary.json")).unwrap()).unwrap();
+    assert_eq!((&summary["scored"], summary["broken"].as_array().unwrap().len()), (&Value::from(0), 1));
+    // A list that is empty has no rows, and that is what the file says then.
+    fs::write(at("nothing.txt"), "").unwrap();
+    for (format, rows) in [("jsonl", ""), ("csv", "path,error,decision,reason,label_1,score_1\n")] {
+        assert!(nbn_score(&[&files[..], &["--format", format, &at("nothing.txt")]].concat()).status.success());
+        assert_eq!(fs::read_to_string(at("rows.jsonl")).unwrap(), rows);
+    }
+}
+
+#[test]
+fn a_file_that_is_read_is_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    pictures(folder.path(), 1);
+    fs::write(at("list.txt"), "00.png\n").unwrap();
+    fs::write(at("prior.json"), "[1,1,1,1,1,1,1,1,1,1]").unwrap();
+    fs::hard_link(at("list.txt"), at("same.txt")).unwrap();
+    symlink("list.txt", at("link.txt")).unwrap();
+    fs::create_dir(at("rows")).unwrap();
+    let (list, other) = (at("list.txt"), at("./other.json"));
+    let before = snapshot(folder.path());
+    let cases: [(&[&str], &str, &str); 9] = [
+        (&["--output", &list, &list], "--output", "the input"),
+        (&["--output", &at("same.txt"), &list], "--output", "the input"),
+        (&["--summary", &at("link.txt"), &list], "--summary", "the input"),
+        (&["--output", &list, &format!("file://{list}")], "--output", "the input"),
+        (&["--output", &other, "--summary", &at("other.json"), &list], "--output", "--summary"),
+        (&["--output", &list, "--summary", &at("link.txt"), &at("00.png")], "--output", "--summary"),
+        (&["--prior", &at("prior.json"), "--summary", &at("prior.json"), &list], "--summary", "--prior"),
+        (&["--output", &at("00.png"), &list], "--output", "is a picture by its name"),
+        (&["--output-dir", &at("rows"), "--summary", &at("rows/run.json"), &list], "--summary", "--output-dir"),
+    ];
+    for (args, file, other) in cases {
+        let refused = nbn_score(args);
+        assert_eq!(refused.status.code(), Some(1), "{args:?}");
+        let said = text(&refused.stderr);
+        assert!(said.contains(file) && said.contains(other) && said.contains("give another file"), "{args:?}: {said}");
+        assert_eq!(snapshot(folder.path()), before, "{args:?}");
+    }
+    // A list on standard input is a file, too.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nbn"));
+    command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "--output", &list]);
+    let refused = command.stdin(File::open(&list).unwrap()).output().unwrap();
+    assert!(text(&refused.stderr).contains("is the same file as the input /dev/stdin"), "{}", text(&refused.stderr));
+    assert_eq!(snapshot(folder.path()), before);
+}
+
+#[test]
+fn rows_and_summaries_go_to_files_links_pipes_and_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(at("images")).unwrap();
+    pictures(Path::new(&at("images")), 2);
+    let images = at("images");
+    let want = text(&nbn_score(&[&images]).stdout);
+    let scored = |summary: &[u8]| serde_json::from_slice::<Value>(summary).unwrap()["scored"].clone();
+    // What was there was longer.
+    fs::write(at("rows.jsonl"), "x".repeat(100_000)).unwrap();
+    fs::write(at("target.json"), "y".repeat(100_000)).unwrap();
+    symlink("target.json", at("summary.json")).unwrap();
+    let args = ["--output", &at("rows.jsonl"), "--summary", &at("summary.json"), &images];
+    assert!(nbn_score(&args).status.success());
+    assert_eq!(fs::read_to_string(at("rows.jsonl")).unwrap(), want);
+    assert_eq!(scored(&fs::read(at("target.json")).unwrap()), 2);
+    assert!(fs::symlink_metadata(at("summary.json")).unwrap().is_symlink());
+
+    let pipes = [at("rows.pipe"), at("summary.pipe")];
+    assert!(Command::new("mkfifo").args(&pipes).status().unwrap().success());
+    let readers = pipes.clone().map(|pipe| thread::spawn(move || fs::read(pipe).unwrap()));
+    let piped = nbn_score(&["--output", &pipes[0], "--summary", &pipes[1], &images]);
+    assert!(piped.status.success(), "{}", text(&piped.stderr));
+    let [rows, summary] = readers.map(|reader| reader.join().unwrap());
+    assert_eq!((text(&rows), scored(&summary)), (want.clone(), 2.into()));
+
+    let streams = ["--output", "/dev/stdout", "--summary", "/dev/stdout", &images];
+    let piped = nbn_score(&streams).stdout;
+    assert_eq!((text(&piped[..want.len()]), scored(&piped[want.len()..])), (want.clone(), 2.into()));
+    // Standard output is a file that has something already.
+    let mut log = File::create(at("log")).unwrap();
+    log.write_all(b"before\n").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nbn"));
+    command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "--top-k", "1"]).args(streams);
+    assert!(command.stdout(log).stderr(Stdio::null()).status().unwrap().success());
+    let log = fs::read(at("log")).unwrap();
+    let rest = log.strip_prefix(format!("before\n{want}").as_bytes()).unwrap();
+    assert_eq!(scored(rest), 2);
+
+    // The last bytes that do not fit are told.
+    for format in ["jsonl", "csv", "parquet"] {
+        let full = nbn_score(&["--format", format, "--output", "/dev/full", &images]);
+        assert_eq!(full.status.code(), Some(1), "{format}");
+        assert!(text(&full.stderr).contains("a row could not be written to /dev/full"), "{}", text(&full.stderr));
+    }
+    let full = nbn_score(&["--output", "/dev/null", "--summary", "/dev/full", &images]);
+    assert_eq!(full.status.code(), Some(1));
+    assert!(text(&full.stderr).contains("--summary: cannot write /dev/full"), "{}", text(&full.stderr));
+}
+
+/// Runs `nbn score` with `args`; what it wrote, and the most memory that it had, in MiB, as its status told it in the end.
+fn measured(args: &[&str]) -> (Option<i32>, String, String, u64) {
+    let (out, err) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nbn"));
+    command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "--top-k", "1"]).args(args);
+    let mut child = command.stdout(out.reopen().unwrap()).stderr(err.reopen().unwrap()).spawn().unwrap();
+    let path = format!("/proc/{}/status", child.id());
+    let peak_now = || {
+        let status = fs::read_to_string(&path).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let mut peak = 0;
+    let status = loop {
+        // A process that has ended has no memory to tell of; the peak is one of its whole life.
+        peak = peak_now().unwrap_or(peak);
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+    };
+    let read = |file: &tempfile::NamedTempFile| text(&fs::read(file.path()).unwrap());
+    (status.code(), read(&out), read(&err), peak >> 10)
+}
+
+/// A header of a tar archive.
+fn header(kind: tar::EntryType, name: &str, size: u64) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name).unwrap();
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_cksum();
+    header
+}
+
+#[test]
+fn a_source_cannot_make_the_memory_grow_by_what_it_claims() {
+    const HUGE: u64 = 400 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let bytes = picture(30, 20, ImageFormat::Png);
+    let archive = |name: &str, kind: tar::EntryType| {
+        let file = File::create(at(name)).unwrap();
+        let mut packed = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+        packed.write_all(header(tar::EntryType::Regular, "a.png", bytes.len() as u64).as_bytes()).unwrap();
+        packed.write_all(&bytes).unwrap();
+        packed.write_all(&vec![0; bytes.len().next_multiple_of(512) - bytes.len()]).unwrap();
+        packed.write_all(header(kind, "long", HUGE).as_bytes()).unwrap();
+        io::copy(&mut io::repeat(0).take(HUGE), &mut packed).unwrap();
+        packed.write_all(header(tar::EntryType::Regular, "b.png", 0).as_bytes()).unwrap();
+        packed.finish().unwrap();
+    };
+    archive("name.tar.gz", tar::EntryType::GNULongName);
+    archive("pax.tar.gz", tar::EntryType::XHeader);
+    // Zeros that take no room on the disk.
+    for name in ["list.txt", "list.jsonl", "list.csv"] {
+        let mut list = File::create(at(name)).unwrap();
+        list.write_all(b"path\n\"").unwrap();
+        list.set_len(HUGE).unwrap();
+    }
+    fs::write(at("a.png"), &bytes).unwrap();
+    let (_, _, _, usual) = measured(&[&at("a.png")]);
+    let broken = "cannot be read further: ";
+    for (name, told) in [
+        ("name.tar.gz", "the name of a member has 419430399 bytes; nbn reads up to 4096"),
+        ("pax.tar.gz", "a PAX header has 419430400 bytes; nbn reads up to 65536"),
+        ("list.csv", "a record is longer than 1048576 bytes"),
+        ("list.txt", "it is longer than 1048576 bytes"),
+        ("list.jsonl", "it is longer than 1048576 bytes"),
+    ] {
+        let (code, rows, said, peak) = measured(&[&at(name)]);
+        assert_eq!(code, Some(1), "{name}: {said}");
+        let is_list = name.starts_with("list");
+        assert!(if is_list && name != "list.csv" { &rows } else { &said }.contains(told), "{name}: {said} {rows}");
+        assert_eq!(said.contains(broken), !["list.txt", "list.jsonl"].contains(&name), "{name}: {said}");
+        // What stands before it has its row.
+        assert!(is_list || rows.contains("tar.gz/a.png\",\"predictions\""), "{name}: {rows}");
+        assert!(peak < usual + 48, "{name}: {peak} MiB, and {usual} MiB with one picture");
+    }
+}
+
+#[test]
+fn members_have_their_long_names_and_sparse_ones_say_what_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = picture(30, 20, ImageFormat::Png);
+    let gnu = format!("{}/{}.png", "g".repeat(200), "n".repeat(200));
+    let pax = format!("{}/{}.png", "p".repeat(2000), "x".repeat(2000));
+    let mut entry = header(tar::EntryType::Regular, "short", bytes.len() as u64);
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append_data(&mut entry, &gnu, &bytes[..]).unwrap();
+    let size = bytes.len().to_string();
+    builder.append_pax_extensions([("path", pax.as_bytes()), ("size", size.as_bytes())]).unwrap();
+    builder.append(&header(tar::EntryType::Regular, "short", bytes.len() as u64), &bytes[..]).unwrap();
+    builder.append_pax_extensions([("GNU.sparse.major", &b"1"[..]), ("GNU.sparse.name", b"holes.png")]).unwrap();
+    builder.append(&header(tar::EntryType::Regular, "short", 600), &[1; 600][..]).unwrap();
+    builder.append(&header(tar::EntryType::Regular, "last.png", bytes.len() as u64), &bytes[..]).unwrap();
+    let archive = folder.path().join("a.tar");
+    fs::write(&archive, builder.into_inner().unwrap()).unwrap();
+    let archive = archive.to_str().unwrap();
+    let scored = nbn_score(&[archive]);
+    let rows: Vec<Value> = text(&scored.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let keys: Vec<&str> = rows.iter().map(|row| row["path"].as_str().unwrap()).collect();
+    assert_eq!(keys, [&gnu, &pax, "holes.png", "last.png"].map(|name| format!("{archive}/{name}")));
+    assert!(rows[2]["error"].as_str().unwrap().contains("stores this file with holes (sparse)"), "{}", rows[2]);
+    assert_eq!([0, 1, 3].map(|n| rows[n]["predictions"] == rows[0]["predictions"]), [true; 3]);
+    assert!(text(&scored.stderr).contains("failed: archive_sparse 1"), "{}", text(&scored.stderr));
+}
+
+#[test]
+fn what_a_list_says_is_quoted_in_short() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("list.jsonl");
+    let long = "a".repeat(100_000);
+    let column = format!("{{\"{long}\":1}}");
+    fs::write(&list, format!("\"{long}\"\n{column}\n{{\"path\":\"{long}\"}}\n")).unwrap();
+    let rows = text(&nbn_score(&[list.to_str().unwrap()]).stdout);
+    let errors: Vec<Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    assert_eq!(errors.len(), 3);
+    for (row, words) in
+        errors.iter().zip(["invalid type: string", "no column is called path", "its path has 100000 bytes"])
+    {
+        let error = row["error"].as_str().unwrap();
+        assert!(error.contains(words) && error.len() < 700, "{error}");
     }
 }

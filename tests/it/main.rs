@@ -14,6 +14,7 @@ mod hostile;
 mod imports;
 #[cfg(feature = "train")]
 mod kernels;
+mod kills;
 mod memory;
 mod operations;
 mod origins;

@@ -1,11 +1,13 @@
 //! `nbn score`.
 
+mod target;
+
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
-use std::path::PathBuf;
+use std::io::{self, BufReader, IsTerminal};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
@@ -15,8 +17,8 @@ use nbn::engine::Budget;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::{FEATURES, Library};
 use nbn::score::{
-    self, Columns, Format, Labels, Output, Parts, RowWriter, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped,
-    Stores, Summary, WriteError,
+    self, Columns, Format, Labels, Parts, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped, Stores, Summary,
+    WriteError,
 };
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
@@ -24,6 +26,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::EngineArgs;
+use target::{Named, Rows, SummaryFile, refuse_same};
 
 /// Status after a signal, as shells report an interrupt.
 const INTERRUPTED: u8 = 130;
@@ -163,7 +166,18 @@ fn probability(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "it must be a number from 0 to 1".into())
 }
 
+/// What workers have to end, once everything is written.
+const LAST_MOMENT: Duration = Duration::from_secs(10);
+
 pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
+    let budget = Arc::new(Budget::new(args.engine.workers()));
+    let result = run(args, &budget);
+    // They close their sessions: the runtime should not be taken from under them.
+    budget.wait_for_workers(Instant::now() + LAST_MOMENT);
+    result
+}
+
+fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (_sender, told) = signals.block_on(async { shutdown::on_signal() })?;
     let stopped = Stopped::when(move || *told.borrow());
@@ -177,14 +191,10 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         stopped: stopped.clone(),
         shard,
     };
-    if let Some(path) = &args.summary {
-        // Found out now, not after hours.
-        fs::write(path, "").with_context(|| format!("--summary: cannot write {}", path.display()))?;
-    }
     let stdin = [PathBuf::from("-")];
     let inputs = if args.inputs.is_empty() { &stdin[..] } else { &args.inputs };
     let source = Source::open(inputs, &options, BufReader::new(io::stdin()))?;
-    let model = open(&args)?;
+    let model = open(&args, budget)?;
     let classes = &model.manifest.classes;
     if args.rows.features && !model.manifest.has_output(FEATURES) {
         bail!(
@@ -204,19 +214,19 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     let min_score = args.scores.min_score.unwrap_or(0.0);
     let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, min_score, columns };
     let form = (args.rows.format, columns, &classes[..]);
+    // Everything is checked: from here on files may change.
+    refuse_overwriting(&args, inputs)?;
+    let summary_file = args.summary.as_deref().map(SummaryFile::open).transpose()?;
     let mut committed = HashMap::new();
-    let (mut output, place): (Box<dyn Output + '_>, String) = match (&args.rows.output_dir, &args.rows.output) {
+    let (mut output, place) = match (&args.rows.output_dir, &args.rows.output) {
         (Some(folder), _) => {
             let record = record(&args, &model, columns, scoring.rule.prior());
             let (parts, done) = Parts::open(folder, shard, &record, form, args.rows.part_rows, args.rows.resume)?;
             committed = done;
-            (Box::new(parts), folder.display().to_string())
+            (Rows::Parts(parts), folder.display().to_string())
         }
-        (None, Some(path)) => {
-            let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-            (writer(file, form)?, path.display().to_string())
-        }
-        (None, None) => (writer(io::stdout(), form)?, "stdout".into()),
+        (None, Some(path)) => (Rows::file(path, form)?, path.display().to_string()),
+        (None, None) => (Rows::stdout(form)?, "stdout".into()),
     };
     let bar = bar(source.len())?;
     let run = score::Options {
@@ -227,13 +237,20 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
         committed,
         stopped,
     };
-    let result = score::run(source, &model.engine, &scoring, &mut *output, run, |summary| {
+    let result = score::run(source, &model.engine, &scoring, &mut output, run, |summary| {
         bar.set_position(summary.images());
         if summary.failed > 0 {
             bar.set_message(format!("({} failed)", summary.failed));
         }
     });
     bar.finish_and_clear();
+    let result = result.and_then(|summary| {
+        // A run that ended early has nothing to take the place of an earlier run's rows.
+        if summary.scored + summary.failed == 0 && summary.broken.is_empty() && !summary.interrupted {
+            output.finish_empty()?;
+        }
+        Ok(summary)
+    });
     let summary = match result {
         // The reader of a pipe has seen enough.
         Err(error) if error.kind() == Some(io::ErrorKind::BrokenPipe) => return Ok(ExitCode::SUCCESS),
@@ -244,9 +261,8 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     for reason in &summary.broken {
         eprintln!("nbn: {reason}");
     }
-    if let Some(path) = &args.summary {
-        let text = serde_json::to_vec_pretty(&summary)?;
-        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = &summary_file {
+        file.write(&serde_json::to_vec_pretty(&summary)?)?;
     }
     if summary.images() == 0 && summary.broken.is_empty() && !summary.interrupted {
         eprintln!(
@@ -263,7 +279,37 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(failed)))
 }
 
-fn open(args: &Score) -> anyhow::Result<ServedModel> {
+/// Refuses files for the rows and the summary that the run reads, or needs for something else.
+fn refuse_overwriting(args: &Score, inputs: &[PathBuf]) -> anyhow::Result<()> {
+    let output = args.rows.output.iter().map(|path| Named { role: "--output", path });
+    let summary = args.summary.iter().map(|path| Named { role: "--summary", path });
+    let written: Vec<Named<'_>> = output.chain(summary).collect();
+    let read = inputs.iter().map(|input| Named { role: "the input", path: file_of(input) });
+    let prior = args.scores.prior.iter().map(Path::new).filter(|path| path.is_file());
+    let prior = prior.map(|path| Named { role: "--prior", path });
+    refuse_same(&written, &read.chain(prior).collect::<Vec<_>>())?;
+    if let (Some(folder), Some(path)) = (&args.rows.output_dir, &args.summary)
+        && Parts::may_write(folder, path)
+    {
+        bail!(
+            "--summary {} has a name that --output-dir {} needs for its rows: give another file",
+            path.display(),
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
+/// The file that `input` names on this machine.
+fn file_of(input: &Path) -> &Path {
+    match input.to_str() {
+        Some("-") => Path::new("/dev/stdin"),
+        Some(text) => Path::new(text.strip_prefix("file://").unwrap_or(text)),
+        None => input,
+    }
+}
+
+fn open(args: &Score, budget: &Arc<Budget>) -> anyhow::Result<ServedModel> {
     let library = Library::load(args.engine.onnxruntime.as_deref())?;
     let workers = args.engine.workers();
     let options = ModelOptions {
@@ -274,7 +320,7 @@ fn open(args: &Score) -> anyhow::Result<ServedModel> {
         batch: BatchChoice::Measured,
         cache: args.engine.cache(),
     };
-    Ok(ServedModel::start(Bundle::open(&args.model)?, library, &options, Arc::new(Budget::new(workers)))?)
+    Ok(ServedModel::start(Bundle::open(&args.model)?, library, &options, budget.clone())?)
 }
 
 impl ScoreArgs {
@@ -327,13 +373,6 @@ fn record(args: &Score, model: &ServedModel, columns: Columns, prior: Option<&Pr
         "max_pixels": args.engine.max_pixels,
     });
     record.as_object().cloned().unwrap_or_default()
-}
-
-fn writer<'a>(
-    output: impl Write + Send + 'a,
-    (format, columns, classes): (Format, Columns, &'a [Class]),
-) -> Result<Box<dyn Output + 'a>, WriteError> {
-    Ok(Box::new(RowWriter::new(BufWriter::new(output), format, columns, classes)?))
 }
 
 fn bar(images: Option<u64>) -> anyhow::Result<indicatif::ProgressBar> {

@@ -6,6 +6,7 @@ mod text;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::bundle::{Class, Group, Manifest};
@@ -27,6 +28,11 @@ pub enum Format {
 }
 
 impl Format {
+    /// The form whose files end in `ending`.
+    pub(super) fn of_ending(ending: &str) -> Option<Self> {
+        Self::value_variants().iter().copied().find(|format| format.ending() == ending)
+    }
+
     /// The ending of files of this form.
     pub fn ending(self) -> &'static str {
         match self {

@@ -3,8 +3,10 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::path::Path;
 use std::sync::mpsc::SyncSender;
 
+use super::members::{Kind, Members};
 use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, place};
 use crate::pixels::has_picture_ending;
 
@@ -38,17 +40,38 @@ fn unpack(place: &Place) -> Result<Box<dyn Read>, Fault> {
     Ok(if packed { Box::new(flate2::read::MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
+/// Why a member that is called a picture cannot be read.
+fn no_file(kind: Kind) -> Fault {
+    match kind {
+        Kind::Sparse => Fault::new(
+            "archive_sparse",
+            "the archive stores this file with holes (sparse), which nbn does not read: pack it whole",
+        ),
+        Kind::Link => Fault::new("archive_link", "the archive has a link here, no file"),
+        Kind::File | Kind::Folder | Kind::Other => Fault::new("archive_other", "the archive has no regular file here"),
+    }
+}
+
 /// Members of one sample.
 #[derive(Default)]
 struct Sample {
     stem: String,
     pictures: Vec<Item>,
-    /// Of the pictures.
+    /// What the pictures take in memory.
     bytes: u64,
     label: Option<String>,
 }
 
+/// Bytes that a picture takes beside its content, as a bound.
+const ITEM: usize = 512;
+
 impl Sample {
+    fn push(&mut self, item: Item) {
+        let content = if let Content::Bytes(bytes) = &item.content { bytes.len() } else { 0 };
+        self.bytes += (content + item.key.len() + ITEM) as u64;
+        self.pictures.push(item);
+    }
+
     /// False when nobody wants more.
     fn send(&mut self, labels: Labels, out: &SyncSender<Item>) -> bool {
         self.bytes = 0;
@@ -66,63 +89,37 @@ fn read(
     sample: &mut Sample,
     out: &SyncSender<Item>,
 ) -> Result<(), Fault> {
-    let mut archive = tar::Archive::new(Counted { reader, bytes: 0 });
-    for entry in archive.entries()? {
-        let mut entry = entry?;
-        let path = entry.path()?.into_owned();
-        let kind = entry.header().entry_type();
-        if kind.is_dir() || (!kind.is_file() && !has_picture_ending(&path)) {
+    let mut members = Members::new(reader);
+    while let Some(member) = members.next()? {
+        let (path, kind) = (&member.name, member.kind);
+        let is_picture = has_picture_ending(Path::new(path));
+        if kind == Kind::Folder || (kind != Kind::File && !is_picture) {
             continue;
         }
-        let member = path.to_string_lossy().into_owned();
-        let file = member.rsplit('/').next().unwrap_or_default();
-        let stem = member[..member.len() - file.len() + file.find('.').unwrap_or(file.len())].to_owned();
+        let file = path.rsplit('/').next().unwrap_or_default();
+        let stem = &path[..path.len() - file.len() + file.find('.').unwrap_or(file.len())];
         // Many pictures of one stem are no sample, and must not all be held.
         if stem != sample.stem || sample.bytes > options.max_file_bytes {
             if !sample.send(options.labels, out) {
                 return Ok(());
             }
-            sample.stem = stem;
+            sample.stem = stem.to_owned();
         }
-        if member.ends_with(".cls") {
-            let mut text = Vec::new();
-            entry.by_ref().take(MAX_LABEL).read_to_end(&mut text)?;
+        if path.ends_with(".cls") {
+            let text = members.read(&member, MAX_LABEL)?;
             sample.label = Some(String::from_utf8_lossy(&text).trim().to_owned());
-        } else if has_picture_ending(&path) {
-            let mut bytes = Vec::new();
-            let content = if !kind.is_file() {
-                Content::Lost(Fault::new("archive_link", "the archive has a link here, no file"))
-            } else if entry.size() > options.max_file_bytes {
-                Content::Lost(Fault::too_large(options.max_file_bytes))
-            } else {
-                entry.read_to_end(&mut bytes)?;
-                if (bytes.len() as u64) < entry.size() {
-                    return Err(Fault::new("archive", format!("it ends in the middle of {member}")));
+        } else if is_picture {
+            let content = match kind {
+                Kind::File if member.size > options.max_file_bytes => {
+                    Content::Lost(Fault::too_large(options.max_file_bytes))
                 }
-                sample.bytes += bytes.len() as u64;
-                Content::Bytes(bytes.into())
+                Kind::File => Content::Bytes(members.read(&member, member.size)?.into()),
+                kind => Content::Lost(no_file(kind)),
             };
-            let label = place::folder(&member).filter(|_| options.labels == Labels::Folder);
-            sample.pictures.push(Item { key: format!("{name}/{member}"), label, content });
+            let label = place::folder(path).filter(|_| options.labels == Labels::Folder);
+            sample.push(Item { key: format!("{name}/{path}"), label, content });
         }
     }
     sample.send(options.labels, out);
-    // An upload that failed before its first byte; an archive without members has its end marker.
-    if archive.into_inner().bytes == 0 {
-        return Err(Fault::new("archive", "it is empty (0 bytes)"));
-    }
     Ok(())
-}
-
-struct Counted<R> {
-    reader: R,
-    bytes: u64,
-}
-
-impl<R: Read> Read for Counted<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.reader.read(buffer)?;
-        self.bytes += n as u64;
-        Ok(n)
-    }
 }

@@ -4,7 +4,8 @@ use std::io::{self, BufRead, BufReader, Read};
 
 use serde_json::Value;
 
-use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, Stores, picture};
+use super::lines::{Records, lines};
+use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, Stores, cut, picture};
 
 /// Names that an image's column has when none is given, in the order of preference.
 pub(super) const IMAGE_COLUMNS: [&str; 7] = ["path", "image", "image_path", "file", "file_name", "filename", "bytes"];
@@ -36,7 +37,7 @@ impl Entries {
         }
     }
 
-    /// A line that is no text, or the end of what can be read.
+    /// A line that is no text or too long, or the end of what can be read.
     fn unread(&self, line: u64, error: &io::Error) -> Item {
         if error.kind() == io::ErrorKind::InvalidData {
             return self.lost(line, error);
@@ -46,8 +47,8 @@ impl Entries {
 
     /// A line that names no picture: its row says why.
     fn lost(&self, line: u64, reason: impl std::fmt::Display) -> Item {
-        let name = &self.name;
-        let fault = Fault::new("list_entry", format!("line {line} of {name} names no image: {reason}"));
+        let (name, reason) = (&self.name, reason.to_string());
+        let fault = Fault::new("list_entry", format!("line {line} of {name} names no image: {}", cut(&reason)));
         Item { key: format!("{name}#{line}"), label: None, content: Content::Lost(fault) }
     }
 }
@@ -60,19 +61,19 @@ pub(super) fn text_on_stdin(stdin: impl BufRead + Send + 'static, options: &Sour
     let shard = options.shard;
     Source::of_thread("stdin".into(), labelled, &options.stopped, move |out| {
         // The receiver may have gone: nobody wants more then.
-        let _ = lines(stdin, entries).filter(|item| item.is_for(shard)).all(|item| out.send(item).is_ok());
+        let _ = paths(stdin, entries).filter(|item| item.is_for(shard)).all(|item| out.send(item).is_ok());
     })
 }
 
 /// One path a line, in a file.
 pub(super) fn text(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
-    let items = lines(open(&place)?, Entries::new(place, options));
+    let items = paths(open(&place)?, Entries::new(place, options));
     Ok(Source::of(items, options.shard, matches!(options.labels, Labels::Folder | Labels::Line)))
 }
 
 /// Empty lines are skipped.
-fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator<Item = Item> + Send {
-    (1..).zip(list.lines()).filter_map(move |(number, line)| {
+fn paths(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator<Item = Item> + Send {
+    (1..).zip(lines(list)).filter_map(move |(number, line)| {
         let line = match line {
             Ok(line) => line,
             Err(error) => return Some(entries.unread(number, &error)),
@@ -94,13 +95,16 @@ fn lines(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator
 /// A header that names the columns, then one picture a record.
 pub(super) fn csv(place: Place, options: &SourceOptions) -> Result<Source, SourceError> {
     let content = |reason: String| SourceError::Content { path: place.name().into(), reason };
-    let mut reader = csv::ReaderBuilder::new().from_reader(open(&place)?);
+    let (list, budget) = Records::new(open(&place)?);
+    let mut reader = csv::ReaderBuilder::new().from_reader(list);
     let header = reader.headers().map_err(|error| content(error.to_string()))?.clone();
     let (image, label) = columns(header.iter(), options).map_err(content)?;
     let labelled = options.labels.with_column(label.is_some());
     let entries = Entries::new(place, options);
     let mut number = 1;
+    budget.renew();
     let items = reader.into_records().map(move |record| {
+        budget.renew();
         number += 1;
         let record = match record {
             Ok(record) => record,
@@ -126,7 +130,7 @@ pub(super) fn json_lines(place: Place, options: &SourceOptions) -> Result<Source
     let (shard, labelled, options) = (options.shard, options.labels.with_column(true), options.clone());
     let list = open(&place)?;
     let entries = Entries::new(place, &options);
-    let items = (1..).zip(list.lines()).filter_map(move |(number, line)| {
+    let items = (1..).zip(lines(list)).filter_map(move |(number, line)| {
         let item = |line: &str| {
             let object: serde_json::Map<String, Value> = serde_json::from_str(line).map_err(|e| e.to_string())?;
             let (image, label) = columns(object.keys().map(String::as_str), &options)?;
@@ -156,7 +160,7 @@ pub(super) fn columns<'a>(
     options: &SourceOptions,
 ) -> Result<(usize, Option<usize>), String> {
     let names: Vec<&str> = names.collect();
-    let there = if names.is_empty() { "there is none".into() } else { format!("there are {}", names.join(", ")) };
+    let there = if names.is_empty() { "there is none".into() } else { format!("there are {}", cut(&names.join(", "))) };
     let find = |wanted: &Option<String>, usual: &[&str], flag: &str| {
         let at = |name: &str| names.iter().position(|n| *n == name);
         match wanted {

@@ -3,7 +3,9 @@
 mod archive;
 mod error;
 mod form;
+mod lines;
 mod list;
+mod members;
 mod objects;
 mod place;
 mod table;
@@ -113,9 +115,9 @@ pub struct SourceOptions {
 
 /// One picture, as its source names it.
 #[derive(Debug, Clone)]
-pub(super) struct Item {
+pub(crate) struct Item {
     /// A path; ARCHIVE/MEMBER; TABLE#ROW. It is what rows carry, and what a share and a resumed run go by.
-    pub(super) key: String,
+    pub(crate) key: String,
     /// The true class, by label or index.
     pub(super) label: Option<String>,
     pub(super) content: Content,
@@ -318,7 +320,7 @@ impl Source {
         Self { items: Box::new(items), len: None, labelled }
     }
 
-    pub(super) fn next(&mut self) -> Option<Item> {
+    pub(crate) fn next(&mut self) -> Option<Item> {
         self.items.next()
     }
 
@@ -336,6 +338,15 @@ impl Source {
     pub fn is_empty(&self) -> bool {
         self.len == Some(0)
     }
+}
+
+/// `text`, which comes from a source, as a sentence quotes it: at most its first 200 bytes.
+fn cut(text: &str) -> std::borrow::Cow<'_, str> {
+    const MAX_QUOTED: usize = 200;
+    if text.len() <= MAX_QUOTED {
+        return text.into();
+    }
+    format!("{}… ({} bytes)", &text[..text.floor_char_boundary(MAX_QUOTED)], text.len()).into()
 }
 
 /// The items up to the first that says that there are no more.

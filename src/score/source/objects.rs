@@ -14,7 +14,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use tokio::runtime::{Builder, Runtime};
 
-use super::Fault;
+use super::{Fault, cut};
 
 /// Object stores by the head of their URLs, such as `s3://photos`; opened at first use, with the settings that the
 /// environment has for their kind (`AWS_…`, `GOOGLE_…`, `AZURE_…`).
@@ -43,7 +43,7 @@ impl Stores {
 
     /// The object that `url` names; it need not be there.
     pub(super) fn object(&self, url: &str) -> Result<Object, Fault> {
-        let fault = |reason: String| Fault::new("url", format!("{url}: {reason}"));
+        let fault = |reason: String| Fault::new("url", format!("{}: {reason}", cut(url)));
         let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
         let (host, key) = rest.split_once('/').unwrap_or((rest, ""));
         let root = format!("{scheme}://{host}");
@@ -129,7 +129,7 @@ impl fmt::Debug for Object {
 impl Object {
     /// The object `key` beside this one; `.` and `..` are as in paths.
     pub(super) fn sibling(&self, key: &str) -> Result<Self, Fault> {
-        let fault = |reason: String| Fault::new("url", format!("{key}: {reason}"));
+        let fault = |reason: String| Fault::new("url", format!("{}: {reason}", cut(key)));
         let folder = self.path.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
         let mut segments: Vec<&str> = folder.split('/').filter(|segment| !segment.is_empty()).collect();
         for segment in key.split('/') {

@@ -9,6 +9,9 @@ use bytes::Bytes;
 use super::Fault;
 use super::objects::{Object, Stores};
 
+/// Bytes of a path or URL in a list, at most. Systems and stores take fewer; rows and resumed runs keep it.
+const MAX_PATH: usize = 8192;
+
 #[derive(Debug, Clone)]
 pub(in super::super) enum Place {
     File(PathBuf),
@@ -23,6 +26,10 @@ impl Place {
 
     /// What an entry of the list at this place names.
     pub(super) fn entry(&self, text: &str, stores: &Stores) -> Result<Self, Fault> {
+        if text.len() > MAX_PATH {
+            let reason = format!("its path has {} bytes; nbn reads paths of up to {MAX_PATH}", text.len());
+            return Err(Fault::new("list_entry", reason));
+        }
         match self {
             _ if text.contains("://") => Self::of(text, stores),
             Self::File(list) => Ok(Self::File(list.parent().unwrap_or(Path::new("")).join(text))),
