@@ -52,3 +52,6 @@ pub mod shutdown;
 #[cfg(feature = "train")]
 pub mod train;
 
+#[cfg(all(any(test, fuzzing), feature = "serve", feature = "fold"))]
+#[doc(hidden)]
+pub mod fuzz;
