@@ -4,6 +4,7 @@
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
 //! - [`files`]: files that are whole or not there
+//! - [`memory`]: what each thread holds
 //! - [`stop`]: ends work that nobody waits for
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
 //! - [`pixels`]: encoded bytes → normalised tensor, under limits
@@ -23,6 +24,7 @@
 pub mod bundle;
 pub mod classify;
 pub mod files;
+pub mod memory;
 pub mod pixels;
 pub mod runtime;
 pub mod scores;

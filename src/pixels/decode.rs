@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 
-use super::input::Watched;
+use super::input::{Watch, Watched};
 use super::picture::Picture;
-use super::{jpeg, tiff, webp};
+use super::{gif, jpeg, tiff, webp};
 use crate::bundle::Exif;
 use crate::stop::Stop;
 
@@ -16,6 +16,9 @@ const FORMATS: [ImageFormat; 6] =
 
 /// What decoding takes of nearly every picture: a progressive JPEG has six bytes of coefficients and three of colours.
 const BYTES_PER_PIXEL: u64 = 12;
+
+/// Bytes that a decoder may take for what stands before a picture, such as a colour profile; also a PNG's for its rows.
+const HEAD_BYTES: u64 = 16 << 20;
 
 /// How large a picture may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +102,15 @@ pub enum DecodeError {
         /// Most bytes that decoding may allocate.
         limit: u64,
     },
+    /// Decoding took more than the byte limit and was ended.
+    #[error(
+        "decoding this image took more than {limit} bytes of memory, far more than its size explains: save it again with \
+         another program"
+    )]
+    TooMuchMemory {
+        /// Most bytes that decoding may allocate.
+        limit: u64,
+    },
     /// A progressive JPEG with so many scans that decoding would take far longer than its size explains.
     #[error(
         "the JPEG has {scans} scans; a {width}×{height} image may have {limit}: save it again as a baseline or an ordinary \
@@ -146,7 +158,7 @@ impl DecodeError {
             Self::Unsupported { .. } => "unsupported_image",
             Self::Stopped => "stopped",
             Self::TooManyPixels { .. } => "too_many_pixels",
-            Self::TooManyBytes { .. } => "too_many_bytes",
+            Self::TooManyBytes { .. } | Self::TooMuchMemory { .. } => "too_many_bytes",
             Self::Damaged { .. } => "damaged_image",
         }
     }
@@ -166,9 +178,10 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     let damaged = |reason: String| DecodeError::Damaged { format: name(format), reason };
     // libjpeg's fatal errors unwind through here, with the message as the payload; the other decoders should not panic, but
     // some do on files that they did not expect.
+    let watch = Watch::new(stop, limits.max_decoded_bytes);
     let decoded = catch_unwind(AssertUnwindSafe(|| match format {
-        ImageFormat::Jpeg => jpeg::read(bytes, exif, limits, stop),
-        _ => read(bytes, format, exif, limits, stop),
+        ImageFormat::Jpeg => jpeg::read(bytes, exif, limits, &watch),
+        _ => read(bytes, format, exif, limits, &watch),
     }));
     let decoded = decoded.unwrap_or_else(|panic| {
         Err(match panic.downcast_ref::<String>() {
@@ -182,6 +195,7 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     let (mut picture, orientation) = match decoded {
         // What a decoder makes of a reader that fails is of no interest.
         _ if stop.asked() => return Err(DecodeError::Stopped),
+        _ if watch.exceeded() => return Err(DecodeError::TooMuchMemory { limit: limits.max_decoded_bytes }),
         decoded => decoded?,
     };
     if let Some(orientation) = orientation {
@@ -201,7 +215,7 @@ fn read(
     format: ImageFormat,
     exif: Exif,
     limits: &DecodeLimits,
-    stop: &Stop,
+    watch: &Watch<'_>,
 ) -> Result<Stored, DecodeError> {
     let fault = |error: ImageError| match error {
         ImageError::Unsupported(error) => DecodeError::Unsupported { format: name(format), reason: error.to_string() },
@@ -212,12 +226,23 @@ fn read(
         ImageFormat::Tiff => tiff::check_fields(bytes)?,
         _ => {}
     }
-    let mut decoder = ImageReader::with_format(Watched::new(bytes, stop), format).into_decoder().map_err(fault)?;
+    let mut reader = ImageReader::with_format(Watched::new(bytes, watch), format);
+    let mut head = Limits::default();
+    head.max_alloc = Some(HEAD_BYTES);
+    reader.limits(head);
+    let mut decoder = reader.into_decoder().map_err(fault)?;
     let (width, height) = decoder.dimensions();
     let decoded_bytes = decoder.total_bytes();
     limits.check(width, height, peak(format, decoder.color_type(), width, height))?;
-    if format == ImageFormat::Tiff {
-        tiff::check_work(bytes, width, height)?;
+    match format {
+        ImageFormat::Tiff => tiff::check_work(bytes)?,
+        // A frame takes time and memory as a picture of its own does.
+        ImageFormat::Gif => {
+            if let Some((width, height)) = gif::first_frame(bytes) {
+                limits.check(width, height, peak(format, decoder.color_type(), width, height))?;
+            }
+        }
+        _ => {}
     }
     let mut allocation = Limits::default();
     // The decoder's own limits do not count the buffer that it decodes into.

@@ -1,44 +1,88 @@
-//! The bytes of a file, which a decoder can read only as long as somebody waits for the picture.
+//! The bytes of a file, which a decoder can read only as long as somebody waits for the picture and it keeps to its memory.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, Read, Seek, SeekFrom};
 
+use crate::memory;
 use crate::stop::Stop;
 
-/// Bytes that are handed out between two looks at the stop. Compressed a thousandfold, they are eight million pixels.
+/// Bytes that are handed out between two looks. Compressed a thousandfold, they are eight million pixels.
 const CHUNK: usize = 8 << 10;
 
-/// A reader of bytes in memory that fails once it was stopped.
+/// What a decoder may take between two looks, tables and all.
+const BETWEEN: u64 = 4 << 20;
+
+/// What a decoder is watched by.
+pub(super) struct Watch<'a> {
+    stop: &'a Stop,
+    /// What the thread held before decoding, and the most that it may hold.
+    before: i64,
+    most: i64,
+    exceeded: Cell<bool>,
+}
+
+impl<'a> Watch<'a> {
+    /// Decoding begins now, and may take `most` bytes.
+    pub(super) fn new(stop: &'a Stop, most: u64) -> Self {
+        let before = memory::held();
+        let most = before.saturating_add(i64::try_from(most.saturating_sub(BETWEEN)).unwrap_or(i64::MAX));
+        Self { stop, before, most, exceeded: Cell::new(false) }
+    }
+
+    /// Whether decoding should go on.
+    fn check(&self) -> io::Result<()> {
+        if self.stop.asked() {
+            return Err(io::Error::other("stopped"));
+        }
+        if memory::held() > self.most {
+            self.exceeded.set(true);
+            let taken = memory::held() - self.before;
+            return Err(io::Error::other(format!("{taken} bytes of memory were taken")));
+        }
+        Ok(())
+    }
+
+    /// Whether somebody asked for the end.
+    pub(super) fn stopped(&self) -> bool {
+        self.stop.asked()
+    }
+
+    /// Whether decoding was ended because it took too much memory.
+    pub(super) fn exceeded(&self) -> bool {
+        self.exceeded.get()
+    }
+}
+
+/// A reader of bytes in memory that fails once decoding should end.
 pub(super) struct Watched<'a> {
     bytes: &'a [u8],
     at: usize,
     chunk: usize,
     /// Places that no chunk reaches beyond, ascending.
     pauses: Vec<usize>,
-    stop: &'a Stop,
+    watch: &'a Watch<'a>,
 }
 
 impl<'a> Watched<'a> {
-    /// Looks at the stop before each chunk.
-    pub(super) fn new(bytes: &'a [u8], stop: &'a Stop) -> Self {
-        Self { bytes, at: 0, chunk: CHUNK, pauses: Vec::new(), stop }
+    /// Looks at the watch before each chunk.
+    pub(super) fn new(bytes: &'a [u8], watch: &'a Watch<'a>) -> Self {
+        Self { bytes, at: 0, chunk: CHUNK, pauses: Vec::new(), watch }
     }
 
     /// As [`Self::new`], and at each of `pauses`, which ascend.
-    pub(super) fn with_pauses(bytes: &'a [u8], stop: &'a Stop, pauses: Vec<usize>) -> Self {
-        Self { pauses, ..Self::new(bytes, stop) }
+    pub(super) fn with_pauses(bytes: &'a [u8], watch: &'a Watch<'a>, pauses: Vec<usize>) -> Self {
+        Self { pauses, ..Self::new(bytes, watch) }
     }
 
     /// Hands all bytes out at once: for decoders that are stopped otherwise.
-    pub(super) fn whole(bytes: &'a [u8], stop: &'a Stop) -> Self {
-        Self { chunk: usize::MAX, ..Self::new(bytes, stop) }
+    pub(super) fn whole(bytes: &'a [u8], watch: &'a Watch<'a>) -> Self {
+        Self { chunk: usize::MAX, ..Self::new(bytes, watch) }
     }
 }
 
 impl BufRead for Watched<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.stop.asked() {
-            return Err(io::Error::other("stopped"));
-        }
+        self.watch.check()?;
         let pause = self.pauses.partition_point(|&pause| pause <= self.at);
         let end = self.pauses.get(pause).copied().unwrap_or(usize::MAX).min(self.at.saturating_add(self.chunk));
         Ok(&self.bytes[self.at..end.min(self.bytes.len())])
@@ -79,7 +123,8 @@ mod tests {
     fn chunks_end_at_pauses_and_nothing_is_read_after_the_stop() {
         let bytes: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
         let stop = Stop::default();
-        let mut watched = Watched::with_pauses(&bytes, &stop, vec![0, 5, 12, 19_000]);
+        let watch = Watch::new(&stop, 8 << 20);
+        let mut watched = Watched::with_pauses(&bytes, &watch, vec![0, 5, 12, 19_000]);
         let mut lengths = Vec::new();
         let mut read = Vec::new();
         loop {
@@ -100,5 +145,6 @@ mod tests {
         assert!(watched.seek(SeekFrom::Current(-30_000)).is_err());
         stop.ask();
         assert!(watched.fill_buf().is_err() && watched.read(&mut [0]).is_err());
+        assert!(watch.stopped() && !watch.exceeded());
     }
 }

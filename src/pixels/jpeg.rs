@@ -6,9 +6,8 @@ use image::metadata::Orientation;
 use mozjpeg::{ColorSpace, Decompress, Marker};
 
 use super::decode::{DecodeError, DecodeLimits, Stored};
-use super::input::Watched;
+use super::input::{Watch, Watched};
 use crate::bundle::Exif;
-use crate::stop::Stop;
 
 /// Where cameras write how they were held.
 const APP1: Marker = Marker::APP(1);
@@ -28,12 +27,12 @@ fn damaged(reason: impl ToString) -> DecodeError {
 
 /// The picture as it is stored, and how it is to be turned when that is asked. libjpeg's fatal errors unwind out of this
 /// function.
-pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> Result<Stored, DecodeError> {
+pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watch<'_>) -> Result<Stored, DecodeError> {
     let scans = scans(bytes).ok_or_else(|| damaged("its last scan has no end"))?;
     let count = scans.len();
     // All scans but a single one are decoded in one call, which can be ended only where it asks for more bytes. A single scan
     // is decoded with the lines that are read, and faster from bytes that lie together.
-    let input = if count > 1 { Watched::with_pauses(bytes, stop, scans) } else { Watched::whole(bytes, stop) };
+    let input = if count > 1 { Watched::with_pauses(bytes, watch, scans) } else { Watched::whole(bytes, watch) };
     let wanted: &[Marker] = if exif == Exif::Apply { &[APP1] } else { &[] };
     let decompress = Decompress::with_markers(wanted).from_reader(input).map_err(damaged)?;
     let tags = decompress.markers().find_map(|marker| marker.data.strip_prefix(EXIF));
@@ -53,7 +52,7 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop)
     let line = width as usize * if inks { 4 } else { 3 };
     let mut pixels = vec![0u8; line * height as usize];
     for lines in pixels.chunks_mut(line * (LINES / line).max(1)) {
-        if stop.asked() {
+        if watch.stopped() {
             return Err(DecodeError::Stopped);
         }
         scanlines.read_scanlines_into(lines).map_err(damaged)?;

@@ -1,102 +1,127 @@
-//! What the TIFF decoder does not bound by itself. It takes memory for a field as long as the field says it is; and JPEGs
-//! inside a TIFF, which it hands to another decoder whole, have a size and a number of scans of their own.
+//! What the TIFF decoder does not bound by itself. It takes memory for a field as long as the field says it is. A picture is
+//! made of strips or tiles, each of which is decoded whole, and which may be many, much larger than the picture, or lie in the
+//! same place of the file; JPEGs among them have a size and a number of scans of their own.
+
+use std::collections::HashMap;
 
 use super::decode::DecodeError;
 
-/// Pixels that are decoded for each pixel of the picture, scan by scan. Ordinary files have up to four.
-const WORK: u64 = 16;
-/// Pixels that a strip or tile may have beside the picture's own, to be filled up.
-const FILLING: u64 = 1_000_000;
 /// Fields of an image; a classic TIFF cannot say that it has more.
 const MOST_FIELDS: u64 = 65_535;
+/// Pixels of strips and tiles for each pixel of the picture, and pixels that small pictures may have beside.
+const AREA: u64 = 4;
+const FILLING: u64 = 1_000_000;
+/// Strips and tiles that any picture may have, and pixels for each further one.
+const FEW: u64 = 16_384;
+const PIXELS_EACH: u64 = 64;
+/// Pixels that JPEGs decode for each pixel of the picture, scan by scan. Ordinary files have up to four.
+const WORK: u64 = 16;
+
+const WIDTH: u16 = 256;
+const HEIGHT: u16 = 257;
 const COMPRESSION: u16 = 259;
-/// New-style JPEG.
+const STRIP_OFFSETS: u16 = 273;
+const SAMPLES: u16 = 277;
+const ROWS_PER_STRIP: u16 = 278;
+const STRIP_BYTES: u16 = 279;
+const PLANES: u16 = 284;
+const TILE_WIDTH: u16 = 322;
+const TILE_HEIGHT: u16 = 323;
+const TILE_OFFSETS: u16 = 324;
+const TILE_BYTES: u16 = 325;
+const JPEG_TABLES: u16 = 347;
+/// Values of [`COMPRESSION`] and [`PLANES`].
 const JPEG: u64 = 7;
+const SEPARATE: u64 = 2;
 
-/// A field of the first image.
-#[derive(Debug, PartialEq, Eq)]
-struct Field {
-    tag: u16,
-    /// The field's bytes, wherever they lie.
-    length: u128,
-    /// Its value, where it is one number of 16 bits.
-    short: Option<u64>,
-}
-
-/// Refuses a TIFF with fields that are longer than the file, and before anything is decoded. What cannot be read otherwise
-/// is for the decoder to tell.
+/// Refuses a TIFF with fields that are longer than the file, before anything is decoded. What cannot be read otherwise is for
+/// the decoder to tell.
 pub(super) fn check_fields(bytes: &[u8]) -> Result<(), DecodeError> {
     let damaged = |reason| Err(DecodeError::Damaged { format: "TIFF", reason });
-    let (fields, held) = (fields(bytes).unwrap_or_default(), bytes.len());
+    let (fields, held) = (Image::of(bytes).map(|image| image.fields).unwrap_or_default(), bytes.len());
     if fields.len() as u64 > MOST_FIELDS {
         return damaged(format!("its image has more than {MOST_FIELDS} fields"));
     }
-    match fields.into_iter().find(|field| field.length > held as u128) {
+    match fields.into_iter().find(|field| field.length() > held as u128) {
         None => Ok(()),
-        Some(Field { tag, length, .. }) => {
+        Some(field) => {
+            let (tag, length) = (field.tag, field.length());
             damaged(format!("its field {tag} says that it has {length} bytes, where the file has {held}"))
         }
     }
 }
 
-/// Refuses a TIFF whose JPEGs take more work than a picture of this size explains.
-pub(super) fn check_work(bytes: &[u8], width: u32, height: u32) -> Result<(), DecodeError> {
-    let fields = fields(bytes).unwrap_or_default();
-    if !fields.iter().any(|field| field.tag == COMPRESSION && field.short == Some(JPEG)) {
+/// Refuses a TIFF whose strips or tiles take more work than a picture of its size explains. Its fields were checked.
+pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
+    let unsupported = |reason: String| Err(DecodeError::Unsupported { format: "TIFF", reason });
+    let Some(image) = Image::of(bytes) else { return Ok(()) };
+    let one = |tag| image.numbers(tag).next();
+    let (Some(width), Some(height)) = (one(WIDTH), one(HEIGHT)) else { return Ok(()) };
+    let (offsets, lengths, area) = match (one(TILE_WIDTH), one(TILE_HEIGHT)) {
+        (Some(tile_width), Some(tile_height)) => (TILE_OFFSETS, TILE_BYTES, tile_width.saturating_mul(tile_height)),
+        _ => {
+            let rows = one(ROWS_PER_STRIP).unwrap_or(height).min(height);
+            (STRIP_OFFSETS, STRIP_BYTES, width.saturating_mul(rows))
+        }
+    };
+    let planes = if one(PLANES) == Some(SEPARATE) { one(SAMPLES).unwrap_or(1).max(1) } else { 1 };
+    let pixels = width.saturating_mul(height).saturating_mul(planes);
+    let count = image.numbers(offsets).count() as u64;
+    if count > FEW + pixels / PIXELS_EACH {
+        return unsupported(format!("{width}×{height} pixels in {count} strips or tiles"));
+    }
+    if count.saturating_mul(area) > pixels.saturating_mul(AREA).saturating_add(FILLING) {
+        return unsupported(format!("{width}×{height} pixels in {count} strips or tiles of {area} pixels each"));
+    }
+    if one(COMPRESSION) != Some(JPEG) {
         return Ok(());
     }
-    let pixels = u64::from(width) * u64::from(height) + FILLING;
-    let (mut largest, mut work, mut frame) = (0, 0u64, 0);
-    for at in bytes.iter().enumerate().filter(|(_, byte)| **byte == 0xFF).map(|(at, _)| at) {
-        if let Some(area) = frame_at(&bytes[at..]) {
-            frame = area;
-            largest = largest.max(area);
-        } else if bytes.get(at + 1) == Some(&0xDA) {
-            work = work.saturating_add(frame);
-        }
+    let places = || image.numbers(offsets).zip(image.numbers(lengths));
+    let all: u64 = places().fold(0, |all, (_, length)| all.saturating_add(length));
+    if all > 4 * bytes.len() as u64 + FILLING {
+        return unsupported("its JPEG strips lie upon each other".into());
     }
-    if largest > pixels || work > pixels.saturating_mul(WORK) {
-        let reason = "its JPEG strips have more pixels or more scans than the image's size explains".into();
-        return Err(DecodeError::Unsupported { format: "TIFF", reason });
+    let most = pixels.saturating_add(FILLING);
+    let tables = image.bytes_of(JPEG_TABLES).map(work_of).unwrap_or_default();
+    // Those that lie in the same place are looked at once, and decoded each time.
+    let mut known: HashMap<(u64, u64), Work> = HashMap::new();
+    let mut work = 0u64;
+    for (offset, length) in places() {
+        let found = *known.entry((offset, length)).or_insert_with(|| work_of(part(bytes, offset, length)));
+        work = work.saturating_add(found.scanned);
+        if found.largest > most || work > most.saturating_mul(WORK) || tables.largest > 0 || tables.scanned > 0 {
+            return unsupported("its JPEG strips have more pixels or scans than the image's size explains".into());
+        }
     }
     Ok(())
 }
 
-/// The fields of the first image, of TIFF and BigTIFF; none when it cannot be found.
-fn fields(bytes: &[u8]) -> Option<Vec<Field>> {
-    let little = match bytes.get(..2)? {
-        b"II" => true,
-        b"MM" => false,
-        _ => return None,
-    };
-    let number = |at: u64, size: usize| -> Option<u64> {
-        let at = usize::try_from(at).ok()?;
-        let number = bytes.get(at..at.checked_add(size)?)?.iter();
-        let add = |number: u64, byte: &u8| number << 8 | u64::from(*byte);
-        Some(if little { number.rev().fold(0, add) } else { number.fold(0, add) })
-    };
-    // Sizes of an offset, of the number of fields, and of a field.
-    let (offset, many, each) = if number(2, 2)? == 43 { (8, 8, 20) } else { (4, 2, 12) };
-    let first = if offset == 8 { number(8, 8)? } else { number(4, 4)? };
-    let count = number(first, many)?;
-    let mut fields = Vec::new();
-    for n in 0..count.min(MOST_FIELDS + 1) {
-        let at = first.checked_add(many as u64)?.checked_add(n.checked_mul(each)?)?;
-        // The file ends in the middle of the list: the decoder tells it.
-        let Some(tag) = number(at, 2) else { break };
-        let (kind, values) = (number(at + 2, 2)?, number(at + 4, offset)?);
-        let size: u128 = match kind {
-            1 | 2 | 6 | 7 => 1,
-            3 | 8 => 2,
-            4 | 9 | 11 | 13 => 4,
-            5 | 10 | 12 | 16 | 17 | 18 => 8,
-            // No type that is known: it is skipped, or refused, whatever its length.
-            _ => 0,
-        };
-        let short = if kind == 3 && values == 1 { number(at + 4 + offset as u64, 2) } else { None };
-        fields.push(Field { tag: tag as u16, length: size * u128::from(values), short });
+fn part(bytes: &[u8], offset: u64, length: u64) -> &[u8] {
+    let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+    let length = usize::try_from(length).unwrap_or(usize::MAX).min(bytes.len() - from);
+    &bytes[from..from + length]
+}
+
+/// What a JPEG takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Work {
+    /// Pixels of its largest frame.
+    largest: u64,
+    /// Pixels of its frames, for each of their scans.
+    scanned: u64,
+}
+
+fn work_of(jpeg: &[u8]) -> Work {
+    let (mut work, mut frame) = (Work::default(), 0);
+    for at in jpeg.iter().enumerate().filter(|(_, byte)| **byte == 0xFF).map(|(at, _)| at) {
+        if let Some(area) = frame_at(&jpeg[at..]) {
+            frame = area;
+            work.largest = work.largest.max(area);
+        } else if jpeg.get(at + 1) == Some(&0xDA) {
+            work.scanned = work.scanned.saturating_add(frame);
+        }
     }
-    Some(fields)
+    work
 }
 
 /// The pixels of the JPEG whose frame header `bytes` begin with.
@@ -108,6 +133,87 @@ fn frame_at(bytes: &[u8]) -> Option<u64> {
     (is_frame && fits).then(|| side(w1, w0) * side(h1, h0))
 }
 
+/// The first image's fields.
+struct Image<'a> {
+    bytes: &'a [u8],
+    little: bool,
+    fields: Vec<Field>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Field {
+    tag: u16,
+    /// Bytes of a value; 0 where the type is not known, and the field is skipped or refused whatever its length.
+    size: u8,
+    count: u64,
+    /// Where the values lie.
+    at: u64,
+}
+
+impl Field {
+    fn length(&self) -> u128 {
+        u128::from(self.size) * u128::from(self.count)
+    }
+}
+
+impl<'a> Image<'a> {
+    /// Of a TIFF or BigTIFF; none when its first image cannot be found.
+    fn of(bytes: &'a [u8]) -> Option<Self> {
+        let little = match bytes.get(..2)? {
+            b"II" => true,
+            b"MM" => false,
+            _ => return None,
+        };
+        let mut image = Self { bytes, little, fields: Vec::new() };
+        // Sizes of an offset, of the number of fields, and of a field.
+        let (offset, many, each) = if image.number(2, 2)? == 43 { (8, 8, 20) } else { (4, 2, 12) };
+        let first = image.number(if offset == 8 { 8 } else { 4 }, offset)?;
+        let count = image.number(first, many)?;
+        for n in 0..count.min(MOST_FIELDS + 1) {
+            let at = first.checked_add(u64::from(many))?.checked_add(n * each)?;
+            // The file ends in the middle of the list: the decoder tells it.
+            let Some(tag) = image.number(at, 2) else { break };
+            let (Some(kind), Some(count)) = (image.number(at + 2, 2), image.number(at + 4, offset)) else { break };
+            let size: u8 = match kind {
+                1 | 2 | 6 | 7 => 1,
+                3 | 8 => 2,
+                4 | 9 | 11 | 13 => 4,
+                5 | 10 | 12 | 16 | 17 | 18 => 8,
+                _ => 0,
+            };
+            let inline = at + 4 + u64::from(offset);
+            let is_inline = u128::from(size) * u128::from(count) <= u128::from(offset);
+            let at = if is_inline { Some(inline) } else { image.number(inline, offset) };
+            let Some(at) = at else { break };
+            image.fields.push(Field { tag: tag as u16, size, count, at });
+        }
+        Some(image)
+    }
+
+    fn number(&self, at: u64, size: u8) -> Option<u64> {
+        let at = usize::try_from(at).ok()?;
+        let number = self.bytes.get(at..at.checked_add(usize::from(size))?)?.iter();
+        let add = |number: u64, byte: &u8| number << 8 | u64::from(*byte);
+        Some(if self.little { number.rev().fold(0, add) } else { number.fold(0, add) })
+    }
+
+    fn field(&self, tag: u16) -> Option<Field> {
+        self.fields.iter().find(|field| field.tag == tag).copied()
+    }
+
+    /// The whole numbers of a field, as far as the file has them.
+    fn numbers(&self, tag: u16) -> impl Iterator<Item = u64> {
+        let Field { size, count, at, .. } = self.field(tag).unwrap_or(Field { tag, size: 0, count: 0, at: 0 });
+        let count = if size == 0 { 0 } else { count };
+        (0..count).map_while(move |n| self.number(at.checked_add(n.checked_mul(u64::from(size))?)?, size))
+    }
+
+    fn bytes_of(&self, tag: u16) -> Option<&'a [u8]> {
+        let field = self.field(tag)?;
+        Some(part(self.bytes, field.at, u64::try_from(field.length()).unwrap_or(u64::MAX)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,16 +221,15 @@ mod tests {
     #[test]
     fn fields_are_read_in_both_orders_and_sizes_and_must_fit_into_the_file() {
         let little = b"II*\0\x08\0\0\0\x02\0\x03\x01\x03\0\x01\0\0\0\x07\0\0\0\x12\x01\x04\0\xff\xff\xff\x7f\0\0\0\0";
-        let big =
-            b"MM\0\x2b\0\x08\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x01\x01\x03\0\x03\0\0\0\0\0\0\0\x01\0\x07\0\0\0\0\0\0";
-        let compression = Field { tag: 259, length: 2, short: Some(7) };
-        let orientation = Field { tag: 274, length: 4 * 0x7FFF_FFFF, short: None };
-        assert_eq!(fields(little).unwrap(), [compression, orientation]);
-        assert_eq!(fields(big).unwrap(), [Field { tag: 259, length: 2, short: Some(7) }]);
+        let big = b"MM\0\x2b\0\x08\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x01\x01\x03\0\x03\0\0\0\0\0\0\0\x02\0\x07\0\x09\0\0\0\0";
+        let image = Image::of(little).unwrap();
+        assert_eq!(image.numbers(COMPRESSION).collect::<Vec<_>>(), [7]);
+        assert_eq!(image.field(274).unwrap().length(), 4 * 0x7FFF_FFFF);
+        assert_eq!(Image::of(big).unwrap().numbers(COMPRESSION).collect::<Vec<_>>(), [7, 9]);
         assert!(check_fields(little).is_err() && check_fields(big).is_ok());
         for end in 0..little.len() {
-            let _ = check_fields(&little[..end]);
+            let _ = (check_fields(&little[..end]), check_work(&little[..end]));
         }
-        assert!(fields(b"no TIFF at all").is_none());
+        assert!(Image::of(b"no TIFF at all").is_none());
     }
 }

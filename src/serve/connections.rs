@@ -28,6 +28,9 @@ use super::{ConnectionLimits, Ended, Shared};
 
 /// Bytes of a request's head.
 const MAX_HEAD: usize = 64 << 10;
+/// Bytes of an answer that the system holds for a client. It grows them to megabytes by itself, and says that there is room
+/// again only when a third is free: a client that reads slowly but steadily would look stuck.
+const SEND_BUFFER: usize = 128 << 10;
 /// Requests at once on an HTTP/2 connection.
 const MAX_STREAMS: u32 = 128;
 
@@ -74,6 +77,10 @@ async fn accept(
     places: Arc<Semaphore>,
 ) {
     let Server { listener, router, tls } = server;
+    // A connection inherits it.
+    if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER) {
+        tracing::debug!(%error, "the size of send buffers cannot be set");
+    }
     let patience = Patience { head: limits.header_timeout, idle: limits.idle_timeout, answer: shared.limits.timeout };
     loop {
         let stream = match listener.accept().await {
@@ -160,9 +167,9 @@ where
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(MAX_HEAD as u32)
-        .keep_alive_interval(patience.head)
-        .keep_alive_timeout(patience.head);
+        // No pings: their answers wait behind an answer that a slow client still reads. A peer that has gone is idle, or takes
+        // nothing more.
+        .max_header_list_size(MAX_HEAD as u32);
     let stream = TokioIo::new(Noted::new(Box::pin(stream), activity.clone()));
     let mut connection = pin!(builder.serve_connection(stream, service));
     let mut due = pin!(sleep_until(activity.due().0));

@@ -71,7 +71,7 @@ fn without_pixels() -> Vec<(ImageFormat, Vec<u8>)> {
 }
 
 /// PNG's checksum.
-fn crc(bytes: &[u8]) -> u32 {
+pub(crate) fn crc(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xEDB8_8320 } else { crc >> 1 })
     })
@@ -218,25 +218,81 @@ fn tiff_of(side: u32, compression: tiff::encoder::Compression, pixels: &[u8]) ->
     bytes.into_inner()
 }
 
+/// What the strips or tiles of a TIFF are.
+#[derive(Clone, Copy)]
+enum Parts {
+    /// Of so many rows.
+    Strips(u32),
+    /// Of this width and height.
+    Tiles(u32, u32),
+}
+
+/// A grey TIFF whose parts, `count` of them, all lie in the same place and are `data`.
+fn tiff_of_parts((width, height): (u32, u32), compression: u32, parts: Parts, count: u32, data: &[u8]) -> Vec<u8> {
+    let (offsets, lengths) = if matches!(parts, Parts::Strips(_)) { (273, 279) } else { (324, 325) };
+    let mut entries =
+        vec![(256, 1, width), (257, 1, height), (258, 1, 8), (259, 1, compression), (262, 1, 1), (277, 1, 1)];
+    match parts {
+        Parts::Strips(rows) => entries.push((278, 1, rows)),
+        Parts::Tiles(width, height) => entries.extend([(322, 1, width), (323, 1, height)]),
+    }
+    // Behind the fields the data, then the offsets, then the lengths.
+    let data_at = 8 + 2 + 12 * (entries.len() as u32 + 2) + 4;
+    let arrays = data_at + data.len() as u32;
+    let (at, length) = if count == 1 { (data_at, data.len() as u32) } else { (arrays, arrays + 4 * count) };
+    entries.extend([(offsets, count, at), (lengths, count, length)]);
+    entries.sort();
+    let mut file = [&b"II*\0"[..], &8u32.to_le_bytes(), &(entries.len() as u16).to_le_bytes()].concat();
+    for (tag, count, value) in entries {
+        file.extend(
+            [&(tag as u16).to_le_bytes()[..], &4u16.to_le_bytes(), &count.to_le_bytes(), &value.to_le_bytes()].concat(),
+        );
+    }
+    file.extend([0; 4]);
+    file.extend(data);
+    for value in [data_at, data.len() as u32] {
+        file.extend(value.to_le_bytes().repeat(count as usize));
+    }
+    file
+}
+
+/// New-style JPEG, and Deflate, as TIFF names them.
+const JPEG: u32 = 7;
+const DEFLATE: u32 = 8;
+
+fn deflated(bytes: u64) -> Vec<u8> {
+    let mut packed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), bytes), &mut packed).unwrap();
+    packed.finish().unwrap()
+}
+
+#[test]
+fn strips_and_tiles_take_no_more_work_than_the_picture_explains() {
+    let read = |file: &[u8]| decode(file, Exif::Apply, &DecodeLimits::default(), &Stop::default());
+    let whole = read(&tiff_of_parts((300, 200), DEFLATE, Parts::Tiles(512, 512), 1, &deflated(512 * 512))).unwrap();
+    assert_eq!(whole.dimensions(), (300, 200));
+    let rows = read(&tiff_of_parts((300, 200), DEFLATE, Parts::Strips(1), 200, &deflated(300))).unwrap();
+    assert_eq!(rows.dimensions(), (300, 200));
+    let jpeg = progressive_jpeg(6000, 6000, 8);
+    for (name, file) in [
+        ("JPEGs in one place", tiff_of_parts((6000, 6000), JPEG, Parts::Strips(1), 6000, &jpeg)),
+        (
+            "a large JPEG for each row",
+            tiff_of_parts((1, 1000), JPEG, Parts::Strips(1), 1000, &progressive_jpeg(1000, 1000, 2)),
+        ),
+        ("wide tiles", tiff_of_parts((1, 400), DEFLATE, Parts::Tiles(30_000_000, 1), 400, &deflated(30_000_000))),
+        ("tiles of one pixel", tiff_of_parts((2000, 1000), DEFLATE, Parts::Tiles(1, 1), 2_000_000, &deflated(1))),
+    ] {
+        let began = cpu();
+        let refused = read(&file);
+        assert!(matches!(refused, Err(DecodeError::Unsupported { format: "TIFF", .. })), "{name}: {refused:?}");
+        assert!(cpu() - began < Duration::from_millis(200), "{name}: {:?}", cpu() - began);
+    }
+}
+
 /// A grey TIFF of `side` × `side` pixels whose only strip is `jpeg`.
 fn tiff_around(side: u32, jpeg: &[u8]) -> Vec<u8> {
-    let entries: [(u16, u16, u32); 9] = [
-        (256, 4, side),
-        (257, 4, side),
-        (258, 3, 8),
-        // New-style JPEG.
-        (259, 3, 7),
-        (262, 3, 1),
-        (273, 4, 8 + 2 + 9 * 12 + 4),
-        (277, 3, 1),
-        (278, 4, side),
-        (279, 4, jpeg.len() as u32),
-    ];
-    let mut file = [&b"II*\0"[..], &8u32.to_le_bytes(), &9u16.to_le_bytes()].concat();
-    for (tag, kind, value) in entries {
-        file.extend([&tag.to_le_bytes()[..], &kind.to_le_bytes(), &1u32.to_le_bytes(), &value.to_le_bytes()].concat());
-    }
-    [&file, &[0; 4][..], jpeg].concat()
+    tiff_of_parts((side, side), JPEG, Parts::Strips(side), 1, jpeg)
 }
 
 #[test]

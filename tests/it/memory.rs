@@ -45,6 +45,8 @@ fn the_largest_picture_of_each_format_stays_within_the_memory_that_is_stated() {
     std::fs::write(folder.join("scans.jpg"), progressive_jpeg(side as u16, side as u16, 8)).unwrap();
     std::fs::write(folder.join("screen.gif"), gif(side as u16, 3)).unwrap();
     std::fs::write(folder.join("frame.gif"), gif(side as u16, side as u16 - 1)).unwrap();
+    std::fs::write(folder.join("profile.png"), with_profile(&folder.join("deep.png"), 500 << 20)).unwrap();
+    std::fs::write(folder.join("groups.webp"), groups(65_536)).unwrap();
     let mut told = Vec::new();
     for name in [
         "deep.png",
@@ -59,6 +61,8 @@ fn the_largest_picture_of_each_format_stays_within_the_memory_that_is_stated() {
         "scans.jpg",
         "screen.gif",
         "frame.gif",
+        "profile.png",
+        "groups.webp",
     ] {
         let file = folder.join(name);
         let size = std::fs::metadata(&file).unwrap().len() as f64 / (1 << 20) as f64;
@@ -70,6 +74,63 @@ fn the_largest_picture_of_each_format_stays_within_the_memory_that_is_stated() {
         assert!(decoding <= BOUND_MIB, "{}", told.join("\n"));
     }
     eprintln!("{}", told.join("\n"));
+}
+
+/// A PNG with a colour profile of so many bytes, all 0.
+fn with_profile(png: &Path, bytes: u64) -> Vec<u8> {
+    let file = std::fs::read(png).unwrap();
+    let mut packed = flate2::write::ZlibEncoder::new(b"iCCPk\0\0".to_vec(), flate2::Compression::best());
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), bytes), &mut packed).unwrap();
+    let chunk = packed.finish().unwrap();
+    let length = (chunk.len() as u32 - 4).to_be_bytes();
+    let checksum = crate::hostile::crc(&chunk).to_be_bytes();
+    // Behind the file's signature and the image's header.
+    [&file[..33], &length, &chunk, &checksum, &file[33..]].concat()
+}
+
+/// A lossless WebP of 8×4 pixels, two of whose sixteen blocks use prefix codes 0 and `count` − 1: a decoder that makes all
+/// between them makes tables of gigabytes.
+fn groups(count: u32) -> Vec<u8> {
+    let mut bits = String::new();
+    // The lowest bit comes first.
+    let number = |value: u32, length: u32| {
+        (0..length).map(|bit| if value >> bit & 1 == 1 { '1' } else { '0' }).collect::<String>()
+    };
+    bits += &(number(0x2F, 8) + &number(7, 14) + &number(3, 14) + "0000");
+    // No transform, no cache; groups of prefix codes for blocks of 4×4 pixels, their numbers in an image of its own.
+    bits += "001000";
+    bits += "0";
+    let of_two = |value: u32| "111".to_owned() + &number(0, 8) + &number(value, 8);
+    let last = count - 1;
+    bits += &(of_two(last & 0xFF) + &of_two(last >> 8) + &"1000".repeat(3));
+    bits += "0011";
+    // Of each group five codes, whose eleven symbols have codes of 1, 2 … 10 and 10 bits: these lengths are coded, too.
+    let length_of = |symbol: u32| {
+        if (1..=6).contains(&symbol) {
+            3
+        } else if (7..=10).contains(&symbol) {
+            4
+        } else {
+            0
+        }
+    };
+    let mut code = "0".to_owned() + &number(10, 4);
+    for symbol in [17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8, 9, 10] {
+        code += &number(length_of(symbol), 3);
+    }
+    code += &("1".to_owned() + &number(1, 3) + &number(9, 4));
+    let canonical =
+        |symbol: u32| if symbol <= 6 { format!("{:03b}", symbol - 1) } else { format!("{:04b}", symbol + 5) };
+    for symbol in (1..=10).chain([10]) {
+        code += &canonical(symbol);
+    }
+    bits += &code.repeat(5 * count as usize);
+    bits += &"0".repeat(8 * 4 * 4 + 64);
+    let bytes = bits.as_bytes().chunks(8).map(|byte| byte.iter().rev().fold(0u8, |all, bit| all << 1 | (bit - b'0')));
+    let mut content: Vec<u8> = bytes.collect();
+    content.resize(content.len().next_multiple_of(2), 0);
+    let length = content.len() as u32;
+    [&b"RIFF"[..], &(length + 12).to_le_bytes(), b"WEBPVP8L", &length.to_le_bytes(), &content].concat()
 }
 
 /// A GIF whose screen has `side` × `side` pixels, and its frame `frame` × `frame`, all of the first colour.

@@ -12,7 +12,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use nbn::bundle::Bundle;
 use nbn::fold::{Checkpoint, inspect};
+use nbn::memory::Counting;
 use nbn::runtime::disable_telemetry;
+
+/// Decoding is ended when it takes more memory than it may.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// Folds networks trained with a normalised BatchNorm (NBN) into plain ONNX bundles that `nbn` serves.
 #[derive(Parser)]

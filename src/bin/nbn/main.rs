@@ -12,8 +12,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use nbn::memory::Counting;
 use nbn::pixels::DecodeLimits;
 use nbn::runtime::{Device, NetworkCache, SessionOptions, disable_telemetry};
+
+/// Decoding is ended when it takes more memory than it may.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 const DEFAULT_ADDR: &str = "127.0.0.1:8080";
 /// Exit status for a configuration that cannot be used, as sysexits.h numbers it.
