@@ -21,6 +21,11 @@ use crate::fold::Checkpoint;
 use crate::score::{Source, SourceOptions};
 use crate::scores::{Logits, Prior};
 
+/// As in the programs: decoding is ended when it takes more memory than it may.
+#[cfg(fuzzing)]
+#[global_allocator]
+static ALLOCATOR: crate::memory::Counting = crate::memory::Counting;
+
 /// A target: its name, which is also the name of its folder of seeds, and what it runs.
 pub type Target = (&'static str, fn(&[u8]));
 

@@ -102,15 +102,9 @@ pub enum DecodeError {
         /// Most bytes that decoding may allocate.
         limit: u64,
     },
-    /// Decoding took more than the byte limit and was ended.
-    #[error(
-        "decoding this image took more than {limit} bytes of memory, far more than its size explains: save it again with \
-         another program"
-    )]
-    TooMuchMemory {
-        /// Most bytes that decoding may allocate.
-        limit: u64,
-    },
+    /// Decoding took more memory than the picture's size explains, and was ended.
+    #[error("decoding this image took far more memory than its size explains: save it again with another program")]
+    TooMuchMemory,
     /// A progressive JPEG with so many scans that decoding would take far longer than its size explains.
     #[error(
         "the JPEG has {scans} scans; a {width}×{height} image may have {limit}: save it again as a baseline or an ordinary \
@@ -158,7 +152,7 @@ impl DecodeError {
             Self::Unsupported { .. } => "unsupported_image",
             Self::Stopped => "stopped",
             Self::TooManyPixels { .. } => "too_many_pixels",
-            Self::TooManyBytes { .. } | Self::TooMuchMemory { .. } => "too_many_bytes",
+            Self::TooManyBytes { .. } | Self::TooMuchMemory => "too_many_bytes",
             Self::Damaged { .. } => "damaged_image",
         }
     }
@@ -195,7 +189,7 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     let (mut picture, orientation) = match decoded {
         // What a decoder makes of a reader that fails is of no interest.
         _ if stop.asked() => return Err(DecodeError::Stopped),
-        _ if watch.exceeded() => return Err(DecodeError::TooMuchMemory { limit: limits.max_decoded_bytes }),
+        _ if watch.exceeded() => return Err(DecodeError::TooMuchMemory),
         decoded => decoded?,
     };
     if let Some(orientation) = orientation {
@@ -233,13 +227,18 @@ fn read(
     let mut decoder = reader.into_decoder().map_err(fault)?;
     let (width, height) = decoder.dimensions();
     let decoded_bytes = decoder.total_bytes();
-    limits.check(width, height, peak(format, decoder.color_type(), width, height))?;
+    let bytes_taken = peak(format, decoder.color_type(), width, height);
+    limits.check(width, height, bytes_taken)?;
+    watch.allow(bytes_taken);
     match format {
         ImageFormat::Tiff => tiff::check_work(bytes)?,
         // A frame takes time and memory as a picture of its own does.
         ImageFormat::Gif => {
             if let Some((width, height)) = gif::first_frame(bytes) {
-                limits.check(width, height, peak(format, decoder.color_type(), width, height))?;
+                let frame = u64::from(width) * u64::from(height) * u64::from(decoder.color_type().bytes_per_pixel());
+                let bytes_taken = bytes_taken.max(decoded_bytes.saturating_add(frame));
+                limits.check(width, height, bytes_taken)?;
+                watch.allow(bytes_taken);
             }
         }
         _ => {}

@@ -9,24 +9,33 @@ use crate::stop::Stop;
 /// Bytes that are handed out between two looks. Compressed a thousandfold, they are eight million pixels.
 const CHUNK: usize = 8 << 10;
 
-/// What a decoder may take between two looks, tables and all.
+/// What a decoder may take beside the picture: tables, mostly.
+const BESIDE: u64 = 96 << 20;
+/// What it may take between two looks.
 const BETWEEN: u64 = 4 << 20;
 
 /// What a decoder is watched by.
 pub(super) struct Watch<'a> {
     stop: &'a Stop,
-    /// What the thread held before decoding, and the most that it may hold.
+    /// What the thread held before decoding, the most that it may take, and the most that any picture may.
     before: i64,
-    most: i64,
+    most: Cell<i64>,
+    limit: u64,
     exceeded: Cell<bool>,
 }
 
 impl<'a> Watch<'a> {
-    /// Decoding begins now, and may take `most` bytes.
-    pub(super) fn new(stop: &'a Stop, most: u64) -> Self {
-        let before = memory::held();
-        let most = before.saturating_add(i64::try_from(most.saturating_sub(BETWEEN)).unwrap_or(i64::MAX));
-        Self { stop, before, most, exceeded: Cell::new(false) }
+    /// Decoding begins now, and may take `limit` bytes.
+    pub(super) fn new(stop: &'a Stop, limit: u64) -> Self {
+        let watch = Self { stop, before: memory::held(), most: Cell::new(0), limit, exceeded: Cell::new(false) };
+        watch.allow(limit);
+        watch
+    }
+
+    /// The picture is known to take `bytes`.
+    pub(super) fn allow(&self, bytes: u64) {
+        let most = bytes.saturating_add(BESIDE).min(self.limit).saturating_sub(BETWEEN);
+        self.most.set(i64::try_from(most).unwrap_or(i64::MAX));
     }
 
     /// Whether decoding should go on.
@@ -34,9 +43,9 @@ impl<'a> Watch<'a> {
         if self.stop.asked() {
             return Err(io::Error::other("stopped"));
         }
-        if memory::held() > self.most {
+        let taken = memory::held().saturating_sub(self.before);
+        if taken > self.most.get() {
             self.exceeded.set(true);
-            let taken = memory::held() - self.before;
             return Err(io::Error::other(format!("{taken} bytes of memory were taken")));
         }
         Ok(())
@@ -123,7 +132,7 @@ mod tests {
     fn chunks_end_at_pauses_and_nothing_is_read_after_the_stop() {
         let bytes: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
         let stop = Stop::default();
-        let watch = Watch::new(&stop, 8 << 20);
+        let watch = Watch::new(&stop, 200 << 20);
         let mut watched = Watched::with_pauses(&bytes, &watch, vec![0, 5, 12, 19_000]);
         let mut lengths = Vec::new();
         let mut read = Vec::new();

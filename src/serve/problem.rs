@@ -111,14 +111,15 @@ impl From<&ClassifyError> for Problem {
         let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, image.code(), image.to_string());
         match image {
             DecodeError::Empty => Self { status: StatusCode::BAD_REQUEST, ..problem },
-            DecodeError::TooManyPixels { limit, .. }
-            | DecodeError::TooManyBytes { limit, .. }
-            | DecodeError::TooMuchMemory { limit } => problem.with_limit(*limit),
+            DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {
+                problem.with_limit(*limit)
+            }
             DecodeError::TooManyScans { limit, .. } => problem.with_limit(*limit as u64),
             DecodeError::UnknownFormat
             | DecodeError::NoPixels { .. }
             | DecodeError::Unsupported { .. }
             | DecodeError::Stopped
+            | DecodeError::TooMuchMemory
             | DecodeError::Damaged { .. } => problem,
         }
     }
