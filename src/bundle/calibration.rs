@@ -263,7 +263,7 @@ pub enum CalibrationError {
 }
 
 /// A range that a number must lie in, both ends included, and the range in words.
-type Limit = (f64, f64, &'static str);
+pub(super) type Limit = (f64, f64, &'static str);
 
 /// Temperatures. Fits keep to 0.05..=20.
 const TEMPERATURE: Limit = (1e-6, 1e6, "it must lie in 0.000001..=1000000");
@@ -272,13 +272,15 @@ const SCALE: Limit = TEMPERATURE;
 /// c. With a logit in f32 and [`SCALE`], a·z + c stays far from what f64 can hold.
 const OFFSET: Limit = (-1e6, 1e6, "it must lie in -1000000..=1000000");
 /// κ. Fits keep to -1..=2, and checkpoints to 0..=10.
-const KAPPA: Limit = (-10.0, 10.0, "it must lie in -10..=10");
+const KAPPA: Limit = (-1.0, 10.0, "it must lie in -1..=10");
 /// π_train: the smallest is far below 1 in 2^60 images, and its reciprocal far from infinite.
 const PRIOR: Limit = (1e-30, 1.0, "it must lie in 1e-30..=1");
 /// Shares.
-const SHARE: Limit = (0.0, 1.0, "it must lie in 0..=1");
-/// Figures in nats.
-const NATS: Limit = (-1e50, 1e50, "it must be finite, at most 1e50 in size");
+pub(super) const SHARE: Limit = (0.0, 1.0, "it must lie in 0..=1");
+/// Mean negative log-likelihoods, in nats, and errors of them. A logit in f32 keeps them below 1e46.
+const NATS: Limit = (0.0, 1e50, "it must lie in 0..=1e50");
+/// The smallest level of a prediction set. Fits keep to 0.001 and above.
+const MIN_ALPHA: f64 = 1e-6;
 /// Thresholds of -p/π_train.
 const ADJUSTED: Limit = (-1e30, 0.0, "it must lie in -1e30..=0");
 /// Thresholds of -p.
@@ -367,9 +369,9 @@ impl FitReport {
 
 impl SetTables {
     fn check(&self, classes: usize) -> Result<(), CalibrationError> {
-        if !self.alphas.is_sorted() || !self.alphas.iter().all(|a| *a > 0.0 && *a < 1.0) {
+        if !self.alphas.is_sorted() || !self.alphas.iter().all(|a| (MIN_ALPHA..1.0).contains(a)) {
             let levels = cut(&format!("{:?}", self.alphas));
-            return Err(bad("sets.alphas", &levels, "levels must be ascending and lie between 0 and 1"));
+            return Err(bad("sets.alphas", &levels, "levels must be ascending, at least 0.000001, and below 1"));
         }
         for (name, table, limit) in [("pas", &self.pas, ADJUSTED), ("plain", &self.plain, PLAIN)] {
             if table.classes.len() != classes {

@@ -1,16 +1,39 @@
 //! `evaluation.json`, the model card: figures that hold for one network with one calibration.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::manifest::cut;
-use super::{Bundle, EVALUATION_FILE};
+use super::calibration::{Limit, SHARE};
+use super::manifest::{check_name, cut};
+use super::{Bundle, EVALUATION_FILE, open_file};
 
 /// Longest card that is read, in bytes. A card has a few kilobytes, whatever the number of classes.
 const MAX_BYTES: u64 = 1 << 20;
+/// What every card has, and nothing else.
+const KEYS: [&str; 8] = ["model_sha256", "calibration", "data", "images", "created", "how", "alpha", "figures"];
+/// The levels of `figures` above the metrics: prior, scorer and slice.
+const LEVELS: [&[&str]; 3] =
+    [&["uniform", "train"], &["softmax", "temperature", "calibrated"], &["overall", "macro", "many", "medium", "few"]];
+/// Counts, sizes of sets, and likelihoods in nats.
+const AMOUNT: Limit = (0.0, 1e12, "it must lie in 0..=1e12");
+/// Brier scores.
+const BRIER: Limit = (0.0, 2.0, "it must lie in 0..=2");
+/// The metrics, and where each lies.
+const METRICS: [(&str, Limit); 11] = [
+    ("top1", SHARE),
+    ("top5", SHARE),
+    ("nll", AMOUNT),
+    ("brier", BRIER),
+    ("ece", SHARE),
+    ("ece_equal_mass", SHARE),
+    ("classwise_ece", SHARE),
+    ("pas_coverage", SHARE),
+    ("pas_size", AMOUNT),
+    ("plain_coverage", SHARE),
+    ("plain_size", AMOUNT),
+];
 
 /// Why the figures in `evaluation.json` are withheld.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -25,6 +48,19 @@ pub enum StaleCard {
         /// The bundle's; `none` where it has none.
         expected: String,
     },
+    /// A value that no evaluation gives.
+    #[error("{what} is {value}; {limit}")]
+    Value {
+        /// Which.
+        what: String,
+        /// Its value, cut where it is long.
+        value: String,
+        /// What it must be.
+        limit: &'static str,
+    },
+    /// It has something that no card has, or lacks something that every card has.
+    #[error("it has not the form of a card: {0}")]
+    Form(String),
     /// The file is not JSON.
     #[error("it is not JSON: {0}")]
     NotJson(String),
@@ -40,7 +76,8 @@ impl Bundle {
     /// The content of `evaluation.json`, when there is such a file.
     ///
     /// # Errors
-    /// When it was not measured with this bundle's network and calibration, or is no card.
+    /// When it was not measured with this bundle's network and calibration, is no card, or has a figure that cannot be
+    /// right.
     pub fn card(&self) -> Result<Option<Value>, StaleCard> {
         let bytes = match read(&self.folder.join(EVALUATION_FILE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -65,13 +102,74 @@ impl Bundle {
                 return Err(StaleCard::Other { key, found, expected });
             }
         }
+        check(&card)?;
         Ok(Some(card))
     }
+}
+
+/// Checks that `card` has the form that `fold evaluate --card` writes, and that every number of it is possible.
+fn check(card: &Value) -> Result<(), StaleCard> {
+    let at = "the card";
+    let map = object(at, card)?;
+    if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        return Err(unknown(at, key));
+    }
+    let get = |key: &str| map.get(key).ok_or_else(|| StaleCard::Form(format!("{at} has no {key}")));
+    KEYS.iter().try_for_each(|key| get(key).map(drop))?;
+    for key in ["data", "created", "how"] {
+        text(key, get(key)?)?;
+    }
+    number("images", get("images")?, AMOUNT)?;
+    number("alpha", get("alpha")?, SHARE)?;
+    figures("figures", get("figures")?, &LEVELS)
+}
+
+/// Checks the figures at `at`, which have `levels` above their metrics.
+fn figures(at: &str, value: &Value, levels: &[&[&str]]) -> Result<(), StaleCard> {
+    let map = object(at, value)?;
+    for (key, value) in map {
+        let below = format!("{at}.{key}");
+        match levels {
+            [names, levels @ ..] if names.contains(&key.as_str()) => figures(&below, value, levels)?,
+            [_, ..] => return Err(unknown(at, key)),
+            [] => {
+                let metric = METRICS.iter().find(|(name, _)| name == key);
+                number(&below, value, metric.ok_or_else(|| unknown(at, key))?.1)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn object<'a>(at: &str, value: &'a Value) -> Result<&'a Map<String, Value>, StaleCard> {
+    value.as_object().ok_or_else(|| StaleCard::Form(format!("{at} is no object")))
+}
+
+fn unknown(at: &str, key: &str) -> StaleCard {
+    StaleCard::Form(format!("{at} has an unknown key {:?}", cut(key)))
+}
+
+fn text(what: &str, value: &Value) -> Result<(), StaleCard> {
+    if value.as_str().is_some_and(|text| check_name(what, text).is_ok()) {
+        return Ok(());
+    }
+    Err(wrong(what, value, "it must be text of at most 1000 characters"))
+}
+
+fn number(what: &str, value: &Value, (least, most, limit): Limit) -> Result<(), StaleCard> {
+    if value.as_f64().is_some_and(|number| (least..=most).contains(&number)) {
+        return Ok(());
+    }
+    Err(wrong(what, value, limit))
+}
+
+fn wrong(what: &str, value: &Value, limit: &'static str) -> StaleCard {
+    StaleCard::Value { what: what.to_owned(), value: cut(&value.to_string()), limit }
 }
 
 /// The file's bytes, of a longer one than a card's only the first.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    open_file(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

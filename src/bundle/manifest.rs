@@ -1,6 +1,7 @@
 //! `manifest.json`: what a network expects, answers with, and was made from.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Version of the manifest's form that this build writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -10,6 +11,10 @@ pub(super) const MAX_CLASSES: usize = 1 << 20;
 pub(super) const MAX_COUNT: u64 = 1 << 40;
 /// Longest class label, and longest other name, in characters.
 const MAX_NAME: usize = 1000;
+/// Largest number in `evaluation`, which may hold anything that is JSON: f64 holds whole numbers up to it.
+const MAX_FREE_NUMBER: f64 = 1e15;
+/// Longest text in `evaluation`, in characters.
+const MAX_FREE_TEXT: usize = 10_000;
 /// Characters of a value that an error quotes.
 const QUOTED: usize = 100;
 
@@ -33,7 +38,7 @@ pub struct Manifest {
     pub model: FileDigest,
     /// Measured accuracy and how it was measured, as given to `fold export --evaluation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub evaluation: Option<serde_json::Value>,
+    pub evaluation: Option<Value>,
 }
 
 /// One class.
@@ -243,7 +248,8 @@ impl Manifest {
         self.preprocessing.check()?;
         self.fold.check()?;
         self.checkpoint.check("checkpoint")?;
-        self.model.check("model")
+        self.model.check("model")?;
+        self.evaluation.as_ref().map_or(Ok(()), |evaluation| check_free(None, evaluation))
     }
 }
 
@@ -277,7 +283,30 @@ pub fn check_kappa(kappa: f64) -> Result<(), ManifestError> {
     if (0.0..=10.0).contains(&kappa) { Ok(()) } else { Err(value("kappa", &kappa, "it must lie in 0..=10")) }
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), ManifestError> {
+/// Checks the numbers and the texts in `found`, which lies in `evaluation` under `key`.
+fn check_free(key: Option<&str>, found: &Value) -> Result<(), ManifestError> {
+    let what = |kind: &str| match key {
+        Some(key) => format!("{kind} {:?} in evaluation", cut(key)),
+        None => format!("{kind} in evaluation"),
+    };
+    let text = |kind: &str, text: &str| match text.chars().nth(MAX_FREE_TEXT) {
+        Some(_) => Err(value(what(kind), &format!("{:?}", cut(text)), "it may have at most 10000 characters")),
+        None => Ok(()),
+    };
+    match found {
+        Value::Null | Value::Bool(_) => Ok(()),
+        Value::Number(number) if number.as_f64().is_some_and(|number| number.abs() <= MAX_FREE_NUMBER) => Ok(()),
+        Value::Number(number) => Err(value(what("the number"), number, "it must lie in -1e15..=1e15")),
+        Value::String(found) => text("the text", found),
+        Value::Array(list) => list.iter().try_for_each(|found| check_free(key, found)),
+        Value::Object(map) => map.iter().try_for_each(|(key, found)| {
+            text("a key", key)?;
+            check_free(Some(key), found)
+        }),
+    }
+}
+
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), ManifestError> {
     if name.chars().nth(MAX_NAME).is_none() {
         return Ok(());
     }

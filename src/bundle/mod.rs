@@ -6,9 +6,12 @@
 
 mod calibration;
 mod card;
+mod form;
 mod manifest;
 mod repository;
 
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -20,6 +23,7 @@ pub use calibration::{
     TrainingOverlap, inputs_sha256, train_prior,
 };
 pub use card::StaleCard;
+pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
     Alpha, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof, Preprocessing, Proof,
     SCHEMA_VERSION, check_classes, check_kappa,
@@ -245,9 +249,14 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// Where its files lie, or would lie.
+    pub fn files(&self) -> [PathBuf; 4] {
+        BUNDLE_FILES.map(|name| self.folder.join(name))
+    }
+
     fn open_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
-        let folder = if folder.join(MANIFEST_FILE).is_file() { folder.to_owned() } else { latest_version(folder)? };
-        let folder = std::fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
+        let folder = if folder.join(MANIFEST_FILE).exists() { folder.to_owned() } else { latest_version(folder)? };
+        let folder = fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
         let path = folder.join(MANIFEST_FILE);
         let manifest: Manifest =
             serde_json::from_slice(&read(&path)?).map_err(|cause| BundleError::Parse { path: path.clone(), cause })?;
@@ -268,11 +277,26 @@ fn latest_version(folder: &Path) -> Result<PathBuf, BundleError> {
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, BundleError> {
     let fail = |cause| BundleError::Read { path: folder.to_owned(), cause };
-    std::fs::read_dir(folder).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
+    fs::read_dir(folder).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
-    std::fs::read(path).map_err(|cause| BundleError::Read { path: path.to_owned(), cause })
+    let mut bytes = Vec::new();
+    let read = open_file(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map_err(|cause| BundleError::Read { path: path.to_owned(), cause })?;
+    Ok(bytes)
+}
+
+/// Opens a file of a bundle, also through a link.
+///
+/// # Errors
+/// When it cannot be opened, or is no regular file: a pipe or a device might have no end.
+fn open_file(path: &Path) -> io::Result<File> {
+    if !fs::metadata(path)?.is_file() {
+        let reason = "it is not a regular file, as every file of a bundle must be: put one in its place";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    File::open(path)
 }
 
 /// SHA-256 of `bytes` in lower-case hexadecimal.

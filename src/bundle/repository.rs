@@ -75,7 +75,7 @@ impl Repository {
     pub fn models(&self) -> Result<Vec<String>, BundleError> {
         let mut folders: Vec<PathBuf> = list(&self.folder)?.into_iter().filter(|path| path.is_dir()).collect();
         folders.sort();
-        if let Some(version) = folders.iter().find(|folder| folder.join(MANIFEST_FILE).is_file()) {
+        if let Some(version) = folders.iter().find(|folder| folder.join(MANIFEST_FILE).exists()) {
             return Err(BundleError::NotARepository { path: self.folder.clone(), version: version.clone() });
         }
         let names: Vec<String> = folders
@@ -119,7 +119,7 @@ impl Repository {
 pub(super) fn versions(model: &Path) -> Result<Vec<VersionFolder>, BundleError> {
     let mut versions: Vec<_> = list(model)?
         .into_iter()
-        .filter(|folder| folder.join(MANIFEST_FILE).is_file())
+        .filter(|folder| folder.join(MANIFEST_FILE).exists())
         .filter_map(|folder| Some(VersionFolder { number: folder.file_name()?.to_str()?.parse().ok()?, folder }))
         .collect();
     versions.sort();

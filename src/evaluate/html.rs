@@ -1,6 +1,9 @@
 //! report.html: one page with its pictures inside, readable without a network.
 
 use std::fmt::Write;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
 
 use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots};
 
@@ -24,6 +27,8 @@ const ROWS: [(&str, &str, f64, usize); 11] = [
     ("plain_size", "size, plain sets", 1.0, 3),
 ];
 
+const DOCTYPE: &str = "<!doctype html>\n";
+
 const STYLE: &str = "
 body{font:15px/1.5 system-ui,sans-serif;color:#222226;background:#fff;max-width:1040px;margin:32px auto;padding:0 20px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:40px 0 8px}p{max-width:76ch}small,.note{color:#606068}
@@ -33,6 +38,25 @@ th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #
 td small{display:block;font-size:11.5px}.plots{display:flex;flex-wrap:wrap;gap:4px}.scroll{overflow-x:auto}
 svg{max-width:100%;height:auto}.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 14px}
 code{font-size:13px}";
+
+/// What every page's head has, and by which it is known.
+const GENERATOR: &str = "<meta name=\"generator\" content=\"fold evaluate\">";
+/// By what pages of version 0.1 are known, which have no [`GENERATOR`].
+const FIRST_STYLE: &str = "content=\"width=device-width\"><style>\nbody{font:15px/1.5 system-ui,sans-serif;\
+                           color:#222226;background:#fff;max-width:1040px;margin:32px auto;padding:0 20px}";
+/// Bytes of a page in which its mark is looked for. The title before it has a few hundred.
+const HEAD: u64 = 1 << 14;
+
+/// Whether a page that [`page`] made, in this version or an earlier one, lies at `path`.
+pub fn is_page(path: &Path) -> bool {
+    if !fs::metadata(path).is_ok_and(|found| found.is_file()) {
+        return false;
+    }
+    let mut head = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(HEAD).read_to_end(&mut head));
+    let head = String::from_utf8_lossy(&head);
+    read.is_ok() && head.starts_with(DOCTYPE) && [GENERATOR, FIRST_STYLE].iter().any(|mark| head.contains(mark))
+}
 
 /// The page of `evaluation`, and of a comparison when there is one.
 ///
@@ -44,9 +68,9 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
     // Writing to a String cannot fail.
     let _ = write!(
         out,
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\n<meta name=\"viewport\" \
-         content=\"width=device-width\"><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p class=\"note\">{} \
-         images · calibration {} · {} · model {}…</p>\n",
+        "{DOCTYPE}<html lang=\"en\"><head><meta charset=\"utf-8\">{GENERATOR}<title>{title}</title>\n\
+         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n\
+         <h1>{title}</h1>\n<p class=\"note\">{} images · calibration {} · {} · model {}…</p>\n",
         evaluation.images,
         evaluation.calibration.as_deref().unwrap_or("none"),
         evaluation.created,

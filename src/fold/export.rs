@@ -7,7 +7,7 @@ use super::architecture::{self, Extras, Family, Overrides};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, onnx, passes, verify};
 use crate::bundle::{
     BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
-    Preprocessing, SCHEMA_VERSION, check_classes, check_kappa, sha256_hex,
+    Preprocessing, SCHEMA_VERSION, check_classes, check_kappa, is_manifest, sha256_hex,
 };
 use crate::files::{draft_of, foreign, name_of_draft, remove_own, replace, replace_folder};
 use crate::runtime::Library;
@@ -85,8 +85,10 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
             options.out.display()
         )));
     }
+    refuse_link(&options.out)?;
     if options.out.exists() {
         check_replaceable(&options.out, options.force)?;
+        refuse_inputs_inside(options)?;
     }
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
@@ -156,13 +158,42 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     Ok(manifest)
 }
 
+/// Refuses a link at `out`: what it leads to has another name, and may belong to somebody else.
+fn refuse_link(out: &Path) -> Result<(), FoldError> {
+    // With a slash at its end, a link's name is that of the folder it leads to.
+    let out: PathBuf = out.components().collect();
+    let Ok(target) = fs::read_link(&out) else { return Ok(()) };
+    Err(FoldError::Input(format!(
+        "{} is a link to {}, and a bundle replaces no link: give the folder itself, or remove the link",
+        out.display(),
+        target.display()
+    )))
+}
+
+/// Refuses files that are read from the bundle that is replaced: they would be removed with it.
+fn refuse_inputs_inside(options: &ExportOptions) -> Result<(), FoldError> {
+    let inside = |path: &Path| match (fs::canonicalize(path), fs::canonicalize(&options.out)) {
+        (Ok(path), Ok(out)) => path.starts_with(out),
+        _ => false,
+    };
+    let inputs = [Some(&options.checkpoint), options.classes.as_ref(), options.evaluation.as_ref()];
+    match inputs.into_iter().flatten().find(|path| inside(path)) {
+        None => Ok(()),
+        Some(path) => Err(FoldError::Input(format!(
+            "{} lies in {}, which --force would replace: copy it elsewhere, or give the next version's number",
+            path.display(),
+            options.out.display()
+        ))),
+    }
+}
+
 /// Refuses to replace what stands at `out`, unless it is a bundle, nothing else lies in it, and `force` asks for it.
 fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
     let refuse = |reason: String| Err(FoldError::Input(format!("{} {reason}", out.display())));
     if !force {
         return refuse("exists: give the next version's number, or --force to replace it".into());
     }
-    if !out.join(MANIFEST_FILE).is_file() {
+    if !is_manifest(&out.join(MANIFEST_FILE)) {
         return refuse("is no bundle: --force replaces bundles only; give another folder, or remove it".into());
     }
     let own = own_files(out);

@@ -7,8 +7,10 @@
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufReader, BufWriter, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde_json::Value;
 
 use super::Shard;
@@ -386,9 +388,11 @@ fn lock(folder: &Path, shard: Shard) -> Result<File, PartsError> {
     let locked =
         |shard: Shard| PartsError::Locked { folder: folder.to_owned(), index: shard.index(), count: shard.count() };
     let path = folder.join(name_of_lock(shard));
-    // Not truncated: it may be a file of the user's.
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-    let file = file.map_err(|cause| io(&path, cause))?;
+    size_of_own(&path)?;
+    // Not truncated: it may be a file of the user's. A link that somebody put there just now is not followed.
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).custom_flags(OFlags::NOFOLLOW.bits() as i32);
+    let file = options.open(&path).map_err(|cause| io(&path, cause))?;
     // A file system without locks: two processes on one share are the operator's to avoid.
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
         return Err(locked(shard));

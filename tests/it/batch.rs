@@ -23,7 +23,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::Value;
 
-use crate::support::{data, fold, library, model_options, nbn, picture, root, shipped, text};
+use crate::support::{data, fold, library, model_options, nbn, picture, repository, root, shipped, text};
 
 fn nbn_score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
@@ -522,6 +522,61 @@ fn a_file_that_is_read_is_not_written() {
     let refused = command.stdin(File::open(&list).unwrap()).output().unwrap();
     assert!(text(&refused.stderr).contains("is the same file as the input /dev/stdin"), "{}", text(&refused.stderr));
     assert_eq!(snapshot(folder.path()), before);
+}
+
+#[test]
+fn the_files_of_the_bundle_that_scores_are_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let bundle = repository(folder.path()).join("cifar10-lt/1");
+    fs::remove_file(bundle.join("evaluation.json")).unwrap();
+    pictures(folder.path(), 1);
+    symlink(bundle.join("model.onnx"), at("link.jsonl")).unwrap();
+    let before = snapshot_of_bytes(&bundle);
+    let (model, picture) = (at("models/cifar10-lt"), at("00.png"));
+    let files = ["manifest.json", "model.onnx", "calibration.json", "evaluation.json"].map(|name| bundle.join(name));
+    for path in files.iter().map(|path| path.to_str().unwrap().to_owned()).chain([at("link.jsonl")]) {
+        for flag in ["--output", "--summary"] {
+            let refused = nbn(&["score", "--model", &model, flag, &path, &picture]);
+            assert_eq!(refused.status.code(), Some(1), "{flag} {path}");
+            let said = text(&refused.stderr);
+            let expected =
+                [flag, "is the same file as the bundle's file", "which it would overwrite: give another file"];
+            assert!(expected.iter().all(|words| said.contains(words)), "{flag} {path}: {said}");
+            assert_eq!(snapshot_of_bytes(&bundle), before, "{flag} {path}");
+        }
+    }
+}
+
+/// The files in `folder` and their bytes.
+fn snapshot_of_bytes(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn a_lock_that_is_no_regular_file_is_refused_and_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (images, out) = (folder.path().join("images"), folder.path().join("rows"));
+    fs::create_dir(&images).unwrap();
+    fs::create_dir(&out).unwrap();
+    pictures(&images, 1);
+    let lock = out.join(".lock-00000-of-00001");
+    fs::write(folder.path().join("precious"), "precious").unwrap();
+    for target in ["../gone", "../precious"] {
+        symlink(target, &lock).unwrap();
+        let before = snapshot(folder.path());
+        let refused = nbn_score(&["--output-dir", out.to_str().unwrap(), images.to_str().unwrap()]);
+        assert_eq!(refused.status.code(), Some(1), "{target}");
+        let said = text(&refused.stderr);
+        assert!(said.contains(".lock-00000-of-00001") && said.contains("it is not a regular file"), "{target}: {said}");
+        assert_eq!(snapshot(folder.path()), before, "{target}");
+        fs::remove_file(&lock).unwrap();
+    }
+    assert!(Command::new("mkfifo").arg(&lock).status().unwrap().success());
+    let refused = nbn_score(&["--output-dir", out.to_str().unwrap(), images.to_str().unwrap()]);
+    assert!(text(&refused.stderr).contains("it is not a regular file"), "{}", text(&refused.stderr));
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
 }
 
 #[test]

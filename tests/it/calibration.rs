@@ -559,6 +559,195 @@ async fn a_stale_card_is_withheld_and_the_model_serves() {
     assert!(matches!(card().await, (Value::Null, None)));
 }
 
+#[test]
+fn figures_that_no_evaluation_gives_are_withheld() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = repository(folder.path()).join("cifar10-lt/1");
+    let fresh: Value = serde_json::from_slice(&fs::read(bundle.join("evaluation.json")).unwrap()).unwrap();
+    let overall = "/figures/uniform/calibrated/overall";
+    let stale = |change: &dyn Fn(&mut Value)| {
+        let mut card = fresh.clone();
+        change(&mut card);
+        fs::write(bundle.join("evaluation.json"), card.to_string()).unwrap();
+        let opened = Bundle::open(&bundle).unwrap();
+        assert_eq!(opened.evaluation.is_none(), opened.stale_card.is_some());
+        opened.stale_card.map(|stale| stale.to_string())
+    };
+    for (metric, values, limit) in [
+        ("top1", [json!(-1), json!(2), json!(1e300), json!("good"), Value::Null], "0..=1"),
+        ("ece", [json!(-0.1), json!(1.1), json!([0.5]), json!({}), json!("x".repeat(5000))], "0..=1"),
+        ("brier", [json!(-0.1), json!(2.1), json!(1e300), json!(""), json!(true)], "0..=2"),
+        ("nll", [json!(-0.1), json!(2e12), json!(-1e300), json!("low"), Value::Null], "0..=1e12"),
+        ("pas_size", [json!(-1), json!(1u64 << 63), json!(1e300), json!("small"), Value::Null], "0..=1e12"),
+    ] {
+        for value in values {
+            let said = stale(&|card| card.pointer_mut(overall).unwrap()[metric] = value.clone()).unwrap();
+            let expected = format!("figures.uniform.calibrated.overall.{metric} is ");
+            assert!(said.starts_with(&expected) && said.contains(&format!("it must lie in {limit}")), "{said}");
+            assert!(said.len() < 300, "{said}");
+        }
+    }
+    for (key, value, words) in [
+        ("images", json!(-3), "images is -3; it must lie in 0..=1e12"),
+        ("alpha", json!(1.5), "alpha is 1.5; it must lie in 0..=1"),
+        ("data", json!(7), "data is 7; it must be text"),
+        ("how", json!("x".repeat(1001)), "it must be text of at most 1000 characters"),
+        ("more", json!(1), "the card has an unknown key \"more\""),
+        ("figures", json!([1]), "figures is no object"),
+        ("figures", json!({"posterior": {}}), "figures has an unknown key \"posterior\""),
+        ("figures", json!({"train": 0.5}), "figures.train is no object"),
+        ("figures", json!({"train": {"softmax": {"all": {}}}}), "figures.train.softmax has an unknown key \"all\""),
+        ("figures", json!({"train": {"softmax": {"many": {"f1": 1}}}}), "softmax.many has an unknown key \"f1\""),
+    ] {
+        let said = stale(&|card| card[key] = value.clone()).unwrap();
+        assert!(said.contains(words) && said.len() < 300, "{said}");
+    }
+    let said = stale(&|card| drop(card.as_object_mut().unwrap().remove("figures"))).unwrap();
+    assert!(said.contains("the card has no figures"), "{said}");
+    for (metric, value) in [("top1", json!(0)), ("top5", json!(1)), ("brier", json!(2)), ("nll", json!(708.4))] {
+        assert_eq!(stale(&|card| card.pointer_mut(overall).unwrap()[metric] = value.clone()), None, "{metric}");
+    }
+}
+
+#[test]
+fn a_bundles_pipes_and_devices_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = repository(folder.path()).join("cifar10-lt/1");
+    let logits = data("calibration/logits.safetensors");
+    let pipe = |path: &Path| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+    let device = |path: &Path| std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+    for name in ["manifest.json", "calibration.json", "model.onnx", "evaluation.json"] {
+        let (path, kept) = (bundle.join(name), folder.path().join("kept"));
+        fs::rename(&path, &kept).unwrap();
+        for make in [&pipe as &dyn Fn(&Path), &device] {
+            make(&path);
+            for given in [&bundle, bundle.parent().unwrap()] {
+                let said = match Bundle::load(given) {
+                    Ok(opened) => format!("{name}: {}", opened.stale_card.unwrap()),
+                    Err(error) => error.to_string(),
+                };
+                assert!(said.contains(name) && said.contains("it is not a regular file"), "{name}: {said}");
+            }
+            fs::remove_file(&path).unwrap();
+        }
+        // Nor does a command write into them.
+        pipe(&path);
+        let (bundle, data) = (bundle.to_str().unwrap(), logits.to_str().unwrap());
+        for command in
+            [&["calibrate", bundle, "--data", data, "--force"], &["evaluate", bundle, "--data", data, "--card"]]
+        {
+            let reads = command[0] == "evaluate" || !["calibration.json", "evaluation.json"].contains(&name);
+            if reads || name == "calibration.json" {
+                let out = fold(command);
+                let said = text(&out.stderr);
+                assert!(!out.status.success() && said.contains(name), "{command:?}: {said}");
+                assert!(said.contains("regular file") || said.contains("is no calibration"), "{command:?}: {said}");
+            }
+        }
+        fs::remove_file(&path).unwrap();
+        // A link to a regular file is as good as the file.
+        std::os::unix::fs::symlink(&kept, &path).unwrap();
+        let opened = Bundle::load(Path::new(bundle)).unwrap();
+        assert!(opened.calibration.is_some() && opened.evaluation.is_some(), "{name}");
+        fs::remove_file(&path).unwrap();
+        fs::rename(&kept, &path).unwrap();
+    }
+}
+
+/// The paths below `folder` and what the files hold.
+fn held(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut held = Vec::new();
+    for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if path.is_dir() {
+            held.extend(self::held(&path));
+        } else {
+            held.push((path.clone(), fs::read(&path).unwrap_or_default()));
+        }
+    }
+    held.sort();
+    held
+}
+
+#[test]
+fn a_file_that_is_read_or_is_of_another_kind_is_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = repository(folder.path()).join("cifar10-lt/1");
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let of_bundle = |name: &str| bundle.join(name).to_str().unwrap().to_owned();
+    fs::copy(data("calibration/logits.safetensors"), at("l.safetensors")).unwrap();
+    save(Path::new(&at("mine.safetensors")), 10, &[0.0; 10], &[1]);
+    let other = [("weights", TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap())];
+    safetensors::serialize_to_file(other, None, Path::new(&at("other.safetensors"))).unwrap();
+    for name in ["records.json", "report/report.json", "page/report.html", "notes.json"] {
+        fs::create_dir_all(Path::new(&at(name)).parent().unwrap()).unwrap();
+        fs::write(at(name), "{\"records\": [0], \"evaluation\": 1}").unwrap();
+    }
+    fs::copy(at("l.safetensors"), at("report/l.safetensors")).unwrap();
+    std::os::unix::fs::symlink("gone", at("link")).unwrap();
+    std::os::unix::fs::symlink("l.safetensors", at("same.safetensors")).unwrap();
+    fs::create_dir(at("as-data")).unwrap();
+    fs::copy(at("l.safetensors"), at("as-data/report.json")).unwrap();
+    fs::remove_file(bundle.join("evaluation.json")).unwrap();
+    let before = held(folder.path());
+    let model = bundle.to_str().unwrap();
+    let (set, calibrate, evaluate) = (at("l.safetensors"), "calibrate", "evaluate");
+    let as_data = at("as-data/report.json");
+    let cases: [(&str, &[&str], &[&str]); 17] = [
+        (calibrate, &["--out", &set, "--force"], &["--out", "is the same file as --data"]),
+        (calibrate, &["--out", &at("same.safetensors"), "--force"], &["--out", "is the same file as --data"]),
+        (calibrate, &["--out", &of_bundle("manifest.json"), "--force"], &["is the same file as the bundle's file"]),
+        (calibrate, &["--out", &of_bundle("model.onnx"), "--force"], &["is the same file as the bundle's file"]),
+        (calibrate, &["--out", &of_bundle("evaluation.json")], &["is the same file as the bundle's file"]),
+        (calibrate, &["--out", &at("notes.json"), "--force"], &["notes.json is no calibration"]),
+        (calibrate, &["--out", &at("report"), "--force"], &["report is no calibration"]),
+        (calibrate, &["--out", &at("link")], &["link is no calibration"]),
+        (evaluate, &["--logits", &set], &["--logits", "is the same file as --data"]),
+        (evaluate, &["--logits", &of_bundle("manifest.json")], &["is the same file as the bundle's file"]),
+        (evaluate, &["--logits", &of_bundle("calibration.json")], &["is the same file as the bundle's file"]),
+        (evaluate, &["--logits", &at("other.safetensors")], &["other.safetensors is no file of logits and labels"]),
+        (evaluate, &["--logits", &at("notes.json")], &["notes.json is no file of logits and labels"]),
+        (evaluate, &["--logits", &at("link")], &["link is no file of logits and labels"]),
+        (evaluate, &["--report", &at("report")], &["report.json is no report of `fold evaluate`"]),
+        (evaluate, &["--report", &at("page")], &["report.html is no report of `fold evaluate`"]),
+        (evaluate, &["--report", &at("new"), "--logits", &at("page/report.html")], &["is no file of logits"]),
+    ];
+    for (command, args, words) in cases {
+        let out = fold(&[&[command, model, "--data", &set], args].concat());
+        let said = text(&out.stderr);
+        assert!(!out.status.success() && words.iter().all(|words| said.contains(words)), "{args:?}: {said}");
+        assert!(said.contains("overwr") && said.contains("give another file"), "{args:?}: {said}");
+        assert_eq!(held(folder.path()), before, "{args:?}");
+    }
+    let out = fold(&["evaluate", model, "--data", &as_data, "--form", "logits", "--report", &at("as-data")]);
+    assert!(text(&out.stderr).contains("report.json is the same file as --data"), "{}", text(&out.stderr));
+    assert_eq!(held(folder.path()), before);
+    // Of its own kind it replaces what is there; also reports of a version that set no mark.
+    let old = "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>a on b</title>\n\
+               <meta name=\"viewport\" content=\"width=device-width\"><style>\n\
+               body{font:15px/1.5 system-ui,sans-serif;color:#222226;background:#fff;max-width:1040px;margin:32px auto;\
+               padding:0 20px}\nh1";
+    fs::write(at("page/report.html"), old).unwrap();
+    let logits = at("mine.safetensors");
+    let last = ["--report", &at("page"), "--logits", &logits, "--resamples", "20", "--card"];
+    for _ in 0..2 {
+        let out = fold(&[&["evaluate", model, "--data", &set], &last[..]].concat());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        assert!(fs::read_to_string(at("page/report.html")).unwrap().contains("<meta name=\"generator\""));
+    }
+    assert!(LabelledLogits::load(Path::new(&logits), 10).unwrap().len() > 1);
+    assert!(Bundle::load(&bundle).unwrap().evaluation.is_some());
+    for _ in 0..2 {
+        let more = ["--out", &at("elsewhere.json"), "--force", "--rung", "temperature"];
+        let out = fold(&[&["calibrate", model, "--data", &set], &more[..]].concat());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+    }
+    // A damaged calibration of the bundle can be made anew.
+    fs::write(bundle.join("calibration.json"), "{\"model").unwrap();
+    let out = fold(&["calibrate", model, "--data", &set, "--force", "--rung", "temperature"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(Bundle::load(&bundle).unwrap().calibration.is_some());
+}
+
 /// The places of all numbers and texts in `value`; of a list those in its first and its last entry.
 fn leaves(value: &Value, at: &str, found: &mut Vec<String>) {
     match value {
@@ -622,6 +811,8 @@ fn a_bundle_with_a_number_changed_is_refused_by_name_or_scores_soundly() {
             match Bundle::open(&bundle) {
                 Ok(opened) => {
                     loaded += 1;
+                    let wrong = [json!(-1), json!(1e308), json!(1u64 << 63), Value::Null].contains(change);
+                    assert!(file != "evaluation.json" || !wrong || opened.evaluation.is_none(), "{what}");
                     assert_scores(&opened, &what);
                 }
                 Err(error) => {
@@ -658,7 +849,14 @@ fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
         (said(|c| c.classes[9].train_prior = 0.5), "the sum of train_prior is 1.49"),
         (said(|c| c.classes.swap(0, 1)), "the label of class 0 is \"automobile\"; it must be the manifest's"),
         (said(|c| c.temperature_alone = 0.0), "temperature_alone is 0;"),
-        (said(|c| c.kappa = f64::INFINITY), "kappa is inf; it must lie in -10..=10"),
+        (said(|c| c.kappa = f64::INFINITY), "kappa is inf; it must lie in -1..=10"),
+        (said(|c| c.kappa = -1.1), "kappa is -1.1; it must lie in -1..=10"),
+        (said(|c| c.fit.ladder[0].nll = -0.1), "in fit.ladder is -0.1; it must lie in 0..=1e50"),
+        (said(|c| c.fit.ladder[0].balanced_nll = -0.1), "balanced_nll of rung"),
+        (said(|c| c.fit.ladder[0].standard_error = -0.1), "standard_error of rung"),
+        (said(|c| c.fit.after.nll = -0.1), "fit.after.nll is -0.1"),
+        (said(|c| c.fit.before.ece = -0.1), "fit.before.ece is -0.1; it must lie in 0..=1"),
+        (said(|c| c.sets.alphas[0] = 1e-9), "levels must be ascending, at least 0.000001, and below 1"),
         (
             said(|c| c.sets.plain.marginal.uniform[15] = Some(0.5)),
             "a threshold in sets.plain is 0.5; it must lie in -1..=0",
@@ -668,6 +866,9 @@ fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
     ] {
         assert!(error.contains(words) && error.contains("run `fold calibrate` again"), "{error}");
     }
+    let mut free = bundle.manifest.clone();
+    free.evaluation = Some(json!({"how": "x".repeat(10_000), "images": 1e15, "change": [-0.5, null, {"kept": true}]}));
+    free.check().unwrap();
     let said = |change: fn(&mut Manifest)| {
         let mut changed = bundle.manifest.clone();
         change(&mut changed);
@@ -683,6 +884,13 @@ fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
         (said(|m| m.model.sha256 = "XYZ".into()), "model.sha256 is \"XYZ\"; it must have 64 digits"),
         (said(|m| m.preprocessing.std[1] = 1e-30), "every std in 0.000001..=1000000"),
         (said(|m| m.preprocessing.mean[1] = f32::NAN), "every mean must lie in -1000..=1000"),
+        (
+            said(|m| m.evaluation = Some(json!({"overall": [{"top1": 1e16}]}))),
+            "the number \"top1\" in evaluation is 1e+16; it must lie in -1e15..=1e15",
+        ),
+        (said(|m| m.evaluation = Some(json!(-1e300))), "the number in evaluation is -1e+300"),
+        (said(|m| m.evaluation = Some(json!({"how": "é".repeat(10_001)}))), "the text \"how\" in evaluation is \"éé"),
+        (said(|m| m.evaluation = Some(json!({"x".repeat(10_001): 1}))), "a key in evaluation is \"xx"),
     ] {
         assert!(error.contains(words) && error.len() < 400, "{error}");
     }

@@ -389,3 +389,62 @@ fn a_bundle_is_not_replaced_with_files_of_others_in_it() {
     assert_eq!(names(&out), ["manifest.json", "model.onnx"]);
     assert_eq!(names(&folder.path().join("m")), ["1"]);
 }
+
+#[test]
+fn a_folder_whose_manifest_is_of_another_program_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m/1");
+    let checkpoint = data("checkpoints/cifar_a.safetensors");
+    let force = ExportOptions { force: true, ..options(&checkpoint, &out, 32) };
+    fs::create_dir_all(&out).unwrap();
+    let app = r##"{"name": "Notes", "icons": [], "start_url": "/", "theme_color": "#fff"}"##;
+    for manifest in [app, "", "mine", "[1, 2]", r#"{"schema_version": 1, "classes": [], "model": {}}"#] {
+        for name in ["model.onnx", "calibration.json", "evaluation.json"] {
+            fs::write(out.join(name), "mine").unwrap();
+        }
+        fs::write(out.join("manifest.json"), manifest).unwrap();
+        let error = export(&force, library()).unwrap_err().to_string();
+        assert!(error.contains("m/1 is no bundle: --force replaces bundles only"), "{manifest}: {error}");
+        assert_eq!(fs::read_to_string(out.join("manifest.json")).unwrap(), manifest);
+        for name in ["model.onnx", "calibration.json", "evaluation.json"] {
+            assert_eq!(fs::read(out.join(name)).unwrap(), b"mine", "{manifest}");
+        }
+    }
+    // An own bundle is replaced, also one of another version and with values that no bundle has.
+    let own = r#"{"schema_version": 0, "arch": 1, "classes": 2, "preprocessing": 3, "fold": 4, "model": 5}"#;
+    fs::write(out.join("manifest.json"), own).unwrap();
+    export(&force, library()).unwrap();
+    Bundle::load(&out).unwrap();
+}
+
+#[test]
+fn a_bundle_replaces_no_link_and_no_folder_that_it_is_made_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, link) = (folder.path().join("m/1"), folder.path().join("m/2"));
+    let checkpoint = data("checkpoints/cifar_a.safetensors");
+    export(&options(&checkpoint, &out, 32), library()).unwrap();
+    let before = fs::read(out.join("manifest.json")).unwrap();
+    std::os::unix::fs::symlink("1", &link).unwrap();
+    std::os::unix::fs::symlink("gone", folder.path().join("m/3")).unwrap();
+    for (name, target) in [("m/2", "1"), ("m/2/", "1"), ("m/2/.", "1"), ("m/3", "gone")] {
+        for force in [true, false] {
+            let at = folder.path().join(name);
+            let error = export(&ExportOptions { force, ..options(&checkpoint, &at, 32) }, library()).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.contains(&format!("is a link to {target}, and a bundle replaces no link")),
+                "{name}: {error}"
+            );
+        }
+    }
+    assert_eq!(fs::read_link(&link).unwrap(), Path::new("1"));
+    assert_eq!(fs::read_dir(folder.path().join("m")).unwrap().count(), 3);
+    // A file of the old bundle would go with it.
+    fs::write(out.join("evaluation.json"), r#"{"overall": 0.5}"#).unwrap();
+    let evaluation = Some(out.join("evaluation.json"));
+    let force = ExportOptions { force: true, evaluation, ..options(&checkpoint, &out, 32) };
+    let error = export(&force, library()).unwrap_err().to_string();
+    assert!(error.contains("evaluation.json lies in") && error.contains("copy it elsewhere"), "{error}");
+    assert_eq!(fs::read(out.join("manifest.json")).unwrap(), before);
+    assert_eq!(fs::read(out.join("evaluation.json")).unwrap(), br#"{"overall": 0.5}"#);
+}

@@ -1,15 +1,18 @@
 //! `fold calibrate`'s command line.
 
+pub(crate) mod target;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap};
+use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
 use nbn::calibrate::{Kappa, Options, calibrate, command_line, describe};
 use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
+use target::{Named, is_same, refuse_foreign, refuse_same};
 
 #[derive(Args)]
 pub(crate) struct Calibrate {
@@ -66,6 +69,9 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     // The old calibration may be the very reason for this run: it is not looked at.
     let bundle = Bundle::load_uncalibrated(&args.bundle)?;
     let out = args.out.clone().unwrap_or_else(|| bundle.folder.join(CALIBRATION_FILE));
+    if !args.dry_run {
+        check_out(&args, &bundle, &out)?;
+    }
     if out.exists() && !args.force && !args.dry_run {
         bail!("{} exists: --force replaces it, --dry-run only shows", out.display());
     }
@@ -98,6 +104,21 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     warn_of_a_stale_card(bundle, &out)?;
     println!("{}", out.display());
     Ok(())
+}
+
+/// Refuses an `out` that the run reads, that is another file of the bundle, or something else than a calibration.
+fn check_out(args: &Calibrate, bundle: &Bundle, out: &Path) -> anyhow::Result<()> {
+    let own = bundle.folder.join(CALIBRATION_FILE);
+    let mut read = args.set.files();
+    read.extend(Named::given("--training-data", args.training_data.as_ref()));
+    read.extend(Named::given("--training-records", args.training_records.as_ref()));
+    read.extend(Named::of_bundle(bundle).filter(|file| file.path != own));
+    refuse_same(&[Named { role: "--out", path: out.to_owned() }], &read)?;
+    if args.out.is_none() || is_same(out, &own) {
+        // The bundle's own calibration may be damaged: that can be the reason for this run.
+        return refuse_foreign(out, "calibration", Path::is_file);
+    }
+    refuse_foreign(out, "calibration", |path| nbn::files::is_special(path) || is_calibration(path))
 }
 
 /// Says so when the bundle's card was measured with another calibration than the one just written to `out`.

@@ -9,6 +9,8 @@ use nbn::bundle::{Bundle, Class};
 use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, logits_of, records_from};
 use nbn::runtime::{Device, Library, SessionOptions};
 
+use super::calibrate::target::Named;
+
 #[derive(Args)]
 pub(crate) struct Dataset {
     /// Labelled images: class folders, a list file, CIFAR's or Fashion-MNIST's own files, or a file of logits
@@ -49,6 +51,15 @@ pub(crate) fn images(
 }
 
 impl Dataset {
+    /// The files that are read.
+    pub(crate) fn files(&self) -> Vec<Named> {
+        [Some(&self.data), self.records.as_ref()]
+            .into_iter()
+            .zip(["--data", "--records"])
+            .filter_map(|(path, flag)| Named::given(flag, path))
+            .collect()
+    }
+
     /// As it was given, or as the set looks.
     pub(crate) fn form(&self, bundle: &Bundle) -> anyhow::Result<Form> {
         Ok(self.form.map_or_else(|| Form::guess(&self.data, bundle.manifest.classes.len()), Ok)?)

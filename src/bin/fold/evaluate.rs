@@ -4,12 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE};
+use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE, is_json_with};
 use nbn::data::Form;
 use nbn::evaluate::{Evaluation, Options, compare, evaluate, html};
 
 use super::calibrate::replace;
+use super::calibrate::target::{Named, is_logits, refuse_foreign, refuse_same};
 use super::dataset::{Dataset, RuntimeArgs, say};
+
+const REPORT_JSON: &str = "report.json";
+const REPORT_HTML: &str = "report.html";
 
 #[derive(Args)]
 pub(crate) struct Evaluate {
@@ -51,26 +55,19 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
         bail!("--against needs the images themselves: a file of logits is of one bundle");
     }
+    let other = args.against.as_ref().map(|path| open_other(path, &bundle, &args)).transpose()?;
+    check_targets(&args, &bundle, other.as_ref())?;
     let (logits, _) = args.set.logits(&bundle, &args.runtime)?;
     if let Some(path) = &args.logits {
         logits.save(path)?;
     }
     let data = args.set.data.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let evaluation = evaluate(&bundle, &logits, &data, &options, &say)?;
-    let comparison = match &args.against {
+    let comparison = match &other {
         None => None,
-        Some(path) => {
-            let other = open(path, None)?;
-            let labels = |bundle: &Bundle| bundle.manifest.classes.iter().map(|c| c.label.clone()).collect::<Vec<_>>();
-            if labels(&bundle) != labels(&other) {
-                bail!(
-                    "{} and {} have other classes: only bundles of the same classes compare",
-                    args.bundle.display(),
-                    path.display()
-                );
-            }
-            let (theirs, _) = args.set.logits(&other, &args.runtime)?;
-            Some(compare(&bundle, &logits, &other, &theirs, &options)?)
+        Some(other) => {
+            let (theirs, _) = args.set.logits(other, &args.runtime)?;
+            Some(compare(&bundle, &logits, other, &theirs, &options)?)
         }
     };
     print!("{}", evaluation.describe());
@@ -80,9 +77,9 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let json = serde_json::json!({ "evaluation": evaluation, "comparison": comparison });
-        replace(&folder.join("report.json"), (serde_json::to_string_pretty(&json)? + "\n").as_bytes())?;
-        replace(&folder.join("report.html"), html::page(&evaluation, comparison.as_ref())?.as_bytes())?;
-        eprintln!("report      {}", folder.join("report.html").display());
+        replace(&folder.join(REPORT_JSON), (serde_json::to_string_pretty(&json)? + "\n").as_bytes())?;
+        replace(&folder.join(REPORT_HTML), html::page(&evaluation, comparison.as_ref())?.as_bytes())?;
+        eprintln!("report      {}", folder.join(REPORT_HTML).display());
     }
     if args.card {
         write_card(&bundle, &evaluation)?;
@@ -96,6 +93,46 @@ fn open(path: &Path, calibration: Option<&PathBuf>) -> anyhow::Result<Bundle> {
     let mut bundle = Bundle::load_uncalibrated(path)?;
     bundle.calibration = Some(BoundCalibration::load(file, &bundle.manifest)?);
     Ok(bundle)
+}
+
+/// The bundle at `path`, to compare `bundle` with.
+fn open_other(path: &Path, bundle: &Bundle, args: &Evaluate) -> anyhow::Result<Bundle> {
+    let other = open(path, None)?;
+    let labels = |bundle: &Bundle| bundle.manifest.classes.iter().map(|c| c.label.clone()).collect::<Vec<_>>();
+    if labels(bundle) != labels(&other) {
+        bail!(
+            "{} and {} have other classes: only bundles of the same classes compare",
+            args.bundle.display(),
+            path.display()
+        );
+    }
+    Ok(other)
+}
+
+/// Refuses to write over a file that the run reads, a file of a bundle, or one that no evaluation wrote.
+fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> anyhow::Result<()> {
+    let mut read = args.set.files();
+    read.extend(Named::given("--calibration", args.calibration.as_ref()));
+    read.extend([Some(bundle), other].into_iter().flatten().flat_map(Named::of_bundle));
+    let report = |name: &str| args.report.as_ref().map(|folder| folder.join(name));
+    let (json, page) = (report(REPORT_JSON), report(REPORT_HTML));
+    let written = [("--logits", args.logits.as_ref()), ("--report", json.as_ref()), ("--report", page.as_ref())];
+    let written: Vec<Named> = written.into_iter().filter_map(|(flag, path)| Named::given(flag, path)).collect();
+    refuse_same(&written, &read)?;
+    if let Some(path) = &args.logits {
+        let is_own = |path: &Path| nbn::files::is_special(path) || is_logits(path);
+        refuse_foreign(path, "file of logits and labels as --logits writes it", is_own)?;
+    }
+    if let Some(path) = &json {
+        refuse_foreign(path, "report of `fold evaluate`", |path| is_json_with(path, &["evaluation", "comparison"]))?;
+    }
+    if let Some(path) = &page {
+        refuse_foreign(path, "report of `fold evaluate`", html::is_page)?;
+    }
+    if args.card {
+        refuse_foreign(&bundle.folder.join(EVALUATION_FILE), "regular file", Path::is_file)?;
+    }
+    Ok(())
 }
 
 fn write_card(bundle: &Bundle, evaluation: &Evaluation) -> anyhow::Result<()> {

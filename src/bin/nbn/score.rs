@@ -194,7 +194,9 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let stdin = [PathBuf::from("-")];
     let inputs = if args.inputs.is_empty() { &stdin[..] } else { &args.inputs };
     let source = Source::open(inputs, &options, BufReader::new(io::stdin()))?;
-    let model = open(&args, budget)?;
+    let bundle = Bundle::open(&args.model)?;
+    let bundle_files = bundle.files();
+    let model = start(&args, bundle, budget)?;
     let classes = &model.manifest.classes;
     if args.rows.features && !model.manifest.has_output(FEATURES) {
         bail!(
@@ -215,7 +217,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, min_score, columns };
     let form = (args.rows.format, columns, &classes[..]);
     // Everything is checked: from here on files may change.
-    refuse_overwriting(&args, inputs)?;
+    refuse_overwriting(&args, inputs, &bundle_files)?;
     let summary_file = args.summary.as_deref().map(SummaryFile::open).transpose()?;
     let mut committed = HashMap::new();
     let (mut output, place) = match (&args.rows.output_dir, &args.rows.output) {
@@ -280,14 +282,16 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
 }
 
 /// Refuses files for the rows and the summary that the run reads, or needs for something else.
-fn refuse_overwriting(args: &Score, inputs: &[PathBuf]) -> anyhow::Result<()> {
+fn refuse_overwriting(args: &Score, inputs: &[PathBuf], bundle_files: &[PathBuf]) -> anyhow::Result<()> {
     let output = args.rows.output.iter().map(|path| Named { role: "--output", path });
     let summary = args.summary.iter().map(|path| Named { role: "--summary", path });
     let written: Vec<Named<'_>> = output.chain(summary).collect();
     let read = inputs.iter().map(|input| Named { role: "the input", path: file_of(input) });
     let prior = args.scores.prior.iter().map(Path::new).filter(|path| path.is_file());
     let prior = prior.map(|path| Named { role: "--prior", path });
-    refuse_same(&written, &read.chain(prior).collect::<Vec<_>>())?;
+    let bundle_files = bundle_files.iter().map(|path| Named { role: "the bundle's file", path });
+    let library = args.engine.onnxruntime.iter().map(|path| Named { role: "--onnxruntime", path });
+    refuse_same(&written, &read.chain(prior).chain(bundle_files).chain(library).collect::<Vec<_>>())?;
     if let (Some(folder), Some(path)) = (&args.rows.output_dir, &args.summary)
         && Parts::may_write(folder, path)
     {
@@ -309,7 +313,7 @@ fn file_of(input: &Path) -> &Path {
     }
 }
 
-fn open(args: &Score, budget: &Arc<Budget>) -> anyhow::Result<ServedModel> {
+fn start(args: &Score, bundle: Bundle, budget: &Arc<Budget>) -> anyhow::Result<ServedModel> {
     let library = Library::load(args.engine.onnxruntime.as_deref())?;
     let workers = args.engine.workers();
     let options = ModelOptions {
@@ -320,7 +324,7 @@ fn open(args: &Score, budget: &Arc<Budget>) -> anyhow::Result<ServedModel> {
         batch: BatchChoice::Measured,
         cache: args.engine.cache(),
     };
-    Ok(ServedModel::start(Bundle::open(&args.model)?, library, &options, budget.clone())?)
+    Ok(ServedModel::start(bundle, library, &options, budget.clone())?)
 }
 
 impl ScoreArgs {
