@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 /// Bytes of an answer that are handed to HTTP/2 at a time. It takes the next only when the client has room for it.
-const PIECE: usize = 16 << 10;
+pub(super) const PIECE: usize = 16 << 10;
 
 /// How long a connection may wait for its peer.
 #[derive(Debug, Clone, Copy)]

@@ -190,17 +190,25 @@ mod tests {
     async fn no_more_large_bodies_are_parsed_at_once_than_there_are_processors() {
         let parsers = Parsers(Arc::new(Semaphore::new(1)));
         let (sender, word) = mpsc::channel();
-        let order = std::sync::Mutex::new(Vec::new());
-        let first = async {
-            parsers.run(LARGE, waits_for(word)).await.unwrap();
-            order.lock().unwrap().push("first");
+        // What is done says so itself: an answer may be seen later than the next piece of work begins.
+        let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let says = |name| {
+            let order = order.clone();
+            move || order.lock().unwrap().push(name)
         };
-        let second = async {
-            parsers.run(LARGE, async { Ok(()) }).await.unwrap();
-            order.lock().unwrap().push("second");
-        };
-        let (_, _, ()) = tokio::join!(first, second, async { sender.send(()).unwrap() });
-        assert_eq!(order.into_inner().unwrap(), ["first", "second"]);
+        let (first, second) = (says("first"), says("second"));
+        let first = parsers.run(LARGE, async move {
+            waits_for(word).await?;
+            first();
+            Ok(())
+        });
+        let second = parsers.run(LARGE, async move {
+            second();
+            Ok(())
+        });
+        let (first, second, ()) = tokio::join!(first, second, async { sender.send(()).unwrap() });
+        first.and(second).unwrap();
+        assert_eq!(*order.lock().unwrap(), ["first", "second"]);
     }
 
     #[tokio::test]

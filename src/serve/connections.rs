@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
-use super::activity::{Activity, Closing, Noted, Patience};
+use super::activity::{Activity, Closing, Noted, PIECE, Patience};
 use super::tls::Tls;
 use super::{ConnectionLimits, Ended, Shared};
 
@@ -167,6 +167,8 @@ where
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        // So that an answer is at work until nearly all of it was taken: behind it, the connection counts as idle.
+        .max_send_buf_size(2 * PIECE)
         // No pings: their answers wait behind an answer that a slow client still reads. A peer that has gone is idle, or takes
         // nothing more.
         .max_header_list_size(MAX_HEAD as u32);

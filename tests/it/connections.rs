@@ -96,6 +96,58 @@ async fn an_idle_http_2_connection_is_closed_whatever_it_pings() {
     assert!(requests.ready().await.is_err());
 }
 
+/// A connection that takes in what the server sends at four megabytes a second, as a line does.
+async fn slow_line(address: &str) -> tokio::io::DuplexStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(64 << 10).unwrap();
+    let (mut from_server, mut to_server) = socket.connect(address.parse().unwrap()).await.unwrap().into_split();
+    let (client, line) = tokio::io::duplex(1 << 20);
+    let (mut from_client, mut to_client) = tokio::io::split(line);
+    tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+    tokio::spawn(async move {
+        let mut piece = vec![0; 32 << 10];
+        while let Ok(n @ 1..) = from_server.read(&mut piece).await {
+            if to_client.write_all(&piece[..n]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_nanos(250 * n as u64)).await;
+        }
+        // The server has closed, or the client has gone.
+        let _ = to_client.shutdown().await;
+    });
+    client
+}
+
+#[tokio::test]
+async fn a_client_that_reads_slowly_but_steadily_gets_the_whole_of_large_answers() {
+    let server = server().await;
+    let (requests, connection) = h2::client::Builder::new()
+        .initial_window_size(16 << 20)
+        .initial_connection_window_size(64 << 20)
+        .handshake::<_, bytes::Bytes>(slow_line(&server.address).await)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let mut requests = requests.ready().await.unwrap();
+    // Eight times more than a megabyte: seconds, where a head may take 0.3 and an answer that nobody takes 0.6.
+    let whole = server.get_whole("/docs/swagger-ui-bundle.js").await.len();
+    assert!(whole > 1 << 20, "{whole}");
+    let mut answers = Vec::new();
+    for _ in 0..8 {
+        answers.push(requests.send_request(http_get(&server, "/docs/swagger-ui-bundle.js"), true).unwrap().0);
+    }
+    let began = Instant::now();
+    for answer in answers {
+        let mut body = answer.await.unwrap().into_body();
+        let mut taken = 0;
+        while let Some(piece) = body.data().await {
+            taken += piece.unwrap().len();
+        }
+        assert_eq!(taken, whole);
+    }
+    assert!(began.elapsed() > 2 * ANSWER, "too fast to show anything: {:?}", began.elapsed());
+}
+
 #[tokio::test]
 async fn an_answer_that_flow_control_holds_back_ends_the_connection() {
     let server = server().await;

@@ -247,6 +247,13 @@ impl Server {
         self.send("get", path, self.client.get(format!("http://{}{path}", self.address))).await
     }
 
+    /// A body that openapi.yaml does not describe.
+    pub(crate) async fn get_whole(&self, path: &str) -> Vec<u8> {
+        let response = self.client.get(format!("http://{}{path}", self.address)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        response.bytes().await.unwrap().to_vec()
+    }
+
     pub(crate) async fn post(&self, path: &str, content_type: &str, body: impl Into<reqwest::Body>) -> Answer {
         let request = self.client.post(format!("http://{}{path}", self.address));
         self.send("post", path, request.header("content-type", content_type).body(body)).await
