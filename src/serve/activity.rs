@@ -216,7 +216,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
     ) -> Poll<std::io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if buffer.filled().len() > before {
+        // Empty lines before a request are passed over (RFC 9112, 2.2): no head begins with them.
+        if buffer.filled()[before..].iter().any(|byte| !b"\r\n".contains(byte)) {
             self.activity.read();
         }
         read
