@@ -167,6 +167,73 @@ pub fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
+/// A file that a run reads or writes: by which flag or in which role, and where.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// The flag, or what the file is to the run.
+    pub role: &'static str,
+    /// Where it lies, or would.
+    pub path: PathBuf,
+}
+
+/// A file that would be written is another file of the run.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} {} is the same file as {} {}, which it would overwrite: give another file",
+    written.role, written.path.display(), other.role, other.path.display()
+)]
+pub struct SameFile {
+    /// The file that would be written.
+    pub written: Named,
+    /// What it is.
+    pub other: Named,
+}
+
+/// Refuses `written` files that are one of the files that are `read`, or the same.
+///
+/// # Errors
+/// When one is; both are named.
+pub fn refuse_same(written: &[Named], read: &[Named]) -> Result<(), SameFile> {
+    for (n, file) in written.iter().enumerate() {
+        if let Some(other) = read.iter().chain(&written[n + 1..]).find(|other| is_same(&file.path, &other.path)) {
+            return Err(SameFile { written: file.clone(), other: other.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Whether two names lead to one file, or would. Pipes, devices and folders are no files: writing to them overwrites nothing.
+pub fn is_same(one: &Path, other: &Path) -> bool {
+    identity(one).is_some_and(|one| identity(other) == Some(one))
+}
+
+/// What tells a file from others.
+#[derive(PartialEq, Eq)]
+enum Identity {
+    /// Device and number.
+    #[cfg(unix)]
+    There(u64, u64),
+    /// Where it is, or would be.
+    At(PathBuf),
+}
+
+fn identity(path: &Path) -> Option<Identity> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => None,
+        #[cfg(unix)]
+        Ok(found) => {
+            use std::os::unix::fs::MetadataExt;
+            Some(Identity::There(found.dev(), found.ino()))
+        }
+        #[cfg(not(unix))]
+        Ok(_) => fs::canonicalize(path).ok().map(Identity::At),
+        Err(_) => {
+            let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(Identity::At(fs::canonicalize(folder).ok()?.join(path.file_name()?)))
+        }
+    }
+}
+
 /// A point between two changes of what is on disk. Builds for debugging end the process at the one whose number
 /// `NBN_KILL_AT_STEP` gives, as a kill would: tests read back what is left then (`tests/it/kills.rs`).
 fn step() {

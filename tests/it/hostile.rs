@@ -192,22 +192,8 @@ fn gif(side: u16, codes: impl Iterator<Item = u16>) -> Vec<u8> {
     let size = [side.to_le_bytes(), side.to_le_bytes()].concat();
     let mut file = [b"GIF89a".as_slice(), &size, &[0xF7, 0, 0], &noise(768)].concat();
     file.extend([&[0x2C, 0, 0, 0, 0][..], &size, &[0, 8]].concat());
-    let (mut bits, mut held, mut data) = (0u32, 0, Vec::new());
-    for code in codes {
-        bits |= u32::from(code) << held;
-        held += 9;
-        while held >= 8 {
-            data.push(bits as u8);
-            bits >>= 8;
-            held -= 8;
-        }
-    }
-    data.push(bits as u8);
-    for block in data.chunks(255) {
-        file.push(block.len() as u8);
-        file.extend(block);
-    }
-    file.extend([0, 0x3B]);
+    file.extend(support::gif_blocks(codes.map(u32::from), 9));
+    file.push(0x3B);
     file
 }
 

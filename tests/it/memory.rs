@@ -4,7 +4,7 @@ use std::path::Path;
 
 use image::{DynamicImage, ImageFormat};
 
-use crate::support::{Process, picture, progressive_jpeg};
+use crate::support::{Process, gif_blocks, picture, progressive_jpeg};
 
 /// As docs/serving.md states it, for the default `--max-pixels`.
 const BOUND_MIB: f64 = 512.0;
@@ -140,22 +140,8 @@ fn gif(side: u16, frame: u16) -> Vec<u8> {
     file.extend([&[0x2C, 0, 0, 0, 0][..], &size(frame), &[0, 2]].concat());
     // Codes of three bits: clear (4), then two colours before the next clear, so that codes stay of three bits; end (5).
     let pixels = usize::from(frame) * usize::from(frame);
-    let (mut bits, mut held, mut data) = (0u32, 0, Vec::new());
     let codes = (0..pixels).flat_map(|n| if n % 2 == 0 { vec![4, 0] } else { vec![0] });
-    for code in codes.chain([5]) {
-        bits |= code << held;
-        held += 3;
-        while held >= 8 {
-            data.push(bits as u8);
-            bits >>= 8;
-            held -= 8;
-        }
-    }
-    data.push(bits as u8);
-    for block in data.chunks(255) {
-        file.push(block.len() as u8);
-        file.extend(block);
-    }
-    file.extend([0, 0x3B]);
+    file.extend(gif_blocks(codes.chain([5]), 3));
+    file.push(0x3B);
     file
 }

@@ -91,6 +91,22 @@ pub(crate) fn progressive_jpeg(width: u16, height: u16, scans: usize) -> Vec<u8>
     bytes
 }
 
+/// A GIF's blocks of `codes` with `bits` bits each, the lowest first.
+pub(crate) fn gif_blocks(codes: impl Iterator<Item = u32>, bits: u32) -> Vec<u8> {
+    let (mut held, mut count, mut data) = (0u32, 0, Vec::new());
+    for code in codes {
+        held |= code << count;
+        count += bits;
+        while count >= 8 {
+            data.push(held as u8);
+            held >>= 8;
+            count -= 8;
+        }
+    }
+    data.push(held as u8);
+    data.chunks(255).flat_map(|block| [&[block.len() as u8], block].concat()).chain([0]).collect()
+}
+
 pub(crate) fn shipped() -> Bundle {
     Bundle::load(&root().join("models/cifar10-lt")).unwrap()
 }

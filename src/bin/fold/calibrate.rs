@@ -12,7 +12,8 @@ use nbn::calibrate::{Kappa, Options, calibrate, command_line, describe};
 use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
-use target::{Named, is_same, refuse_foreign, refuse_same};
+use nbn::files::{Named, is_same, refuse_same};
+use target::{given, of_bundle, refuse_foreign};
 
 #[derive(Args)]
 pub(crate) struct Calibrate {
@@ -110,9 +111,9 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
 fn check_out(args: &Calibrate, bundle: &Bundle, out: &Path) -> anyhow::Result<()> {
     let own = bundle.folder.join(CALIBRATION_FILE);
     let mut read = args.set.files();
-    read.extend(Named::given("--training-data", args.training_data.as_ref()));
-    read.extend(Named::given("--training-records", args.training_records.as_ref()));
-    read.extend(Named::of_bundle(bundle).filter(|file| file.path != own));
+    read.extend(given("--training-data", args.training_data.as_ref()));
+    read.extend(given("--training-records", args.training_records.as_ref()));
+    read.extend(of_bundle(bundle).filter(|file| file.path != own));
     refuse_same(&[Named { role: "--out", path: out.to_owned() }], &read)?;
     if args.out.is_none() || is_same(out, &own) {
         // The bundle's own calibration may be damaged: that can be the reason for this run.

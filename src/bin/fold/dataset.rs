@@ -9,7 +9,8 @@ use nbn::bundle::{Bundle, Class};
 use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, logits_of, records_from};
 use nbn::runtime::{Device, Library, SessionOptions};
 
-use super::calibrate::target::Named;
+use super::calibrate::target::given;
+use nbn::files::Named;
 
 #[derive(Args)]
 pub(crate) struct Dataset {
@@ -56,7 +57,7 @@ impl Dataset {
         [Some(&self.data), self.records.as_ref()]
             .into_iter()
             .zip(["--data", "--records"])
-            .filter_map(|(path, flag)| Named::given(flag, path))
+            .filter_map(|(path, flag)| given(flag, path))
             .collect()
     }
 

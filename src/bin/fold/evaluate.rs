@@ -9,8 +9,9 @@ use nbn::data::Form;
 use nbn::evaluate::{Evaluation, Options, compare, evaluate, html};
 
 use super::calibrate::replace;
-use super::calibrate::target::{Named, is_logits, refuse_foreign, refuse_same};
+use super::calibrate::target::{given, is_logits, of_bundle, refuse_foreign};
 use super::dataset::{Dataset, RuntimeArgs, say};
+use nbn::files::{Named, refuse_same};
 
 const REPORT_JSON: &str = "report.json";
 const REPORT_HTML: &str = "report.html";
@@ -112,12 +113,12 @@ fn open_other(path: &Path, bundle: &Bundle, args: &Evaluate) -> anyhow::Result<B
 /// Refuses to write over a file that the run reads, a file of a bundle, or one that no evaluation wrote.
 fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> anyhow::Result<()> {
     let mut read = args.set.files();
-    read.extend(Named::given("--calibration", args.calibration.as_ref()));
-    read.extend([Some(bundle), other].into_iter().flatten().flat_map(Named::of_bundle));
+    read.extend(given("--calibration", args.calibration.as_ref()));
+    read.extend([Some(bundle), other].into_iter().flatten().flat_map(of_bundle));
     let report = |name: &str| args.report.as_ref().map(|folder| folder.join(name));
     let (json, page) = (report(REPORT_JSON), report(REPORT_HTML));
     let written = [("--logits", args.logits.as_ref()), ("--report", json.as_ref()), ("--report", page.as_ref())];
-    let written: Vec<Named> = written.into_iter().filter_map(|(flag, path)| Named::given(flag, path)).collect();
+    let written: Vec<Named> = written.into_iter().filter_map(|(flag, path)| given(flag, path)).collect();
     refuse_same(&written, &read)?;
     if let Some(path) = &args.logits {
         let is_own = |path: &Path| nbn::files::is_special(path) || is_logits(path);

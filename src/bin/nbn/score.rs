@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use nbn::bundle::{Bundle, Class};
 use nbn::classify::{Abstention, ScoreRequest};
 use nbn::engine::Budget;
+use nbn::files::Named;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::{FEATURES, Library};
 use nbn::score::{
@@ -26,7 +27,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::EngineArgs;
-use target::{Named, Rows, SummaryFile, refuse_same};
+use target::{Rows, SummaryFile};
 
 /// Status after a signal, as shells report an interrupt.
 const INTERRUPTED: u8 = 130;
@@ -283,15 +284,16 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
 
 /// Refuses files for the rows and the summary that the run reads, or needs for something else.
 fn refuse_overwriting(args: &Score, inputs: &[PathBuf], bundle_files: &[PathBuf]) -> anyhow::Result<()> {
-    let output = args.rows.output.iter().map(|path| Named { role: "--output", path });
-    let summary = args.summary.iter().map(|path| Named { role: "--summary", path });
-    let written: Vec<Named<'_>> = output.chain(summary).collect();
-    let read = inputs.iter().map(|input| Named { role: "the input", path: file_of(input) });
+    let named = |role, path: &Path| Named { role, path: path.to_owned() };
+    let output = args.rows.output.iter().map(|path| named("--output", path));
+    let written = output.chain(args.summary.iter().map(|path| named("--summary", path)));
+    let read = inputs.iter().map(|input| named("the input", file_of(input)));
     let prior = args.scores.prior.iter().map(Path::new).filter(|path| path.is_file());
-    let prior = prior.map(|path| Named { role: "--prior", path });
-    let bundle_files = bundle_files.iter().map(|path| Named { role: "the bundle's file", path });
-    let library = args.engine.onnxruntime.iter().map(|path| Named { role: "--onnxruntime", path });
-    refuse_same(&written, &read.chain(prior).chain(bundle_files).chain(library).collect::<Vec<_>>())?;
+    let prior = prior.map(|path| named("--prior", path));
+    let bundle_files = bundle_files.iter().map(|path| named("the bundle's file", path));
+    let library = args.engine.onnxruntime.iter().map(|path| named("--onnxruntime", path));
+    let read: Vec<Named> = read.chain(prior).chain(bundle_files).chain(library).collect();
+    target::refuse_overwriting(written.collect(), &read)?;
     if let (Some(folder), Some(path)) = (&args.rows.output_dir, &args.summary)
         && Parts::may_write(folder, path)
     {

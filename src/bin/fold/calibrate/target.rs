@@ -2,56 +2,24 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use nbn::bundle::Bundle;
+use nbn::files::Named;
 use serde_json::{Map, Value};
 
 /// Longest header, in bytes, of a file of logits. It names two tensors.
 const MAX_HEADER: u64 = 1000;
 
-/// A file that a run names: by which flag or in which role, and where.
-pub(crate) struct Named {
-    pub(crate) role: &'static str,
-    pub(crate) path: PathBuf,
+/// What `flag` names, where it was given.
+pub(crate) fn given(flag: &'static str, path: Option<&PathBuf>) -> Option<Named> {
+    path.map(|path| Named { role: flag, path: path.clone() })
 }
 
-impl Named {
-    /// What `flag` names, where it was given.
-    pub(crate) fn given(flag: &'static str, path: Option<&PathBuf>) -> Option<Self> {
-        path.map(|path| Self { role: flag, path: path.clone() })
-    }
-
-    /// The files of `bundle`, those included that it has not yet.
-    pub(crate) fn of_bundle(bundle: &Bundle) -> impl Iterator<Item = Self> + use<> {
-        bundle.files().into_iter().map(|path| Self { role: "the bundle's file", path })
-    }
-}
-
-/// Refuses `written` files that are one of the files that are `read`, or the same.
-///
-/// # Errors
-/// When one is; both are named.
-pub(crate) fn refuse_same(written: &[Named], read: &[Named]) -> anyhow::Result<()> {
-    for (n, file) in written.iter().enumerate() {
-        if let Some(other) = read.iter().chain(&written[n + 1..]).find(|other| is_same(&file.path, &other.path)) {
-            bail!(
-                "{} {} is the same file as {} {}, which it would overwrite: give another file",
-                file.role,
-                file.path.display(),
-                other.role,
-                other.path.display()
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Whether two names lead to one file, or would.
-pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
-    Identity::of(one).is_some_and(|one| Identity::of(other) == Some(one))
+/// The files of `bundle`, those included that it has not yet.
+pub(crate) fn of_bundle(bundle: &Bundle) -> impl Iterator<Item = Named> + use<> {
+    bundle.files().into_iter().map(|path| Named { role: "the bundle's file", path })
 }
 
 /// Refuses to replace what stands at `path`, unless `is_own` says that it is a `kind`. A path where nothing
@@ -83,26 +51,4 @@ fn header_of(path: &Path) -> Option<Map<String, Value>> {
     let mut header = Vec::new();
     file.take(length.min(MAX_HEADER)).read_to_end(&mut header).ok()?;
     serde_json::from_slice(&header).ok().filter(|_| header.len() as u64 == length)
-}
-
-/// What tells one file from others.
-#[derive(PartialEq, Eq)]
-enum Identity {
-    /// Device and number.
-    There(u64, u64),
-    /// Where it would be.
-    Missing(PathBuf),
-}
-
-impl Identity {
-    /// None for pipes, devices and folders: writing to them overwrites nothing.
-    fn of(path: &Path) -> Option<Self> {
-        match fs::metadata(path) {
-            Ok(found) => found.is_file().then(|| Self::There(found.dev(), found.ino())),
-            Err(_) => {
-                let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                Some(Self::Missing(fs::canonicalize(folder).ok()?.join(path.file_name()?)))
-            }
-        }
-    }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use nbn::bundle::Class;
-use nbn::files;
+use nbn::files::{self, Named};
 use nbn::pixels::has_picture_ending;
 use nbn::score::{Columns, Format, Output, Parts, Row, RowWriter, WriteError};
 
@@ -191,63 +191,21 @@ fn standard_stream(path: &Path) -> Option<Stream> {
     is(&io::stderr()).then(|| Box::new(io::stderr()) as Stream)
 }
 
-/// A file that a run names: by which flag or in which role, and where.
-pub(super) struct Named<'a> {
-    pub(super) role: &'a str,
-    pub(super) path: &'a Path,
-}
-
-/// Refuses `written` files that are one of the files that are `read`, or the same.
+/// Refuses `written` files that are one of the files that are `read`, or the same, or pictures by their names. What is a
+/// standard stream overwrites nothing.
 ///
 /// # Errors
 /// When one is; both are named.
-pub(super) fn refuse_same(written: &[Named<'_>], read: &[Named<'_>]) -> anyhow::Result<()> {
-    for (n, file) in written.iter().enumerate() {
-        let Some(identity) = Identity::of(file.path) else { continue };
-        for other in read.iter().chain(&written[n + 1..]) {
-            if Identity::of(other.path).as_ref() == Some(&identity) {
-                bail!(
-                    "{} {} is the same file as {} {}, which it would overwrite: give another file",
-                    file.role,
-                    file.path.display(),
-                    other.role,
-                    other.path.display()
-                );
-            }
-        }
-        // Folders, patterns and lists may name it.
-        if has_picture_ending(file.path) && file.path.is_file() {
-            bail!(
-                "{} {} is a picture by its name, which it would overwrite: give another file",
-                file.role,
-                file.path.display()
-            );
-        }
+pub(super) fn refuse_overwriting(mut written: Vec<Named>, read: &[Named]) -> anyhow::Result<()> {
+    written.retain(|file| standard_stream(&file.path).is_none());
+    files::refuse_same(&written, read)?;
+    // Folders, patterns and lists may name it.
+    if let Some(file) = written.iter().find(|file| has_picture_ending(&file.path) && file.path.is_file()) {
+        bail!(
+            "{} {} is a picture by its name, which it would overwrite: give another file",
+            file.role,
+            file.path.display()
+        );
     }
     Ok(())
-}
-
-/// What tells one file from others.
-#[derive(PartialEq, Eq)]
-enum Identity {
-    /// Device and number.
-    There(u64, u64),
-    /// Where it would be.
-    Missing(PathBuf),
-}
-
-impl Identity {
-    /// None for standard streams, pipes, devices and folders: writing to them overwrites nothing.
-    fn of(path: &Path) -> Option<Self> {
-        if standard_stream(path).is_some() {
-            return None;
-        }
-        match fs::metadata(path) {
-            Ok(found) => found.is_file().then(|| Self::There(found.dev(), found.ino())),
-            Err(_) => {
-                let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                Some(Self::Missing(fs::canonicalize(folder).ok()?.join(path.file_name()?)))
-            }
-        }
-    }
 }
