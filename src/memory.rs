@@ -1,5 +1,6 @@
-//! Counts the memory that each thread holds, so that decoding can be ended before it takes more than it may. Programs make
-//! [`Counting`] their allocator; without that, nothing is counted and nothing ended.
+//! The memory of the process: free memory goes back to the system, and what each thread holds is counted, so that decoding can
+//! be ended before it takes more than it may. Programs make [`Counting`] their allocator; without that, nothing is counted
+//! and nothing ended.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -17,6 +18,24 @@ pub fn held() -> i64 {
 fn count(bytes: i64) {
     // At a thread's end there is nothing to count with any more.
     let _ = HELD.try_with(|held| held.set(held.get().wrapping_add(bytes)));
+}
+
+/// Bytes from which on the system's allocator takes a buffer from the kernel, and gives it back when it is freed; and free bytes
+/// at a heap's end from which on it gives those back.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const LARGE: i32 = 4 << 20;
+
+/// Has free memory go back to the system. By itself, glibc keeps up to 64 MiB for each of the heaps that threads take turns
+/// with, once it has seen large pictures; a server that loads its models anew has many such threads over time. To be called
+/// before there are threads.
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)]
+    // SAFETY: mallopt takes two numbers, and there is no other thread yet.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, LARGE);
+    }
 }
 
 /// The system's allocator, counted by thread.

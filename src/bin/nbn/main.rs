@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use nbn::memory::Counting;
+use nbn::memory::{self, Counting};
 use nbn::pixels::DecodeLimits;
 use nbn::runtime::{Device, NetworkCache, SessionOptions, disable_telemetry};
 
@@ -95,6 +95,7 @@ struct EngineArgs {
 
 fn main() -> ExitCode {
     disable_telemetry();
+    memory::give_back();
     let matches = Cli::command().get_matches();
     // What clap has matched it can read.
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
