@@ -212,6 +212,8 @@ fn read(
     watch: &Watch<'_>,
 ) -> Result<Stored, DecodeError> {
     let fault = |error: ImageError| match error {
+        // Before the picture's size is known: of what stands before it.
+        ImageError::Limits(_) => DecodeError::TooMuchMemory,
         ImageError::Unsupported(error) => DecodeError::Unsupported { format: name(format), reason: error.to_string() },
         error => DecodeError::Damaged { format: name(format), reason: error.to_string() },
     };
@@ -222,7 +224,7 @@ fn read(
     }
     let mut reader = ImageReader::with_format(Watched::new(bytes, watch), format);
     let mut head = Limits::default();
-    head.max_alloc = Some(HEAD_BYTES);
+    head.max_alloc = Some(head_bytes(bytes, format).min(limits.max_decoded_bytes));
     reader.limits(head);
     let mut decoder = reader.into_decoder().map_err(fault)?;
     let (width, height) = decoder.dimensions();
@@ -257,6 +259,16 @@ fn read(
         error => fault(error),
     })?;
     Ok((rgb8(picture), orientation))
+}
+
+/// What a decoder may take before the picture's size is known. A PNG's rows count there, too: they may be as long as the file
+/// says, unless it also holds what unpacks to any length.
+fn head_bytes(bytes: &[u8], format: ImageFormat) -> u64 {
+    let Some(&[a, b, c, d]) = bytes.get(16..20).and_then(|width| width.first_chunk()) else { return HEAD_BYTES };
+    // Three rows of four samples of 16 bits.
+    let rows = 24 * u64::from(u32::from_be_bytes([a, b, c, d]));
+    let unpacks = || bytes.windows(4).any(|name| [b"iCCP", b"zTXt", b"iTXt"].iter().any(|known| name == *known));
+    if format != ImageFormat::Png || rows <= HEAD_BYTES / 2 || unpacks() { HEAD_BYTES } else { HEAD_BYTES + rows }
 }
 
 /// The most bytes that are held at once while a picture of this size is decoded, converted and turned.

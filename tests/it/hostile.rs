@@ -253,6 +253,13 @@ fn deflated(bytes: u64) -> Vec<u8> {
 }
 
 #[test]
+fn a_row_may_be_as_long_as_a_picture_may_be_large() {
+    let long = image::DynamicImage::new_rgba16(3_000_000, 1);
+    let decoded = decode(&written(&long, ImageFormat::Png), Exif::Apply, &DecodeLimits::default(), &Stop::default());
+    assert_eq!(decoded.unwrap().dimensions(), (3_000_000, 1));
+}
+
+#[test]
 fn strips_and_tiles_take_no_more_work_than_the_picture_explains() {
     let read = |file: &[u8]| decode(file, Exif::Apply, &DecodeLimits::default(), &Stop::default());
     let whole = read(&tiff_of_parts((300, 200), DEFLATE, Parts::Tiles(512, 512), 1, &deflated(512 * 512))).unwrap();
