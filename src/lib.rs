@@ -4,6 +4,7 @@
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
 //! - [`files`]: files that are whole or not there
+//! - `gzip`: unpacks within a share of the packed size
 //! - [`memory`]: what each thread holds
 //! - [`stop`]: ends work that nobody waits for
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
@@ -24,6 +25,8 @@
 pub mod bundle;
 pub mod classify;
 pub mod files;
+#[cfg(any(feature = "serve", feature = "fold"))]
+mod gzip;
 pub mod memory;
 pub mod pixels;
 pub mod runtime;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::DataError;
 use crate::bundle::Exif;
+use crate::gzip::Gunzip;
 use crate::pixels::{DecodeLimits, Picture, RgbImage, decode, has_picture_ending};
 use crate::stop::Stop;
 
@@ -330,7 +331,7 @@ fn read_idx(path: &Path) -> Result<(Vec<usize>, Vec<u8>, usize), DataError> {
     let mut bytes = read(path)?;
     if bytes.starts_with(&[0x1f, 0x8b]) {
         let mut unpacked = Vec::new();
-        flate2::read::GzDecoder::new(&bytes[..])
+        Gunzip::new(&bytes[..])
             .read_to_end(&mut unpacked)
             .map_err(|cause| DataError::Read { path: path.to_owned(), cause })?;
         bytes = unpacked;

@@ -8,6 +8,7 @@ use std::sync::mpsc::SyncSender;
 
 use super::members::{Kind, Members};
 use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, place};
+use crate::gzip::Gunzip;
 use crate::pixels::has_picture_ending;
 
 /// Bytes of a `.cls` member that are read.
@@ -37,7 +38,7 @@ pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, Sour
 fn unpack(place: &Place) -> Result<Box<dyn Read>, Fault> {
     let file = BufReader::with_capacity(1 << 20, place.open()?);
     let packed = !place.name().to_ascii_lowercase().ends_with(".tar");
-    Ok(if packed { Box::new(flate2::read::MultiGzDecoder::new(file)) } else { Box::new(file) })
+    Ok(if packed { Box::new(Gunzip::new(file)) } else { Box::new(file) })
 }
 
 /// Why a member that is called a picture cannot be read.
