@@ -7,19 +7,19 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev nasm python3 python3-pip \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 WORKDIR /src
-COPY Cargo.toml Cargo.lock build.rs ./
+COPY Cargo.toml Cargo.lock build.rs openapi.yaml openapi.json ./
 COPY src src
 COPY benches/*.rs benches/
 COPY tests/it tests/it
 # ONNX Runtime's library comes from the build script; it is put beside the program, where it is looked for first.
 ENV XDG_CACHE_HOME=/cache
-RUN cargo build --release --locked --no-default-features --features serve --bin nbn \
+RUN cargo build --release --locked --no-default-features --features full --bin nbn \
  && mkdir /out \
  && cp target/release/nbn /out/ \
  && cp /cache/nbn/onnxruntime-*/libonnxruntime.so.* /out/libonnxruntime.so
 
 FROM build AS build-cuda
-RUN cargo build --release --locked --no-default-features --features serve,cuda --bin nbn \
+RUN cargo build --release --locked --no-default-features --features full,cuda --bin nbn \
  && cp target/release/nbn /out/
 
 # ONNX Runtime with its CUDA 12 provider, and NVIDIA's libraries that it loads, out of their Python wheels.
@@ -42,11 +42,11 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 RUN cargo install --locked cargo-cyclonedx@0.5.9
 WORKDIR /src
-COPY Cargo.toml Cargo.lock build.rs ./
+COPY Cargo.toml Cargo.lock build.rs openapi.yaml openapi.json ./
 COPY src src
 COPY benches/*.rs benches/
 COPY tests/it tests/it
-RUN cargo cyclonedx --format json --spec-version 1.5 --no-default-features --features serve --no-build-deps --override-filename sbom.cdx
+RUN cargo cyclonedx --format json --spec-version 1.5 --no-default-features --features full --no-build-deps --override-filename sbom.cdx
 
 FROM debian:bookworm-slim AS base
 # Certificates for object stores and OTLP.

@@ -3,6 +3,7 @@
 //!
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
+//! - [`features`]: what this build has
 //! - [`files`]: files that are whole or not there
 //! - `gzip`: unpacks within a share of the packed size
 //! - [`memory`]: what each thread holds
@@ -24,6 +25,7 @@
 
 pub mod bundle;
 pub mod classify;
+pub mod features;
 pub mod files;
 #[cfg(any(feature = "serve", feature = "fold"))]
 mod gzip;
@@ -57,6 +59,6 @@ pub mod shutdown;
 #[cfg(feature = "train")]
 pub mod train;
 
-#[cfg(all(any(test, fuzzing), feature = "serve", feature = "fold"))]
+#[cfg(all(any(test, fuzzing), feature = "full", feature = "fold"))]
 #[doc(hidden)]
 pub mod fuzz;

@@ -1,5 +1,8 @@
 //! Logs: human lines on a terminal, JSON elsewhere, always on stderr. Traces to a collector, where one is named.
 
+#[cfg_attr(not(feature = "otlp"), path = "telemetry/no_traces.rs")]
+mod traces;
+
 use std::io::IsTerminal;
 
 use tracing::{Level, Subscriber};
@@ -8,6 +11,19 @@ use tracing_subscriber::layer::{Identity, Layered, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry};
+
+pub use traces::{Traces, init_traced, join};
+
+/// A span's ids in W3C Trace Context.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ids {
+    /// 32 hexadecimal digits, not all zero.
+    pub trace: String,
+    /// 16 hexadecimal digits, not all zero.
+    pub span: String,
+    /// Whether the trace is recorded.
+    pub sampled: bool,
+}
 
 /// Overrules the level: `debug`, or levels of modules such as `nbn=debug,ort=warn`.
 const RUST_LOG: &str = "RUST_LOG";
@@ -51,47 +67,4 @@ fn lines<S: Subscriber + for<'a> LookupSpan<'a>>() -> Box<dyn Layer<S> + Send + 
     } else {
         layer.json().flatten_event(true).boxed()
     }
-}
-
-/// The way to the collector.
-#[cfg(feature = "serve")]
-pub struct Traces(opentelemetry_sdk::trace::SdkTracerProvider);
-
-#[cfg(feature = "serve")]
-impl Traces {
-    /// Sends what is left. Blocks for a few seconds at most.
-    pub fn finish(self) {
-        if let Err(error) = self.0.shutdown() {
-            tracing::warn!(%error, "the last traces were not sent");
-        }
-    }
-}
-
-/// As [`init`], and sends spans to the collector at `otlp` over gRPC. Must be called inside a tokio runtime.
-///
-/// # Errors
-/// When `otlp` is no address of a collector.
-#[cfg(feature = "serve")]
-pub fn init_traced(level: Level, otlp: Option<&str>) -> Result<Option<Traces>, String> {
-    use opentelemetry::trace::TracerProvider;
-    use opentelemetry_otlp::WithExportConfig;
-    let Some(endpoint) = otlp else {
-        init(level);
-        return Ok(None);
-    };
-    if !endpoint.starts_with("http://") {
-        return Err(format!("{endpoint:?}: expected an address such as http://127.0.0.1:4317"));
-    }
-    let exporter = opentelemetry_otlp::SpanExporter::builder()
-        .with_tonic()
-        .with_endpoint(endpoint)
-        .build()
-        .map_err(|error| format!("{endpoint:?}: {error}"))?;
-    let resource = opentelemetry_sdk::Resource::builder().with_service_name("nbn").build();
-    let provider = opentelemetry_sdk::trace::SdkTracerProvider::builder()
-        .with_batch_exporter(exporter)
-        .with_resource(resource)
-        .build();
-    start(level, tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")));
-    Ok(Some(Traces(provider)))
 }

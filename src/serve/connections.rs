@@ -15,7 +15,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -106,7 +106,7 @@ async fn accept(
             match tls {
                 None => connection(stream, router, patience, draining).await,
                 Some(tls) => {
-                    if let Some(stream) = handshake(&tls, stream, limits.header_timeout).await {
+                    if let Some(stream) = tls.accept(stream, limits.header_timeout).await {
                         connection(stream, router, patience, draining).await;
                     }
                 }
@@ -130,21 +130,6 @@ impl Drop for Open {
 fn is_the_peers(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
-}
-
-async fn handshake(
-    tls: &Tls,
-    stream: TcpStream,
-    limit: Duration,
-) -> Option<tokio_rustls::server::TlsStream<TcpStream>> {
-    match tokio::time::timeout(limit, tls.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => Some(stream),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "a TLS handshake failed");
-            None
-        }
-        Err(_) => None,
-    }
 }
 
 async fn connection<S>(stream: S, router: Router, patience: Patience, mut draining: watch::Receiver<()>)

@@ -11,14 +11,13 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
 use tracing::Instrument;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::App;
 use super::cut;
 use super::problem::{Problem, ProblemBody};
 use crate::classify::Timings;
+use crate::telemetry::{Ids, join};
 
 /// Header that names a request in answers and logs.
 const REQUEST_ID: &str = "x-request-id";
@@ -129,9 +128,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     // A client may make methods up.
     let method = cut::shown(request.method());
     let parent = parent(request.headers());
-    let mut trace =
-        parent.as_ref().map_or_else(|| format!("{}{}", random_hex(), random_hex()), |p| p.trace_id().to_string());
-    let flags = parent.as_ref().map_or(TraceFlags::default(), SpanContext::trace_flags);
+    let trace = parent.as_ref().map_or_else(|| format!("{}{}", random_hex(), random_hex()), |p| p.trace.clone());
     let span = tracing::info_span!(
         "request",
         id,
@@ -142,20 +139,11 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         otel.kind = "server",
         http.response.status_code = tracing::field::Empty
     );
-    if let Some(parent) = parent {
-        // Without --otlp there is nobody to tell.
-        let _ = span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent));
-    }
-    // With --otlp the exported span's own ids, else a fresh one.
-    let own = span.context();
-    let own = own.span().span_context().clone();
-    let exported = own.is_valid();
-    let span_id = if exported {
-        trace = own.trace_id().to_string();
-        own.span_id().to_string()
-    } else {
-        random_hex()
-    };
+    let exported = join(&span, parent.as_ref());
+    let is_exported = exported.is_some();
+    let sampled = parent.is_some_and(|parent| parent.sampled);
+    // A fresh span where none is exported.
+    let (trace, span_id) = exported.map_or_else(|| (trace, random_hex()), |ids| (ids.trace, ids.span));
     let notes = Notes::default();
     request.extensions_mut().insert(notes.clone());
     let response = next.run(request).instrument(span.clone()).await;
@@ -167,7 +155,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     } else {
         response
     };
-    if exported {
+    if is_exported {
         // The log's lines would have all of the span's fields written anew, and have the code already.
         span.record("http.response.status_code", response.status().as_u16());
     }
@@ -179,7 +167,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         span.in_scope(|| tracing::info!(code, ms, model = notes.with(|n| n.model.clone()), "{method}"));
     }
     let headers = response.headers_mut();
-    let traceparent = format!("00-{trace}-{span_id}-{:02x}", flags.to_u8());
+    let traceparent = format!("00-{trace}-{span_id}-{:02x}", u8::from(sampled));
     for (name, value) in [(REQUEST_ID, id), (TRACEPARENT, traceparent)] {
         if let Ok(value) = HeaderValue::from_str(&value) {
             headers.insert(name, value);
@@ -216,7 +204,7 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
     let (mut parts, _) = response.into_parts();
     let wait = problem.retry_after.map(|wait| HeaderValue::from(wait.as_secs_f64().ceil() as u64));
     if protocol == Protocol::Grpc {
-        let mut response = super::v2::status_of(&problem).into_http::<Body>();
+        let mut response = super::v2::refusal(&problem);
         if let Some(wait) = wait {
             response.headers_mut().insert(header::RETRY_AFTER, wait);
         }
@@ -259,22 +247,21 @@ pub(crate) fn panicked(panic: Option<Box<dyn Any + Send + 'static>>) -> Problem 
 }
 
 /// The caller's span, by the W3C's Trace Context: `00-<32 hex>-<16 hex>-<2 hex>`; nothing when it is not of that form.
-fn parent(headers: &HeaderMap) -> Option<SpanContext> {
+fn parent(headers: &HeaderMap) -> Option<Ids> {
     let text = headers.get(TRACEPARENT)?.to_str().ok()?;
     let mut parts = text.split('-');
     let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
     let hex = |text: &str, n| text.len() == n && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let zero = |text: &str| text.bytes().all(|b| b == b'0');
     let later = version != "00";
     if !hex(version, 2) || version == "ff" || !hex(trace, 32) || !hex(span, 16) || !hex(flags, 2) {
         return None;
     }
-    if parts.next().is_some() && !later {
+    if zero(trace) || zero(span) || (parts.next().is_some() && !later) {
         return None;
     }
-    let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()? & 1);
-    let trace = TraceId::from_hex(trace).ok()?;
-    let context = SpanContext::new(trace, SpanId::from_hex(span).ok()?, flags, true, TraceState::default());
-    context.is_valid().then_some(context)
+    let sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
+    Some(Ids { trace: trace.into(), span: span.into(), sampled })
 }
 
 fn is_id(text: &str) -> bool {

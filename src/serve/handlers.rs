@@ -11,17 +11,18 @@ use tokio::time::Instant;
 
 use super::envelope::Notes;
 use super::infer::{self, default_model, find};
-use super::options::QueryOptions;
-use super::problem::{Problem, ProblemBody};
-use super::wire::{ClassifyReply, ClassifyRequest, ImageResult, ModelCard, ModelList, ModelSummary};
+use super::problem::Problem;
+use super::wire::{ClassifyReply, ImageResult, ModelCard, ModelList, ModelSummary};
 use super::{App, input, metrics, openapi};
+#[cfg(feature = "openapi")]
+use super::{options::QueryOptions, problem::ProblemBody, wire::ClassifyRequest};
 use crate::classify::Input;
 use crate::registry::ServedModel;
 
 /// Classifies with the default model
 ///
 /// Needs one model, or `--default-model`.
-#[utoipa::path(
+#[cfg_attr(feature = "openapi", utoipa::path(
     post, path = "/v1/classify", tag = "classify",
     params(QueryOptions),
     request_body(
@@ -36,7 +37,7 @@ use crate::registry::ServedModel;
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
         (status = "default", description = "400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503 or 504", body = ProblemBody, content_type = "application/problem+json"),
     )
-)]
+))]
 pub(crate) async fn classify_default(
     State(app): State<App>,
     Extension(notes): Extension<Notes>,
@@ -46,7 +47,7 @@ pub(crate) async fn classify_default(
 }
 
 /// Classifies with the named model
-#[utoipa::path(
+#[cfg_attr(feature = "openapi", utoipa::path(
     post, path = "/v1/models/{model}/classify", tag = "classify",
     params(("model" = String, Path, description = "Name of the model"), QueryOptions),
     request_body(
@@ -59,7 +60,7 @@ pub(crate) async fn classify_default(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
         (status = "default", description = "As in /v1/classify", body = ProblemBody, content_type = "application/problem+json"),
     )
-)]
+))]
 pub(crate) async fn classify_model(
     State(app): State<App>,
     Extension(notes): Extension<Notes>,
@@ -70,7 +71,7 @@ pub(crate) async fn classify_model(
 }
 
 /// Classifies with the named model, if that version is served
-#[utoipa::path(
+#[cfg_attr(feature = "openapi", utoipa::path(
     post, path = "/v1/models/{model}/versions/{version}/classify", tag = "classify",
     params(
         ("model" = String, Path, description = "Name of the model"),
@@ -87,7 +88,7 @@ pub(crate) async fn classify_model(
         (status = 200, description = "One result per image, in order", body = ClassifyReply),
         (status = "default", description = "As in /v1/classify", body = ProblemBody, content_type = "application/problem+json"),
     )
-)]
+))]
 pub(crate) async fn classify_version(
     State(app): State<App>,
     Extension(notes): Extension<Notes>,
@@ -139,10 +140,10 @@ async fn answer(
 }
 
 /// Lists the models
-#[utoipa::path(get, path = "/v1/models", tag = "models", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v1/models", tag = "models", responses(
     (status = 200, description = "By name", body = ModelList),
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
-))]
+)))]
 pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
     let default = app.registry.default_model();
     let summary = |model: &Arc<ServedModel>| ModelSummary {
@@ -156,47 +157,47 @@ pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
 }
 
 /// Shows a model's card
-#[utoipa::path(get, path = "/v1/models/{model}", tag = "models",
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v1/models/{model}", tag = "models",
     params(("model" = String, Path, description = "Name of the model")),
     responses(
         (status = 200, description = "Classes, counts, preprocessing, fold proof, calibration, measured figures", body = ModelCard),
         (status = "default", description = "404", body = ProblemBody, content_type = "application/problem+json"),
     )
-)]
+))]
 pub(crate) async fn model(State(app): State<App>, Path(name): Path<String>) -> Result<Json<ModelCard>, Problem> {
     Ok(Json(ModelCard::of(&*find(&app, &name, None)?)?))
 }
 
 /// Says that the process answers
-#[utoipa::path(get, path = "/livez", tag = "health", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/livez", tag = "health", responses(
     (status = 200, description = "Alive", body = String, content_type = "text/plain"),
-))]
+)))]
 pub(crate) async fn live() -> &'static str {
     "ok\n"
 }
 
 /// Says whether requests should be sent here
-#[utoipa::path(get, path = "/readyz", tag = "health", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/readyz", tag = "health", responses(
     (status = 200, description = "Every model is loaded and warm", body = String, content_type = "text/plain"),
     (status = "default", description = "503 while models are opened, and while draining", body = ProblemBody, content_type = "application/problem+json"),
-))]
+)))]
 pub(crate) async fn ready(State(app): State<App>) -> Result<&'static str, Problem> {
     app.ready().map(|()| "ready\n")
 }
 
 /// Figures for Prometheus, in OpenMetrics text
-#[utoipa::path(get, path = "/metrics", tag = "health", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/metrics", tag = "health", responses(
     (status = 200, description = "On the admin listener, where there is one", body = String, content_type = "application/openmetrics-text"),
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
-))]
+)))]
 pub(crate) async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.telemetry.text(&app.registry)).into_response()
 }
 
 /// This document
-#[utoipa::path(get, path = "/openapi.yaml", tag = "health", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/openapi.yaml", tag = "health", responses(
     (status = 200, description = "OpenAPI 3.1", body = String, content_type = "application/yaml"),
-))]
+)))]
 pub(crate) async fn openapi() -> Response {
     ([(header::CONTENT_TYPE, "application/yaml")], openapi::document()).into_response()
 }

@@ -17,10 +17,12 @@ mod options;
 mod origins;
 mod page;
 mod problem;
+#[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;
 mod v2;
 mod wire;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -284,7 +286,17 @@ async fn admit_metrics_freely(state: State<App>, request: Request, next: Next) -
 
 /// Serves until `stop` becomes true, then drains: readiness fails, no connection is accepted, and open requests
 /// have the options' `drain_timeout` to finish. The registry may be filled meanwhile; until then readiness fails.
-pub async fn run(
+pub fn run(
+    listeners: Listeners,
+    registry: Arc<Registry>,
+    options: ServeOptions,
+    stop: watch::Receiver<bool>,
+) -> Pin<Box<dyn Future<Output = Ended> + Send>> {
+    // Boxed here: else every program that calls this would compile hyper and all of this room anew.
+    Box::pin(serve(listeners, registry, options, stop))
+}
+
+async fn serve(
     listeners: Listeners,
     registry: Arc<Registry>,
     options: ServeOptions,

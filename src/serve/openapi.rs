@@ -1,55 +1,73 @@
-//! The OpenAPI document, generated from the handlers and wire types.
-
-use utoipa::OpenApi;
-
-use super::{handlers, problem, v2, wire};
-
-#[derive(OpenApi)]
-#[openapi(
-    info(
-        title = "nbn",
-        description = "Image classification by networks trained on long-tailed data with a normalised BatchNorm.",
-        license(name = "MIT OR Apache-2.0")
-    ),
-    paths(
-        handlers::classify_default,
-        handlers::classify_model,
-        handlers::classify_version,
-        handlers::models,
-        handlers::model,
-        handlers::live,
-        handlers::ready,
-        handlers::openapi,
-        handlers::metrics,
-        v2::server,
-        v2::live,
-        v2::ready,
-        v2::metadata,
-        v2::metadata_version,
-        v2::model_ready,
-        v2::model_ready_version,
-        v2::all_stats,
-        v2::stats,
-        v2::stats_version,
-        v2::config,
-        v2::config_version,
-        v2::infer,
-        v2::infer_version,
-        v2::index,
-        v2::load,
-        v2::unload
-    ),
-    components(schemas(problem::ProblemBody, wire::ClassifyRequest, v2::ErrorBody, v2::WireInfer))
-)]
-struct Document;
+//! The OpenAPI document. The feature `openapi` generates it from the handlers and wire types; other builds include what
+//! that wrote.
 
 /// The document in YAML.
 pub fn document() -> String {
-    // The document is built from constants, and a test writes it.
-    Document::openapi().to_yaml().unwrap_or_default()
+    #[cfg(feature = "openapi")]
+    return generated::yaml();
+    #[cfg(not(feature = "openapi"))]
+    include_str!("../../openapi.yaml").to_owned()
 }
 
 /// The document in JSON.
 pub fn document_json() -> String {
-    Document::openapi().to_json().unwrap_or_default()
+    #[cfg(feature = "openapi")]
+    return generated::json();
+    #[cfg(not(feature = "openapi"))]
+    include_str!("../../openapi.json").to_owned()
+}
+
+#[cfg(feature = "openapi")]
+mod generated {
+    use utoipa::OpenApi;
+
+    use super::super::{handlers, problem, v2, wire};
+
+    #[derive(OpenApi)]
+    #[openapi(
+        info(
+            title = "nbn",
+            description = "Image classification by networks trained on long-tailed data with a normalised BatchNorm.",
+            license(name = "MIT OR Apache-2.0")
+        ),
+        paths(
+            handlers::classify_default,
+            handlers::classify_model,
+            handlers::classify_version,
+            handlers::models,
+            handlers::model,
+            handlers::live,
+            handlers::ready,
+            handlers::openapi,
+            handlers::metrics,
+            v2::server,
+            v2::live,
+            v2::ready,
+            v2::metadata,
+            v2::metadata_version,
+            v2::model_ready,
+            v2::model_ready_version,
+            v2::all_stats,
+            v2::stats,
+            v2::stats_version,
+            v2::config,
+            v2::config_version,
+            v2::infer,
+            v2::infer_version,
+            v2::index,
+            v2::load,
+            v2::unload
+        ),
+        components(schemas(problem::ProblemBody, wire::ClassifyRequest, v2::ErrorBody, v2::WireInfer))
+    )]
+    struct Document;
+
+    pub(super) fn yaml() -> String {
+        // The document is built from constants, and a test compares it with openapi.yaml.
+        Document::openapi().to_yaml().unwrap_or_default()
+    }
+
+    pub(super) fn json() -> String {
+        Document::openapi().to_pretty_json().unwrap_or_default() + "\n"
+    }
 }

@@ -5,7 +5,6 @@ use std::fmt;
 
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
 
 use super::cut::{self, quoted, shown};
 use super::objects;
@@ -15,23 +14,24 @@ use crate::classify::{Abstention, ScoreRequest};
 use crate::scores::{Prior, SetRung, SetScore};
 
 /// What the answer holds.
-#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Options {
     /// Classes per image, the best first; 5 when absent, at most the number of classes.
     #[serde(default)]
-    #[schema(minimum = 1)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub(crate) top_k: Option<usize>,
     /// Leave out classes that score less; abstain when that leaves none.
     #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 1.0)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
     pub(crate) min_score: Option<f64>,
     /// The class prior to answer under.
     #[serde(default)]
     pub(crate) prior: Option<WirePrior>,
     /// Add a prediction set that misses the true class at most this often.
     #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 1.0)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
     pub(crate) alpha: Option<f64>,
     /// Score of the prediction set; `pas` when absent.
     #[serde(default)]
@@ -41,7 +41,7 @@ pub(crate) struct Options {
     pub(crate) set_rung: Option<WireSetRung>,
     /// Abstain when the set is larger; needs `alpha`.
     #[serde(default)]
-    #[schema(minimum = 1)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub(crate) max_set_size: Option<usize>,
     /// Abstain when the best class has no calibration image.
     #[serde(default)]
@@ -52,7 +52,8 @@ pub(crate) struct Options {
 }
 
 /// The same in a query string; here for openapi.yaml, as [`Options::from_query`] reads it.
-#[derive(IntoParams)]
+#[cfg(feature = "openapi")]
+#[derive(utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes what from_query reads")]
 pub(crate) struct QueryOptions {
@@ -87,7 +88,8 @@ pub(crate) struct QueryOptions {
 /// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
 /// object from label to number. Numbers must be above 0 and need not sum to 1.
 // Serialised for openapi.yaml's sake, which reads `untagged` off it; what is read goes through `PriorVisitor`, bounded.
-#[derive(Debug, Clone, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(untagged)]
 pub(crate) enum WirePrior {
     /// `uniform` or `train`.
@@ -145,7 +147,8 @@ impl<'de> Deserialize<'de> for WirePrior {
 }
 
 /// A prior with a name.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NamedPrior {
     /// Every class equally often.
@@ -155,7 +158,8 @@ pub(crate) enum NamedPrior {
 }
 
 /// What a prediction set's threshold is compared with.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WireSetScore {
     /// Prevalence-adjusted: the score divided by the class's share of the training images.
@@ -165,7 +169,8 @@ pub(crate) enum WireSetScore {
 }
 
 /// For whom a prediction set's coverage holds.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WireSetRung {
     /// Over all images.
@@ -177,7 +182,8 @@ pub(crate) enum WireSetRung {
 }
 
 /// An extra part of the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Include {
     /// The network's output for every class.

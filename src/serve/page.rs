@@ -5,7 +5,6 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tower_http::set_header::SetResponseHeaderLayer;
-use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::App;
 
@@ -22,10 +21,25 @@ pub(super) fn routes() -> Router<App> {
         .route("/page.css", get(|| file("text/css; charset=utf-8", include_str!("page/page.css"))))
         .route("/page.js", get(|| file("text/javascript; charset=utf-8", include_str!("page/page.js"))))
         .layer(policy(POLICY));
-    let docs = Router::from(SwaggerUi::new("/docs").config(Config::from("/openapi.yaml"))).layer(policy(DOCS_POLICY));
-    page.merge(docs)
+    page.merge(docs().layer(policy(DOCS_POLICY)))
         .layer(SetResponseHeaderLayer::overriding(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")))
         .layer(SetResponseHeaderLayer::overriding(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")))
+}
+
+#[cfg(feature = "swagger-ui")]
+fn docs() -> Router<App> {
+    use utoipa_swagger_ui::{Config, SwaggerUi};
+    Router::from(SwaggerUi::new("/docs").config(Config::from("/openapi.yaml")))
+}
+
+#[cfg(not(feature = "swagger-ui"))]
+fn docs() -> Router<App> {
+    use super::problem::Problem;
+    use crate::features::Feature;
+    async fn missing() -> Problem {
+        Problem::missing(&Feature::SwaggerUi.missing("the page /docs, which shows what /openapi.yaml describes,"))
+    }
+    Router::new().route("/docs", get(missing)).route("/docs/{*rest}", get(missing))
 }
 
 fn policy(policy: &'static str) -> SetResponseHeaderLayer<HeaderValue> {

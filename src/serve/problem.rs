@@ -6,7 +6,6 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use utoipa::ToSchema;
 
 use super::cut;
 use crate::classify::{ClassifyError, ScoreError};
@@ -51,8 +50,9 @@ impl From<Detail> for String {
 }
 
 /// An error, as RFC 9457 describes it.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(as = Problem)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = Problem))]
 pub(crate) struct ProblemBody {
     /// Always `about:blank`: `code` tells the kinds apart.
     #[serde(rename = "type")]
@@ -81,6 +81,12 @@ impl Problem {
 
     pub(crate) fn bad_request(code: &'static str, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, code, detail)
+    }
+
+    /// The request needs what this build leaves out.
+    #[cfg(any(not(feature = "grpc"), not(feature = "swagger-ui")))]
+    pub(crate) fn missing(missing: &crate::features::Missing) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, "feature_missing", missing.to_string())
     }
 
     pub(crate) fn with_limit(mut self, limit: u64) -> Self {

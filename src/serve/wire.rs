@@ -1,7 +1,6 @@
 //! What goes over the wire in JSON, with the descriptions that openapi.yaml carries.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::objects;
 use super::options::{Include, Options, WireSetRung, WireSetScore};
@@ -15,7 +14,8 @@ use crate::scores::{PredictionSet, Prior, SetRequest, SetRung};
 const DEFAULT_TOP_K: usize = 5;
 
 /// Several images in one JSON body.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ClassifyRequest {
     /// The images, answered in this order.
@@ -27,14 +27,15 @@ pub(crate) struct ClassifyRequest {
 }
 
 /// One image in a JSON body.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct JsonImage {
     /// The encoded file in standard base64.
     pub(crate) b64: String,
     /// Echoed in the result; at most 1,024 bytes.
     #[serde(default)]
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub(crate) id: Option<ClientId>,
 }
 
@@ -78,7 +79,8 @@ impl From<ClientId> for String {
 }
 
 /// The answer to a classify request.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ClassifyReply {
     /// Name of the model.
     pub(crate) model: String,
@@ -111,7 +113,8 @@ impl ClassifyReply {
 }
 
 /// What a score is.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Scale {
     /// Softmax of the logits: it ranks classes, and is no probability of being right.
@@ -127,11 +130,12 @@ impl Scale {
 }
 
 /// One image's answer: `predictions`, or `error` when this image, among several, could not be classified.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ImageResult {
     /// The image's id, or its file name in a multipart body.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub(crate) id: Option<ClientId>,
     /// The best classes, best first.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -157,7 +161,8 @@ pub(crate) struct ImageResult {
 }
 
 /// One class and its score.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ClassScore {
     /// Index of the class.
     pub(crate) class_id: usize,
@@ -183,7 +188,8 @@ pub(crate) struct ClassScore {
 }
 
 /// How well founded a class's calibration is.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum WireStatus {
     /// Enough calibration images for a map of its own.
@@ -205,7 +211,8 @@ impl From<Status> for WireStatus {
 }
 
 /// The classes that the true one is among, but for a share `alpha` of images.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireSet {
     /// The level asked for.
     pub(crate) alpha: f64,
@@ -242,7 +249,8 @@ impl WireSet {
 }
 
 /// Whether to act on the best class.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WireDecision {
     /// No limit in the request speaks against it.
@@ -252,7 +260,8 @@ pub(crate) enum WireDecision {
 }
 
 /// Class group by training images.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WireGroup {
     /// Over 100.
@@ -274,7 +283,8 @@ impl From<Group> for WireGroup {
 }
 
 /// Milliseconds by stage.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct StageMillis {
     /// Waiting for a worker.
     pub(crate) queue_ms: f64,
@@ -289,7 +299,8 @@ pub(crate) struct StageMillis {
 }
 
 /// Why one image among several has no predictions.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ImageError {
     /// The status that the image alone would have got.
     pub(crate) status: u16,
@@ -368,14 +379,16 @@ impl ImageResult {
 }
 
 /// The models that this server has.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelList {
     /// By name.
     pub(crate) models: Vec<ModelSummary>,
 }
 
 /// One model in the list.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelSummary {
     /// Its name.
     pub(crate) name: String,
@@ -390,7 +403,8 @@ pub(crate) struct ModelSummary {
 }
 
 /// A model's card.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelCard {
     /// Its name.
     pub(crate) name: String,
@@ -401,20 +415,21 @@ pub(crate) struct ModelCard {
     /// What a score is.
     pub(crate) scale: Scale,
     /// `calibration.json`'s content without its tables; null when scores are the softmax.
-    #[schema(required)]
+    #[cfg_attr(feature = "openapi", schema(required))]
     pub(crate) calibration: Option<CalibrationCard>,
     /// The bundle's manifest: arch, classes with counts, preprocessing, fold report and proof, digests, and the
     /// measured accuracy under `evaluation` when it was given to `fold export`.
-    #[schema(value_type = Object)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub(crate) manifest: serde_json::Value,
     /// What `fold evaluate --card` measured on a test set.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
     pub(crate) evaluation: Option<serde_json::Value>,
 }
 
 /// How a model's scores were calibrated.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct CalibrationCard {
     /// As in answers.
     pub(crate) id: String,
@@ -427,12 +442,13 @@ pub(crate) struct CalibrationCard {
     /// Calibration images and status per class, in the order of the logits.
     pub(crate) classes: Vec<ClassFoundation>,
     /// What it was fitted on, and what that changed.
-    #[schema(value_type = Object)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub(crate) fit: serde_json::Value,
 }
 
 /// What a class's calibration stands on.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ClassFoundation {
     /// The class.
     pub(crate) label: String,

@@ -1,6 +1,9 @@
 //! One binary for all integration tests: a module per subject.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::type_complexity)]
 
+#[cfg(not(feature = "dev"))]
+compile_error!("the tests need every feature: cargo test --features dev");
+
 mod batch;
 mod calibration;
 mod cli;

@@ -20,8 +20,11 @@ fn openapi_yaml_is_the_document_that_the_code_generates() {
     let file = std::fs::read_to_string(root().join("openapi.yaml")).unwrap();
     let document = nbn::serve::document();
     let differs = file.lines().zip(document.lines()).find(|(a, b)| a != b);
-    assert!(file == document, "run: cargo run -- openapi > openapi.yaml; the first lines that differ: {differs:?}");
+    let command = "cargo run --features openapi -- openapi";
+    assert!(file == document, "run: {command} > openapi.yaml; the first lines that differ: {differs:?}");
     assert!(file.starts_with("openapi: 3.1"));
+    let file = std::fs::read_to_string(root().join("openapi.json")).unwrap();
+    assert!(file == nbn::serve::document_json(), "run: {command} --format json > openapi.json");
 }
 
 #[tokio::test]

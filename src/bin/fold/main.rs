@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use nbn::bundle::Bundle;
+use nbn::features::long_version;
 use nbn::fold::{Checkpoint, inspect};
 use nbn::memory::Counting;
 use nbn::runtime::disable_telemetry;
@@ -21,7 +22,7 @@ static ALLOCATOR: Counting = Counting;
 
 /// Folds networks trained with a normalised BatchNorm (NBN) into plain ONNX bundles that `nbn` serves.
 #[derive(Parser)]
-#[command(name = "fold", version, arg_required_else_help = true)]
+#[command(name = "fold", version, long_version = long_version(), arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
+use nbn::features::Feature;
 use toml::{Table, Value};
 
 use crate::Cli;
@@ -146,6 +147,15 @@ pub(crate) fn check(args: &Serve) -> anyhow::Result<()> {
         args.tls_cert.is_some() == args.tls_key.is_some(),
         "--tls-cert and --tls-key belong together: give both or neither"
     );
+    for (flag, feature, given) in [
+        ("--grpc-addr", Feature::Grpc, args.grpc_addr.is_some()),
+        ("--tls-cert", Feature::Tls, args.tls_cert.is_some()),
+        ("--otlp", Feature::Otlp, args.otlp.is_some()),
+    ] {
+        if given && !feature.is_built() {
+            return Err(feature.missing(flag).into());
+        }
+    }
     ensure!(
         args.max_body_mb <= args.max_buffered_mb,
         "--max-body-mb {} exceeds --max-buffered-mb {}: a body as large as that would never be let in; raise the latter",

@@ -1,17 +1,15 @@
 //! `nbn health`.
 
+#[cfg(feature = "tls")]
+mod tls;
+
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
 
 use crate::DEFAULT_ADDR;
 use crate::address::address;
@@ -50,9 +48,14 @@ fn connect(target: SocketAddr) -> anyhow::Result<TcpStream> {
     Ok(stream)
 }
 
+#[cfg(feature = "tls")]
 fn over_tls(target: SocketAddr) -> anyhow::Result<String> {
-    let connection = ClientConnection::new(Arc::new(anybody()?), ServerName::from(target.ip()))?;
-    ask(StreamOwned::new(connection, connect(target)?), target)
+    ask(tls::stream(connect(target)?, target)?, target)
+}
+
+#[cfg(not(feature = "tls"))]
+fn over_tls(_: SocketAddr) -> anyhow::Result<String> {
+    Err(nbn::features::Feature::Tls.missing("a server with TLS").into())
 }
 
 fn ask(mut stream: impl Read + Write, target: SocketAddr) -> anyhow::Result<String> {
@@ -60,52 +63,4 @@ fn ask(mut stream: impl Read + Write, target: SocketAddr) -> anyhow::Result<Stri
     let mut reply = Vec::new();
     stream.take(MOST).read_to_end(&mut reply)?;
     Ok(String::from_utf8_lossy(&reply).into_owned())
-}
-
-/// A client of whoever answers: the check stays on its own machine, tells nothing, and learns one status.
-fn anybody() -> Result<ClientConfig, rustls::Error> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    Ok(ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-        .with_no_client_auth())
-}
-
-#[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }

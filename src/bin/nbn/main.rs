@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use nbn::features::long_version;
 use nbn::memory::{self, Counting};
 use nbn::pixels::DecodeLimits;
 use nbn::runtime::{Device, NetworkCache, SessionOptions, disable_telemetry};
@@ -26,7 +27,7 @@ const BAD_CONFIGURATION: u8 = 78;
 
 /// Serves image classifiers that were trained on long-tailed data.
 #[derive(Parser)]
-#[command(name = "nbn", version, arg_required_else_help = true)]
+#[command(name = "nbn", version, long_version = long_version(), arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -179,6 +179,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
 }
 
 fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
+    args.rows.format.is_built()?;
     let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (_sender, told) = signals.block_on(async { shutdown::on_signal() })?;
     let stopped = Stopped::when(move || *told.borrow());

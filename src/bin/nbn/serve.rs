@@ -31,7 +31,7 @@ pub(crate) struct Serve {
     addr: SocketAddr,
     /// The same on a second address, for gRPC clients that expect a port of their own
     #[arg(long, env = "NBN_GRPC_ADDR", value_parser = address)]
-    grpc_addr: Option<SocketAddr>,
+    pub(crate) grpc_addr: Option<SocketAddr>,
     /// Address for /metrics and for loading and unloading models, which then are there and only there
     #[arg(long, env = "NBN_ADMIN_ADDR", value_parser = address)]
     admin_addr: Option<SocketAddr>,
@@ -104,7 +104,7 @@ pub(crate) struct Serve {
     access_log: bool,
     /// Send traces to an OpenTelemetry collector over gRPC, such as http://127.0.0.1:4317
     #[arg(long, env = "NBN_OTLP")]
-    otlp: Option<String>,
+    pub(crate) otlp: Option<String>,
     /// TOML file with long flags for keys; flags and environment overrule it
     #[arg(long, env = "NBN_CONFIG")]
     pub(crate) config: Option<PathBuf>,
@@ -147,7 +147,7 @@ pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
 async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
     configuration::check(&args).context(Unusable)?;
     let traces = nbn::telemetry::init_traced(tracing::Level::INFO, args.otlp.as_deref());
-    let traces = traces.map_err(|e| anyhow!("--otlp: {e}")).context(Unusable)?;
+    let traces = traces.map_err(|reason| anyhow!(reason)).context(Unusable)?;
     let result = serve(args).await;
     if let Some(traces) = traces {
         // What has not been sent yet is worth a moment, not more.

@@ -1,5 +1,6 @@
 //! Rows and the forms that they are written in.
 
+#[cfg_attr(not(feature = "parquet"), path = "no_parquet.rs")]
 mod parquet;
 mod text;
 
@@ -11,6 +12,7 @@ use serde::Serialize;
 
 use crate::bundle::{Class, Group, Manifest};
 use crate::classify::{Decision, Prediction, ScoreRule, Scorer};
+use crate::features::{Feature, Missing};
 
 pub(super) use self::parquet::keys as keys_in_parquet;
 pub(super) use self::text::{keys_in_csv, keys_in_json_lines};
@@ -31,6 +33,15 @@ impl Format {
     /// The form whose files end in `ending`.
     pub(super) fn of_ending(ending: &str) -> Option<Self> {
         Self::value_variants().iter().copied().find(|format| format.ending() == ending)
+    }
+
+    /// Whether this build writes it.
+    ///
+    /// # Errors
+    /// Names the feature that is missing.
+    pub fn is_built(self) -> Result<(), Missing> {
+        let missing = self == Self::Parquet && !Feature::Parquet.is_built();
+        if missing { Err(Feature::Parquet.missing("--format parquet")) } else { Ok(()) }
     }
 
     /// The ending of files of this form.
@@ -192,9 +203,9 @@ pub enum RowWriter<'a, W: Write + Send> {
     /// JSON lines.
     Jsonl(text::JsonLines<'a, W>),
     /// CSV.
-    Csv(text::Csv<'a, W>),
+    Csv(Box<text::Csv<'a, W>>),
     /// Parquet.
-    Parquet(parquet::Parquet<'a, W>),
+    Parquet(Box<parquet::Parquet<'a, W>>),
 }
 
 impl<'a, W: Write + Send> RowWriter<'a, W> {
@@ -205,8 +216,8 @@ impl<'a, W: Write + Send> RowWriter<'a, W> {
     pub fn new(output: W, format: Format, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
         Ok(match format {
             Format::Jsonl => Self::Jsonl(text::JsonLines::new(output, columns, classes)),
-            Format::Csv => Self::Csv(text::Csv::new(output, columns, classes)?),
-            Format::Parquet => Self::Parquet(parquet::Parquet::new(output, columns, classes)?),
+            Format::Csv => Self::Csv(Box::new(text::Csv::new(output, columns, classes)?)),
+            Format::Parquet => Self::Parquet(Box::new(parquet::Parquet::new(output, columns, classes)?)),
         })
     }
 

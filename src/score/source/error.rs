@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::features::Missing;
 use crate::pixels::ENDINGS;
 
 /// An input that cannot be opened.
@@ -30,6 +31,9 @@ pub enum SourceError {
         /// What is wrong.
         reason: String,
     },
+    /// A kind of input that this build does not read.
+    #[error(transparent)]
+    Missing(#[from] Missing),
     /// An option that none of the inputs can use.
     #[error("{option} is of use only with {wanted}; no input is one: leave it out")]
     Unused {

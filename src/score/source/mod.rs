@@ -6,8 +6,10 @@ mod form;
 mod lines;
 mod list;
 mod members;
+#[cfg_attr(not(feature = "object-stores"), path = "no_objects.rs")]
 mod objects;
 mod place;
+#[cfg_attr(not(feature = "parquet"), path = "no_table.rs")]
 mod table;
 
 use std::fmt;

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read};
-use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -202,12 +201,14 @@ impl Object {
     }
 
     /// Bytes that it has.
+    #[cfg(feature = "parquet")]
     pub(super) fn len(&self) -> io::Result<u64> {
         Ok(self.stores.runtime()?.block_on(self.store.head(&self.path))?.size)
     }
 
     /// Some of its bytes.
-    pub(super) fn range(&self, range: Range<u64>) -> io::Result<Bytes> {
+    #[cfg(feature = "parquet")]
+    pub(super) fn range(&self, range: std::ops::Range<u64>) -> io::Result<Bytes> {
         Ok(self.stores.runtime()?.block_on(self.store.get_range(&self.path, range))?)
     }
 }

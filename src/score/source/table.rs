@@ -42,6 +42,10 @@ pub(super) fn open(place: Place, options: &SourceOptions) -> Result<Source, Sour
     Ok(Source::of_thread(table.name.clone(), labelled, &options.stopped, move |out| table.send(out)))
 }
 
+#[cfg_attr(
+    not(feature = "object-stores"),
+    expect(unreachable_code, unused_variables, reason = "there is no object then")
+)]
 fn open_reader(place: &Place) -> Result<Box<dyn FileReader>, ParquetError> {
     Ok(match place {
         Place::File(path) => Box::new(SerializedFileReader::new(File::open(path)?)?),

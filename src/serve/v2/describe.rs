@@ -1,7 +1,6 @@
 //! What the protocol tells of a server and its models.
 
 use serde::Serialize;
-use utoipa::ToSchema;
 
 use super::Output;
 use crate::registry::{IndexEntry, ModelState, ServedModel};
@@ -11,7 +10,8 @@ pub(super) const EXTENSIONS: [&str; 5] =
     ["binary_tensor_data", "classification", "statistics", "model_repository", "model_configuration"];
 
 /// A server.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ServerInfo {
     pub(super) name: &'static str,
     pub(super) version: &'static str,
@@ -19,7 +19,8 @@ pub(crate) struct ServerInfo {
 }
 
 /// A model.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelInfo {
     pub(super) name: String,
     /// The versions that answer.
@@ -31,7 +32,8 @@ pub(crate) struct ModelInfo {
 }
 
 /// A tensor; −1 stands for the number of images.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct TensorInfo {
     pub(super) name: &'static str,
     pub(super) datatype: &'static str,
@@ -89,7 +91,8 @@ pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Valu
 }
 
 /// How often, and how long in all.
-#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct CountAndTime {
     pub(super) count: u64,
     /// Nanoseconds.
@@ -97,7 +100,8 @@ pub(crate) struct CountAndTime {
 }
 
 /// Times of requests.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct InferStats {
     pub(super) success: CountAndTime,
     pub(super) fail: CountAndTime,
@@ -113,7 +117,8 @@ pub(crate) struct InferStats {
 }
 
 /// Times of the network's runs with one batch size.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct BatchSizeStats {
     pub(super) batch_size: u64,
     pub(super) compute_input: CountAndTime,
@@ -123,7 +128,8 @@ pub(crate) struct BatchSizeStats {
 }
 
 /// One version's statistics since it was loaded.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct VersionStats {
     pub(super) name: String,
     pub(super) version: String,
@@ -138,7 +144,8 @@ pub(crate) struct VersionStats {
 }
 
 /// Statistics.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct Stats {
     pub(super) model_stats: Vec<VersionStats>,
 }
@@ -181,7 +188,8 @@ pub(super) fn stats(model: &ServedModel) -> VersionStats {
 }
 
 /// One line of the repository's index.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct IndexLine {
     pub(super) name: String,
     pub(super) version: String,

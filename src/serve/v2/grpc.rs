@@ -25,10 +25,10 @@ use super::describe::{self, CountAndTime, TensorInfo};
 use super::messages as m;
 use super::messages::Choice;
 use super::tensors::{RawData, RawTensor};
-use super::{Answer, App, Call, IndexLine, Notes, Output, Problem, Wanted, bad, find, infer as shared, rest};
+use super::{Answer, App, Call, IndexLine, Notes, Output, Problem, Wanted, bad, find, infer as shared, is_grpc, rest};
 
 /// A problem as gRPC says it.
-pub(crate) fn status_of(problem: &Problem) -> Status {
+pub(crate) fn refusal(problem: &Problem) -> Response {
     let code = match problem.status {
         StatusCode::UNAUTHORIZED => Code::Unauthenticated,
         StatusCode::FORBIDDEN => Code::PermissionDenied,
@@ -42,12 +42,7 @@ pub(crate) fn status_of(problem: &Problem) -> Status {
         status if status.is_client_error() => Code::InvalidArgument,
         _ => Code::Internal,
     };
-    Status::new(code, problem.detail.to_string())
-}
-
-/// Whether the request says that it is gRPC. A page sends this type to another site only when CORS allows it.
-pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+    Status::new(code, problem.detail.to_string()).into_http()
 }
 
 /// A call: its message, and what answering it needs.

@@ -1,9 +1,12 @@
 //! The Open Inference Protocol, version 2, as KServe and Triton speak it: over REST with binary tensors (`rest`) and over
 //! gRPC (`grpc`). Both turn a request into a [`Call`] and an [`Answer`] into their own form.
 
+#[cfg(feature = "grpc")]
 mod bounds;
 mod describe;
+#[cfg_attr(not(feature = "grpc"), path = "no_grpc.rs")]
 mod grpc;
+#[cfg(feature = "grpc")]
 mod messages;
 mod rest;
 mod tensors;
@@ -13,10 +16,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderMap;
+use axum::http::header::CONTENT_TYPE;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::time::Instant;
-use utoipa::ToSchema;
 
 use super::App;
 use super::body;
@@ -29,14 +33,21 @@ use super::wire::ClientId;
 use crate::classify::{Input, Prediction, ScoreRequest, Scored};
 use crate::registry::ServedModel;
 
-use describe::{IndexLine, ModelInfo, ServerInfo, Stats};
-pub(crate) use grpc::{health, is_grpc, method, status_of};
+use describe::{IndexLine, ServerInfo, Stats};
+pub(crate) use grpc::{health, method, refusal};
 pub(crate) use rest::*;
 use tensors::{Data, RawTensor, Tensor};
+#[cfg(feature = "openapi")]
 pub(crate) use wire::WireInfer;
 
+/// Whether the request says that it is gRPC. A page sends this type to another site only when CORS allows it.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
 /// An error over REST.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ErrorBody {
     /// One sentence: the thing, the value, the limit, the way out.
     pub(crate) error: String,

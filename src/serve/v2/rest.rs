@@ -17,9 +17,11 @@ use super::super::wire::ClientId;
 use super::tensors::{Data, RawData, RawTensor};
 use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
 use super::{
-    Answer, App, Call, ErrorBody, IndexLine, ModelInfo, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad,
-    best_of, describe, find, infer as shared,
+    Answer, App, Call, IndexLine, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad, best_of, describe, find,
+    infer as shared,
 };
+#[cfg(feature = "openapi")]
+use super::{ErrorBody, describe::ModelInfo};
 
 /// The binary extension: bytes of the JSON before the tensors; 0 when the body is one encoded picture.
 const JSON_LENGTH: &str = "inference-header-content-length";
@@ -28,22 +30,22 @@ const JSON_LENGTH: &str = "inference-header-content-length";
 const SMALL_BODY: usize = 64 << 10;
 
 /// Describes the server
-#[utoipa::path(get, path = "/v2", tag = "v2", responses((status = 200, description = "Name, version, extensions", body = ServerInfo)))]
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2", tag = "v2", responses((status = 200, description = "Name, version, extensions", body = ServerInfo))))]
 pub(crate) async fn server() -> Json<ServerInfo> {
     Json(describe::server())
 }
 
 /// Says that the process answers
-#[utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive")))]
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive"))))]
 pub(crate) async fn live() -> StatusCode {
     StatusCode::OK
 }
 
 /// Says whether requests should be sent here
-#[utoipa::path(get, path = "/v2/health/ready", tag = "v2", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/ready", tag = "v2", responses(
     (status = 200, description = "Every model is loaded and warm"),
     (status = "default", description = "503 while models are opened, and while draining", body = ErrorBody),
-))]
+)))]
 pub(crate) async fn ready(State(app): State<App>) -> Result<StatusCode, Problem> {
     app.ready().map(|()| StatusCode::OK)
 }
@@ -51,19 +53,19 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<StatusCode, Problem>
 macro_rules! with_and_without_version {
     ($(#[$doc:meta])* $plain:ident $versioned:ident $path:literal $versioned_path:literal $reply:ty, $description:literal, $look:expr) => {
         $(#[$doc])*
-        #[utoipa::path(get, path = $path, tag = "v2",
+        #[cfg_attr(feature = "openapi", utoipa::path(get, path = $path, tag = "v2",
             params(("model" = String, Path, description = "Name of the model")),
             responses(
                 (status = 200, description = $description, body = $reply),
                 (status = "default", description = "404", body = ErrorBody),
             )
-        )]
+        ))]
         pub(crate) async fn $plain(State(app): State<App>, Path(model): Path<String>) -> Result<Response, Problem> {
             ($look)(&app, &model, None)
         }
 
         $(#[$doc])*
-        #[utoipa::path(get, path = $versioned_path, tag = "v2",
+        #[cfg_attr(feature = "openapi", utoipa::path(get, path = $versioned_path, tag = "v2",
             params(
                 ("model" = String, Path, description = "Name of the model"),
                 ("version" = String, Path, description = "A decimal number"),
@@ -72,7 +74,7 @@ macro_rules! with_and_without_version {
                 (status = 200, description = $description, body = $reply),
                 (status = "default", description = "404", body = ErrorBody),
             )
-        )]
+        ))]
         pub(crate) async fn $versioned(
             State(app): State<App>,
             Path((model, version)): Path<(String, String)>,
@@ -122,9 +124,9 @@ with_and_without_version! {
 }
 
 /// Counts and times of every model
-#[utoipa::path(get, path = "/v2/models/stats", tag = "v2", responses(
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/models/stats", tag = "v2", responses(
     (status = 200, description = "As perf_analyzer reads them", body = Stats),
-))]
+)))]
 pub(crate) async fn all_stats(State(app): State<App>) -> Json<Stats> {
     Json(Stats { model_stats: app.registry.models().iter().map(|model| describe::stats(model)).collect() })
 }
@@ -135,7 +137,7 @@ pub(super) fn versions(app: &App, name: &str) -> Vec<String> {
 }
 
 /// Infers with the named model
-#[utoipa::path(post, path = "/v2/models/{model}/infer", tag = "v2",
+#[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/models/{model}/infer", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     request_body(content((WireInfer = "application/json"), (Vec<u8> = "application/octet-stream"))),
     responses(
@@ -143,7 +145,7 @@ pub(super) fn versions(app: &App, name: &str) -> Vec<String> {
             (InferReply = "application/json"), (Vec<u8> = "application/octet-stream"))),
         (status = "default", description = "As in /v1/classify", body = ErrorBody),
     )
-)]
+))]
 pub(crate) async fn infer(
     State(app): State<App>,
     Extension(notes): Extension<Notes>,
@@ -154,7 +156,7 @@ pub(crate) async fn infer(
 }
 
 /// Infers with the named model in that version
-#[utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "v2",
+#[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "v2",
     params(
         ("model" = String, Path, description = "Name of the model"),
         ("version" = String, Path, description = "A decimal number"),
@@ -165,7 +167,7 @@ pub(crate) async fn infer(
             (InferReply = "application/json"), (Vec<u8> = "application/octet-stream"))),
         (status = "default", description = "As in /v1/classify", body = ErrorBody),
     )
-)]
+))]
 pub(crate) async fn infer_version(
     State(app): State<App>,
     Extension(notes): Extension<Notes>,
@@ -320,13 +322,13 @@ fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
 }
 
 /// Lists the repository's models
-#[utoipa::path(post, path = "/v2/repository/index", tag = "v2",
+#[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/repository/index", tag = "v2",
     request_body(content = Option<IndexQuery>, description = "May be empty"),
     responses(
         (status = 200, description = "Each version with its state", body = Vec<IndexLine>),
         (status = "default", description = "An error", body = ErrorBody),
     )
-)]
+))]
 pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Json<Vec<IndexLine>>, Problem> {
     let body = small(&app, request).await?.bytes;
     let query = if body.is_empty() || body.trim_ascii() == b"null" {
@@ -342,13 +344,13 @@ pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Js
 ///
 /// The new state is warmed beside the old and swapped without a failed request. The model comes from the repository;
 /// parameters that would send one are refused.
-#[utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "v2",
+#[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     responses(
         (status = 200, description = "Loaded"),
         (status = "default", description = "400 when it cannot be loaded, 403, 404", body = ErrorBody),
     )
-)]
+))]
 pub(crate) async fn load(
     control: Control,
     State(app): State<App>,
@@ -372,13 +374,13 @@ pub(crate) async fn load(
 /// Unloads a model
 ///
 /// Requests that it is at are still answered.
-#[utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "v2",
+#[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     responses(
         (status = 200, description = "Unloaded"),
         (status = "default", description = "403, 404", body = ErrorBody),
     )
-)]
+))]
 pub(crate) async fn unload(
     control: Control,
     State(app): State<App>,

@@ -6,18 +6,18 @@ use std::fmt;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use utoipa::ToSchema;
 
 use super::super::objects;
 use super::super::wire::ClientId;
 use super::tensors::JsonData;
 
 /// A request for inference. With the header `Inference-Header-Content-Length`, tensors follow the JSON as bytes.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireInfer {
     /// Echoed; at most 1,024 bytes.
     #[serde(default)]
-    #[schema(value_type = String)]
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub(super) id: ClientId,
     /// `timeout` (µs), `nbn_top_k` (`classification` of every output that has scores), `nbn_alpha`, `nbn_prior`,
     /// `binary_data_output`; others are ignored, `priority` among them: all wait in one queue.
@@ -139,7 +139,8 @@ impl<'de> Visitor<'de> for FewValues<'_> {
 }
 
 /// An input.
-#[derive(Deserialize, ToSchema)]
+#[derive(Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireInput {
     /// `images` or `image`.
     pub(super) name: String,
@@ -153,7 +154,7 @@ pub(crate) struct WireInput {
     pub(super) parameters: BTreeMap<String, Value>,
     /// Numbers, nested or flat; for BYTES pictures in base64.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<Value>>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Value>>))]
     pub(super) data: Option<JsonData>,
 }
 
@@ -164,7 +165,8 @@ impl fmt::Debug for WireInput {
 }
 
 /// An output that is asked for.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireOutput {
     /// `logits`, `probabilities` or `set`.
     pub(super) name: String,
@@ -174,29 +176,31 @@ pub(crate) struct WireOutput {
 }
 
 /// The answer.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct InferReply {
     pub(super) model_name: String,
     pub(super) model_version: String,
     #[serde(skip_serializing_if = "ClientId::is_empty")]
-    #[schema(value_type = String)]
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub(super) id: ClientId,
     pub(super) outputs: Vec<WireTensor>,
 }
 
 /// An output.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireTensor {
     pub(super) name: &'static str,
     pub(super) datatype: &'static str,
     pub(super) shape: Vec<usize>,
     /// `binary_data_size`, when the values follow the JSON.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
     pub(super) parameters: Option<Value>,
     /// Row-major.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Vec<Value>>)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Value>>))]
     pub(super) data: Option<WireData>,
 }
 
@@ -210,14 +214,16 @@ pub(crate) enum WireData {
 }
 
 /// A model that answers.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelReady {
     pub(super) name: String,
     pub(super) ready: bool,
 }
 
 /// Which lines of the index are wanted.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct IndexQuery {
     /// Only versions that answer.
     #[serde(default)]
