@@ -697,7 +697,7 @@ def bundles():
         "fit": {
             "by": "fold 0.1.0",
             "created": "2026-01-01T00:00:00Z",
-            "command": "fold calibrate",
+            "command": "nbn fold calibrate",
             "images": 27,
             "training_overlap": "not_checked",
             "ladder": [rung],

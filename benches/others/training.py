@@ -1,4 +1,4 @@
-"""images/s of `fold train` beside PyTorch's: the same network, batch and threads, in turn, medians.
+"""images/s of `nbn fold train` beside PyTorch's: the same network, batch and threads, in turn, medians.
 
     cargo build --release --features train --bin fold
     python benches/others/training.py [--fold target/release/fold] [--arch resnet20] [--batch 64] [--threads 2]

@@ -1,12 +1,12 @@
 """Trains a CIFAR ResNet with NBN and an LR head on a long-tailed CIFAR-10 or CIFAR-100 in the public binary version.
 
     python train.py --data DIR --out run        # DIR holds train.bin, test.bin, classes.txt
-    fold export run/checkpoint.pth.tar --classes run/classes.csv --preprocessing cifar \\
+    nbn fold export run/checkpoint.pth.tar --classes run/classes.csv --preprocessing cifar \\
         --evaluation run/evaluation.json --out models/cifar10-lt/1
 
 Needs torch and numpy. Runs on a CPU; started again with the same arguments, it goes on where it stopped.
 Of every class a stratified `--calibration-fraction` is held out of training (at least one image); its
-record numbers in train.bin are written to run/calibration.json, those trained on to run/training.json: `fold calibrate`
+record numbers in train.bin are written to run/calibration.json, those trained on to run/training.json: `nbn fold calibrate`
 takes both.
 """
 

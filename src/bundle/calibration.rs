@@ -235,11 +235,11 @@ pub struct FitMetrics {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum CalibrationError {
     /// Written by another version.
-    #[error("schema_version is {0}; this build reads {CALIBRATION_SCHEMA_VERSION}: run `fold calibrate` again")]
+    #[error("schema_version is {0}; this build reads {CALIBRATION_SCHEMA_VERSION}: run `nbn fold calibrate` again")]
     Schema(u32),
     /// Of another network, or other classes or preprocessing.
     #[error(
-        "it belongs to another bundle: its {what} is {found}, this bundle's is {expected}: run `fold calibrate` on this \
+        "it belongs to another bundle: its {what} is {found}, this bundle's is {expected}: run `nbn fold calibrate` on this \
          bundle, or remove the file to serve the softmax"
     )]
     Foreign {
@@ -251,7 +251,7 @@ pub enum CalibrationError {
         expected: String,
     },
     /// A number or a list that cannot be right.
-    #[error("{what} is {value}; {limit}: run `fold calibrate` again")]
+    #[error("{what} is {value}; {limit}: run `nbn fold calibrate` again")]
     Value {
         /// Which.
         what: String,

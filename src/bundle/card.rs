@@ -107,7 +107,7 @@ impl Bundle {
     }
 }
 
-/// Checks that `card` has the form that `fold evaluate --card` writes, and that every number of it is possible.
+/// Checks that `card` has the form that `nbn fold evaluate --card` writes, and that every number of it is possible.
 fn check(card: &Value) -> Result<(), StaleCard> {
     let at = "the card";
     let map = object(at, card)?;

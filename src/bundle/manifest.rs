@@ -36,7 +36,7 @@ pub struct Manifest {
     pub checkpoint: FileDigest,
     /// The network file of this bundle.
     pub model: FileDigest,
-    /// Measured accuracy and how it was measured, as given to `fold export --evaluation`.
+    /// Measured accuracy and how it was measured, as given to `nbn fold export --evaluation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<Value>,
 }
@@ -118,7 +118,7 @@ pub enum Exif {
     Ignore,
 }
 
-/// What `fold export` merged, and its proof.
+/// What `nbn fold export` merged, and its proof.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct FoldReport {

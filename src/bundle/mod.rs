@@ -111,7 +111,7 @@ pub struct Bundle {
     pub network: Network,
     /// The calibration, when there is one.
     pub calibration: Option<BoundCalibration>,
-    /// What `fold evaluate --card` measured with this network and this calibration.
+    /// What `nbn fold evaluate --card` measured with this network and this calibration.
     pub evaluation: Option<serde_json::Value>,
     /// Why `evaluation.json` gives no figures, where there is such a file and it gives none.
     pub stale_card: Option<StaleCard>,
@@ -131,7 +131,7 @@ pub enum BundleError {
         cause: std::io::Error,
     },
     /// `manifest.json` is not JSON of the expected form.
-    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {cause}: make the bundle again with `fold export`")]
+    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {cause}: make the bundle again with `nbn fold export`")]
     Parse {
         /// The manifest.
         path: PathBuf,
@@ -147,7 +147,9 @@ pub enum BundleError {
         cause: ManifestError,
     },
     /// `calibration.json` is not JSON of the expected form.
-    #[error("{path}: not a calibration of schema {CALIBRATION_SCHEMA_VERSION}: {cause}: run `fold calibrate` again")]
+    #[error(
+        "{path}: not a calibration of schema {CALIBRATION_SCHEMA_VERSION}: {cause}: run `nbn fold calibrate` again"
+    )]
     ParseCalibration {
         /// The calibration.
         path: PathBuf,
@@ -164,7 +166,7 @@ pub enum BundleError {
     },
     /// `model.onnx` is not the file that the manifest describes.
     #[error(
-        "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `fold export`; \
+        "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `nbn fold export`; \
          restore it or export the checkpoint again"
     )]
     Digest {
@@ -231,7 +233,7 @@ impl Bundle {
                 let file = bundle.folder.join(EVALUATION_FILE);
                 tracing::warn!(
                     file = %file.display(), reason = %stale,
-                    "the figures of a stale model card are withheld: run `fold evaluate --card` again"
+                    "the figures of a stale model card are withheld: run `nbn fold evaluate --card` again"
                 );
                 bundle.stale_card = Some(stale);
             }

@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-/// `fold` and `words`, for a file that goes to other machines: paths below the folder `here` are given from there, of other
+/// `nbn fold` and `words`, for a file that goes to other machines: paths below the folder `here` are given from there, of other
 /// absolute paths only the name.
 pub fn command_line(words: impl Iterator<Item = OsString>, here: &Path) -> String {
     let words = words.map(|word| without_folders(&word.to_string_lossy(), here));
-    std::iter::once("fold".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
+    std::iter::once("nbn fold".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
 }
 
 fn without_folders(word: &str, here: &Path) -> String {
@@ -45,6 +45,6 @@ mod tests {
             "/",
         ];
         let line = command_line(words.into_iter().map(OsString::from), Path::new("/project"));
-        assert_eq!(line, "fold calibrate m/1 --data …/photos --out=x.json a/b . …/");
+        assert_eq!(line, "nbn fold calibrate m/1 --data …/photos --out=x.json a/b . …/");
     }
 }

@@ -1,4 +1,4 @@
-//! A calibration in words, as `fold calibrate` and `fold inspect` print it.
+//! A calibration in words, as `nbn fold calibrate` and `nbn fold inspect` print it.
 
 use std::fmt::Write;
 

@@ -87,7 +87,7 @@ pub struct Scored {
 pub enum ScoreError {
     /// Priors and sets need a calibrated bundle.
     #[error(
-        "{0} needs a calibrated model; this one's scores are the softmax of its logits: run `fold calibrate` on it"
+        "{0} needs a calibrated model; this one's scores are the softmax of its logits: run `nbn fold calibrate` on it"
     )]
     NotCalibrated(&'static str),
     /// The level cannot be had.

@@ -1,4 +1,4 @@
-//! Figures in words, as `fold evaluate` prints them.
+//! Figures in words, as `nbn fold evaluate` prints them.
 
 use std::fmt::Write;
 

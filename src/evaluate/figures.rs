@@ -143,7 +143,7 @@ impl Evaluation {
             "data": self.data,
             "images": self.images,
             "created": self.created,
-            "how": "fold evaluate --card; by prior, scorer, slice and metric",
+            "how": "nbn fold evaluate --card; by prior, scorer, slice and metric",
             "alpha": self.alpha,
             "figures": figures,
         })

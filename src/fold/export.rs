@@ -1,4 +1,4 @@
-//! `fold export`: a checkpoint in, a proved bundle out.
+//! `nbn fold export`: a checkpoint in, a proved bundle out.
 
 use std::fs;
 use std::path::{Path, PathBuf};

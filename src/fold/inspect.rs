@@ -1,4 +1,4 @@
-//! `fold inspect`: what a checkpoint or a bundle holds, in words.
+//! `nbn fold inspect`: what a checkpoint or a bundle holds, in words.
 
 use std::fmt::Write;
 
@@ -79,7 +79,7 @@ fn length(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// The manifest's content, as `fold export` and `fold inspect` print it.
+/// The manifest's content, as `nbn fold export` and `nbn fold inspect` print it.
 pub fn manifest(manifest: &Manifest) -> String {
     let mut out = String::new();
     let fold = &manifest.fold;

@@ -23,7 +23,9 @@ pub enum RegistryError {
     #[error("a worker thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
     /// `--require-calibration` and a bundle without.
-    #[error("model {name}/{version} is not calibrated and --require-calibration is set: run `fold calibrate` on it")]
+    #[error(
+        "model {name}/{version} is not calibrated and --require-calibration is set: run `nbn fold calibrate` on it"
+    )]
     NotCalibrated {
         /// The model.
         name: String,

@@ -56,7 +56,7 @@ pub struct ServedModel {
     pub manifest: Arc<Manifest>,
     /// What its scores are.
     pub scorer: Scorer,
-    /// What `fold evaluate --card` measured.
+    /// What `nbn fold evaluate --card` measured.
     pub evaluation: Option<serde_json::Value>,
     /// Where it runs.
     pub device: Device,

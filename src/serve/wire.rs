@@ -418,10 +418,10 @@ pub(crate) struct ModelCard {
     #[cfg_attr(feature = "openapi", schema(required))]
     pub(crate) calibration: Option<CalibrationCard>,
     /// The bundle's manifest: arch, classes with counts, preprocessing, fold report and proof, digests, and the
-    /// measured accuracy under `evaluation` when it was given to `fold export`.
+    /// measured accuracy under `evaluation` when it was given to `nbn fold export`.
     #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub(crate) manifest: serde_json::Value,
-    /// What `fold evaluate --card` measured on a test set.
+    /// What `nbn fold evaluate --card` measured on a test set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
     pub(crate) evaluation: Option<serde_json::Value>,

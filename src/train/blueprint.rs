@@ -102,7 +102,7 @@ impl FromStr for Arch {
 }
 
 impl fmt::Display for Arch {
-    /// As `fold export` names it.
+    /// As `nbn fold export` names it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Cifar { depth, width: 16 } => write!(f, "cifar_resnet{depth}"),

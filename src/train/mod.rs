@@ -1,4 +1,4 @@
-//! Trains networks with a normalised BatchNorm: `fold train`. burn is the engine, and the network is the graph that
+//! Trains networks with a normalised BatchNorm: `nbn fold train`. burn is the engine, and the network is the graph that
 //! [`crate::fold`] reads off a checkpoint, so what is trained is what is folded.
 
 pub mod augment;

@@ -267,7 +267,7 @@ impl Recipe {
     }
 
     /// How much of the training prior the loss takes out of the logits: 0 none, 1 all; τ for logit adjustment. What
-    /// `fold calibrate` calls κ. None where it does not follow from the loss: classes that weigh differently, or margins.
+    /// `nbn fold calibrate` calls κ. None where it does not follow from the loss: classes that weigh differently, or margins.
     pub fn kappa(&self) -> Option<f64> {
         if self.reweight_from.is_some_and(|epoch| epoch < self.epochs) {
             return None;

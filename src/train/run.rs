@@ -386,7 +386,7 @@ fn checkpoint(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -
     state::checkpoint_content(network, averaged(run), steps, metadata(job, run)?)
 }
 
-/// What `fold export` and `fold calibrate` want to know of a checkpoint.
+/// What `nbn fold export` and `nbn fold calibrate` want to know of a checkpoint.
 fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, TrainError> {
     let recipe = &job.recipe;
     let json = |value: serde_json::Result<String>| value.map_err(|e| TrainError::Input(format!("the metadata: {e}")));

@@ -1,4 +1,4 @@
-//! What a run leaves on disk: the checkpoint that `fold export` reads, and beside it what `--resume` needs.
+//! What a run leaves on disk: the checkpoint that `nbn fold export` reads, and beside it what `--resume` needs.
 //!
 //! Both are written under another name and renamed, the state first: whatever interrupts a run, the last good files stay.
 //!

@@ -68,7 +68,9 @@ fn features_are_told_in_every_form_of_rows() {
     };
     let refused = run(&without, "jsonl", &[]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("has no output features: make the bundle with `fold export --features`"));
+    assert!(
+        text(&refused.stderr).contains("has no output features: make the bundle with `nbn fold export --features`")
+    );
 
     let lines = text(&run(&with, "jsonl", &[]).stdout);
     let features: Vec<Option<Vec<f32>>> = lines

@@ -298,7 +298,7 @@ fn the_commands_refuse_what_does_not_fit_and_write_nothing() {
     assert!(out.status.success(), "{}", text(&out.stderr));
     let stderr = text(&out.stderr);
     assert!(stderr.contains("evaluation.json: it was measured with calibration"), "{stderr}");
-    assert!(stderr.contains("until `fold evaluate --card` has measured them again"), "{stderr}");
+    assert!(stderr.contains("until `nbn fold evaluate --card` has measured them again"), "{stderr}");
     assert_eq!(card, fs::read(bundle.join("evaluation.json")).unwrap(), "the stale card was touched");
     let stale = Bundle::load(&bundle).unwrap();
     assert!(
@@ -707,8 +707,8 @@ fn a_file_that_is_read_or_is_of_another_kind_is_not_written() {
         (evaluate, &["--logits", &at("other.safetensors")], &["other.safetensors is no file of logits and labels"]),
         (evaluate, &["--logits", &at("notes.json")], &["notes.json is no file of logits and labels"]),
         (evaluate, &["--logits", &at("link")], &["link is no file of logits and labels"]),
-        (evaluate, &["--report", &at("report")], &["report.json is no report of `fold evaluate`"]),
-        (evaluate, &["--report", &at("page")], &["report.html is no report of `fold evaluate`"]),
+        (evaluate, &["--report", &at("report")], &["report.json is no report of `nbn fold evaluate`"]),
+        (evaluate, &["--report", &at("page")], &["report.html is no report of `nbn fold evaluate`"]),
         (evaluate, &["--report", &at("new"), "--logits", &at("page/report.html")], &["is no file of logits"]),
     ];
     for (command, args, words) in cases {
@@ -864,7 +864,7 @@ fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
         (said(|c| c.sets.pas.classes[0][15] = Some(f64::NEG_INFINITY)), "a threshold in sets.pas is -inf"),
         (said(|c| c.fit.before.ece = 2.0), "fit.before.ece is 2; it must lie in 0..=1"),
     ] {
-        assert!(error.contains(words) && error.contains("run `fold calibrate` again"), "{error}");
+        assert!(error.contains(words) && error.contains("run `nbn fold calibrate` again"), "{error}");
     }
     let mut free = bundle.manifest.clone();
     free.evaluation = Some(json!({"how": "x".repeat(10_000), "images": 1e15, "change": [-0.5, null, {"kept": true}]}));

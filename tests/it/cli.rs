@@ -76,7 +76,7 @@ fn a_bundle_whose_model_was_changed_by_one_byte_is_refused() {
     fs::copy(root().join("models/cifar10-lt/1/manifest.json"), bundle.join("manifest.json")).unwrap();
     let out = nbn(&["serve", "--addr", "127.0.0.1:0", "--models", folder.path().to_str().unwrap()]);
     assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stderr).contains("the file was changed after `fold export`"), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("the file was changed after `nbn fold export`"), "{}", text(&out.stderr));
 }
 
 #[test]
@@ -188,4 +188,41 @@ fn a_log_filter_that_is_not_understood_is_told() {
     }
     assert!(!run("nbn=debug,ort=warn").contains("RUST_LOG"));
     assert!(!run("").contains("RUST_LOG"));
+}
+
+#[test]
+fn nbn_fold_is_the_program_beside_it() {
+    let bundle = "models/cifar10-lt/1";
+    let (through, alone) = (nbn(&["fold", "inspect", bundle]), fold(&["inspect", bundle]));
+    assert!(through.status.success() && !through.stdout.is_empty(), "{}", text(&through.stderr));
+    assert_eq!(through, alone);
+    for (arguments, status, stdout, stderr) in [
+        (&["fold", "--help"][..], 0, "Usage: nbn fold <COMMAND>", ""),
+        (&["fold", "export", "--help"], 0, "Usage: nbn fold export", ""),
+        (&["fold", "--version"], 0, "nbn-fold 0.1.0\nfeatures: serve fold train", ""),
+        (&["fold", "inspect", "gone.pth"], 1, "", "nbn fold: gone.pth: No such file"),
+        (&["fold", "bake"], 2, "", "unrecognized subcommand 'bake'"),
+    ] {
+        let out = nbn(arguments);
+        assert_eq!(out.status.code(), Some(status), "{arguments:?}");
+        assert!(text(&out.stdout).contains(stdout), "{arguments:?}: {}", text(&out.stdout));
+        assert!(text(&out.stderr).contains(stderr), "{arguments:?}: {}", text(&out.stderr));
+    }
+}
+
+#[test]
+fn nbn_fold_takes_no_other_programs_fold() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = folder.path().join("nbn");
+    fs::copy(env!("CARGO_BIN_EXE_nbn"), &alone).unwrap();
+    // As coreutils installs one.
+    fs::copy("/usr/bin/true", folder.path().join("fold")).unwrap();
+    let run = |path: &std::path::Path| Command::new(&alone).args(["fold", "inspect"]).env("PATH", path).output().unwrap();
+    let out = run(folder.path());
+    assert_eq!(out.status.code(), Some(1));
+    let said = text(&out.stderr);
+    assert!(said.contains("neither beside nbn nor on the PATH") && said.contains("--bin nbn-fold"), "{said}");
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::copy("/usr/bin/true", elsewhere.path().join("nbn-fold")).unwrap();
+    assert!(run(elsewhere.path()).status.success());
 }

@@ -152,7 +152,7 @@ fn a_killed_calibration_leaves_a_bundle_that_loads_and_no_figures_of_another_cal
         assert_eq!((found.evaluation.is_some(), found.stale_card.is_none()), (is_old, is_old), "step {step}");
         nothing_but(&bundle(folder), &["model.onnx", "manifest.json", "calibration.json", "evaluation.json"]);
         let again = done(calibrate(folder));
-        assert!(text(&again.stderr).contains("fold evaluate --card"), "{}", text(&again.stderr));
+        assert!(text(&again.stderr).contains("nbn fold evaluate --card"), "{}", text(&again.stderr));
         assert!(Bundle::load(&bundle(folder)).unwrap().stale_card.is_some());
     };
     assert!(kill_at_every_step(|folder| drop(shipped(folder)), calibrate, check) > 3);

@@ -139,7 +139,7 @@ async fn bad_requests_are_problems_that_name_the_thing_and_the_way_out() {
         ("/v1/classify?top_k=0", JPEG, tall.clone(), 400, "bad_option", "top_k is 0"),
         ("/v1/classify?top_k=x", JPEG, tall.clone(), 400, "bad_option", "top_k=\"x\""),
         ("/v1/classify?topk=3", JPEG, tall.clone(), 400, "bad_option", "topk"),
-        ("/v1/classify?prior=train", JPEG, tall.clone(), 400, "bad_option", "fold calibrate"),
+        ("/v1/classify?prior=train", JPEG, tall.clone(), 400, "bad_option", "nbn fold calibrate"),
         ("/v1/classify?prior=mine", JPEG, tall.clone(), 400, "bad_option", "uniform or train"),
         ("/v1/classify?max_set_size=2", JPEG, tall.clone(), 400, "bad_option", "alpha"),
         ("/v1/classify?alpha=0.1", JPEG, tall.clone(), 400, "bad_option", "calibrated"),

@@ -1,4 +1,4 @@
-//! `fold train`: its arithmetic beside PyTorch's and Pillow's (tests/oracle/make_training.py), and whole runs.
+//! `nbn fold train`: its arithmetic beside PyTorch's and Pillow's (tests/oracle/make_training.py), and whole runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};

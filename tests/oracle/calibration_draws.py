@@ -1,11 +1,11 @@
-"""Compares no calibration, one temperature and `fold calibrate` over random long-tailed calibration draws.
+"""Compares no calibration, one temperature and `nbn fold calibrate` over random long-tailed calibration draws.
 
-    fold evaluate BUNDLE --data test.bin --logits test.safetensors
+    nbn fold evaluate BUNDLE --data test.bin --logits test.safetensors
     python tests/oracle/calibration_draws.py BUNDLE test.safetensors [--draws 20] [--fold target/release/fold]
 
 Needs numpy and safetensors. Every draw splits the balanced test images of each class in two halves. From the first half
 it takes calibration images in the class mix of training (a tenth of the training images of each class, at least one), and
-runs `fold calibrate` on them. The second half, balanced, is what all figures are measured on, by `fold evaluate` and, for
+runs `nbn fold calibrate` on them. The second half, balanced, is what all figures are measured on, by `nbn fold evaluate` and, for
 the two scorers that have no sets of their own, by split conformal prediction with the plain score on the same draw.
 Prints mean ± standard deviation over the draws, and the mean of the paired differences from one temperature.
 """

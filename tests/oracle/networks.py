@@ -1,4 +1,4 @@
-"""The networks whose checkpoints `fold export` reads, in PyTorch, with random but lively parameters."""
+"""The networks whose checkpoints `nbn fold export` reads, in PyTorch, with random but lively parameters."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-//! `fold calibrate`'s command line.
+//! `nbn fold calibrate`'s command line.
 
 pub(crate) mod target;
 
@@ -132,7 +132,7 @@ fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
     if let Err(stale) = bundle.card() {
         let card = bundle.folder.join(EVALUATION_FILE);
         eprintln!("stale       {}: {stale}", card.display());
-        eprintln!("            its figures are not shown until `fold evaluate --card` has measured them again");
+        eprintln!("            its figures are not shown until `nbn fold evaluate --card` has measured them again");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `fold evaluate`'s command line.
+//! `nbn fold evaluate`'s command line.
 
 use std::path::{Path, PathBuf};
 
@@ -125,10 +125,12 @@ fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> an
         refuse_foreign(path, "file of logits and labels as --logits writes it", is_own)?;
     }
     if let Some(path) = &json {
-        refuse_foreign(path, "report of `fold evaluate`", |path| is_json_with(path, &["evaluation", "comparison"]))?;
+        refuse_foreign(path, "report of `nbn fold evaluate`", |path| {
+            is_json_with(path, &["evaluation", "comparison"])
+        })?;
     }
     if let Some(path) = &page {
-        refuse_foreign(path, "report of `fold evaluate`", html::is_page)?;
+        refuse_foreign(path, "report of `nbn fold evaluate`", html::is_page)?;
     }
     if args.card {
         refuse_foreign(&bundle.folder.join(EVALUATION_FILE), "regular file", Path::is_file)?;

@@ -1,4 +1,4 @@
-//! `fold export`'s command line.
+//! `nbn fold export`'s command line.
 
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ pub(crate) struct Export {
     #[arg(long)]
     out: PathBuf,
     /// Labels: a CSV with the header label,count (training images per class), or one label a line; a checkpoint of
-    /// `fold train` brings its own
+    /// `nbn fold train` brings its own
     #[arg(long)]
     classes: Option<PathBuf>,
     /// Evaluation pipeline; the checkpoint's own, or guessed from the network, when absent

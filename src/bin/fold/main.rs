@@ -22,7 +22,7 @@ static ALLOCATOR: Counting = Counting;
 
 /// Folds networks trained with a normalised BatchNorm (NBN) into plain ONNX bundles that `nbn` serves.
 #[derive(Parser)]
-#[command(name = "fold", version, long_version = long_version(), arg_required_else_help = true)]
+#[command(name = "nbn-fold", bin_name = "nbn fold", version, long_version = long_version(), arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -47,14 +47,14 @@ enum Command {
     },
 }
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     disable_telemetry();
     let cli = Cli::parse();
     nbn::telemetry::init(tracing::Level::WARN);
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("fold: {error:#}");
+            eprintln!("nbn fold: {error:#}");
             ExitCode::from(1)
         }
     }
@@ -77,7 +77,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{}", inspect::manifest(&bundle.manifest));
             match &bundle.calibration {
                 Some(bound) => print!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id))),
-                None => println!("calibration none: scores are the softmax of the logits (fold calibrate)"),
+                None => println!("calibration none: scores are the softmax of the logits (nbn fold calibrate)"),
             }
             Ok(())
         }

@@ -1,4 +1,4 @@
-//! `fold train`'s command line.
+//! `nbn fold train`'s command line.
 
 #[cfg(feature = "train")]
 mod view;
@@ -72,7 +72,7 @@ mod with {
         /// Cut the set to an exponential profile, the first class this many times as large as the last
         #[arg(long, value_name = "F", help_heading = "Images")]
         imbalance_factor: Option<f64>,
-        /// Share of each class held out for `fold calibrate`, one image at least
+        /// Share of each class held out for `nbn fold calibrate`, one image at least
         #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
         calibration_fraction: f64,
         /// Evaluation pipeline; cifar for CIFAR networks, imagenet for others

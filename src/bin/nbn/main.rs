@@ -2,6 +2,7 @@
 
 mod address;
 mod configuration;
+mod fold;
 mod health;
 mod score;
 mod serve;
@@ -39,6 +40,8 @@ enum Command {
     Serve(Box<serve::Serve>),
     /// Scores files and folders; one row per image
     Score(Box<score::Score>),
+    /// Trains, exports, calibrates, evaluates and inspects networks: runs nbn-fold
+    Fold(fold::Fold),
     /// Asks a running server whether it is ready; for container health checks
     Health(health::Health),
     /// Makes an API key, and the line for the server's key file
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
             nbn::telemetry::init(tracing::Level::WARN);
             score::score(*args)
         }
+        Command::Fold(args) => fold::fold(args),
         Command::Health(args) => health::health(&args),
         Command::Key { name, admin, concurrency } => key(&name, admin, concurrency),
         Command::Openapi { format } => {

@@ -87,7 +87,7 @@ struct RowArgs {
     /// Add the network's own output
     #[arg(long)]
     logits: bool,
-    /// Add what the network's classifier sees, of a bundle that `fold export --features` made
+    /// Add what the network's classifier sees, of a bundle that `nbn fold export --features` made
     #[arg(long)]
     features: bool,
 }
@@ -202,7 +202,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let classes = &model.manifest.classes;
     if args.rows.features && !model.manifest.has_output(FEATURES) {
         bail!(
-            "--features: the network of {} has no output {FEATURES}: make the bundle with `fold export --features`",
+            "--features: the network of {} has no output {FEATURES}: make the bundle with `nbn fold export --features`",
             args.model.display()
         );
     }

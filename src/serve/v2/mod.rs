@@ -300,7 +300,7 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
             for ((_, scored), row) in seen.iter().zip(members.chunks_exact_mut(classes)) {
                 let set = scored.as_ref().and_then(|scored| scored.set.as_ref());
                 let set =
-                    set.ok_or_else(|| bad("the output set needs a calibrated model: run `fold calibrate` on it"))?;
+                    set.ok_or_else(|| bad("the output set needs a calibrated model: run `nbn fold calibrate` on it"))?;
                 set.members.iter().for_each(|(class, _)| row[*class] = true);
             }
             Data::Bool(members)

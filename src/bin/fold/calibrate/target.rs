@@ -34,7 +34,7 @@ pub(crate) fn refuse_foreign(path: &Path, kind: &str, is_own: impl Fn(&Path) -> 
     bail!("{} is no {kind}, and it would be overwritten: give another file, or move it", path.display())
 }
 
-/// Whether a file of logits and labels lies at `path`, as `fold evaluate --logits` writes it.
+/// Whether a file of logits and labels lies at `path`, as `nbn fold evaluate --logits` writes it.
 pub(crate) fn is_logits(path: &Path) -> bool {
     let Some(header) = header_of(path) else { return false };
     let has = |name: &str, kind: &str| header.get(name).is_some_and(|tensor| tensor["dtype"] == kind);
