@@ -217,7 +217,8 @@ fn nbn_fold_takes_no_other_programs_fold() {
     fs::copy(env!("CARGO_BIN_EXE_nbn"), &alone).unwrap();
     // As coreutils installs one.
     fs::copy("/usr/bin/true", folder.path().join("fold")).unwrap();
-    let run = |path: &std::path::Path| Command::new(&alone).args(["fold", "inspect"]).env("PATH", path).output().unwrap();
+    let run =
+        |path: &std::path::Path| Command::new(&alone).args(["fold", "inspect"]).env("PATH", path).output().unwrap();
     let out = run(folder.path());
     assert_eq!(out.status.code(), Some(1));
     let said = text(&out.stderr);
