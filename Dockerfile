@@ -9,6 +9,8 @@ RUN apt-get update \
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs openapi.yaml openapi.json ./
 COPY src src
+COPY models models
+COPY examples/pictures examples/pictures
 COPY benches/*.rs benches/
 COPY tests/it tests/it
 # ONNX Runtime's library comes from the build script; it is put beside the program, where it is looked for first.
@@ -44,6 +46,8 @@ RUN cargo install --locked cargo-cyclonedx@0.5.9
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs openapi.yaml openapi.json ./
 COPY src src
+COPY models models
+COPY examples/pictures examples/pictures
 COPY benches/*.rs benches/
 COPY tests/it tests/it
 RUN cargo cyclonedx --format json --spec-version 1.5 --no-default-features --features full --no-build-deps --override-filename sbom.cdx

@@ -7,6 +7,7 @@
 //! - [`files`]: files that are whole or not there
 //! - `gzip`: unpacks within a share of the packed size
 //! - [`memory`]: what each thread holds
+//! - `shipped`: the bundle and the pictures inside the program
 //! - [`stop`]: ends work that nobody waits for
 //! - [`bundle`]: what `fold` writes and `nbn` reads: manifest, labels, preprocessing, digests
 //! - [`pixels`]: encoded bytes → normalised tensor, under limits
@@ -54,6 +55,8 @@ pub mod registry;
 pub mod score;
 #[cfg(feature = "serve")]
 pub mod serve;
+#[cfg(feature = "serve")]
+pub mod shipped;
 #[cfg(feature = "serve")]
 pub mod shutdown;
 #[cfg(feature = "train")]

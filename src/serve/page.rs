@@ -1,12 +1,14 @@
 //! The page at `/`, and the interface's documentation at `/docs`. Both are part of the program and load nothing from elsewhere.
 
 use axum::Router;
+use axum::extract::Path;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tower_http::set_header::SetResponseHeaderLayer;
 
-use super::App;
+use super::{App, handlers};
+use crate::shipped::PICTURES;
 
 /// Own files only, and pictures that the page itself made.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; \
@@ -20,6 +22,7 @@ pub(super) fn routes() -> Router<App> {
         .route("/", get(|| file("text/html; charset=utf-8", include_str!("page/index.html"))))
         .route("/page.css", get(|| file("text/css; charset=utf-8", include_str!("page/page.css"))))
         .route("/page.js", get(|| file("text/javascript; charset=utf-8", include_str!("page/page.js"))))
+        .route("/pictures/{name}", get(picture))
         .layer(policy(POLICY));
     page.merge(docs().layer(policy(DOCS_POLICY)))
         .layer(SetResponseHeaderLayer::overriding(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")))
@@ -44,6 +47,16 @@ fn docs() -> Router<App> {
 
 fn policy(policy: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
     SetResponseHeaderLayer::overriding(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy))
+}
+
+/// A picture to try, by its file name.
+async fn picture(Path(name): Path<String>) -> Response {
+    match PICTURES.iter().find(|(known, _)| *known == name) {
+        Some((_, content)) => {
+            ([(header::CONTENT_TYPE, "image/jpeg"), (header::CACHE_CONTROL, "no-cache")], *content).into_response()
+        }
+        None => handlers::not_found().await.into_response(),
+    }
 }
 
 async fn file(content_type: &'static str, content: &'static str) -> Response {

@@ -274,11 +274,11 @@ def start(checks, page, base, api):
 def by_keyboard(checks, page, api, picture):
     """Choosing a picture, a set, a prior and the number of classes without a mouse."""
     stops = []
-    for _ in range(6):
+    for _ in range(9):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(FOCUS))
     checks.equal("focus order", [name for name, _ in stops],
-                 ["choose", "model", "uniform", "", "top-k", "min-score"])
+                 ["choose", "sample-airplane", "sample-ship", "sample-truck", "model", "uniform", "", "top-k", "min-score"])
     checks.that("focus is visible", all(seen for _, seen in stops), stops)
 
     page.locator("#choose").focus()
@@ -328,6 +328,17 @@ def by_keyboard(checks, page, api, picture):
     page.get_by_role("radio", name="off").check(force=True)
     page.get_by_role("radio", name="uniform").check(force=True)
     settled(page)
+
+
+def samples(checks, page):
+    """The server's own pictures, each of which must be taken for what it shows."""
+    for label in ("airplane", "ship", "truck"):
+        page.locator(f"#sample-{label}").click()
+        card = page.get_by_role("article", name=f"{label}.jpg")
+        expect(card.locator(".rows > li")).to_have_count(5)
+        best = card.locator(".best").inner_text()
+        checks.that(f"sample {label}", best.startswith(f"{label}, "), best)
+        card.get_by_role("button", name="Remove").click()
 
 
 def several(checks, page, api, pictures):
@@ -552,7 +563,8 @@ def run(base, folder):
         page.on("filechooser", lambda _: None)  # watches for choosers from the start, not only when one is expected
         for step, arguments in ((start, (page, base, api)), (by_keyboard, (page, api, pictures[0])),
                                 (several, (page, api, pictures)), (refusals, (page, pictures[0])),
-                                (model_choice, (page, api, pictures[0])), (look, (browser, base, pictures, folder)),
+                                (model_choice, (page, api, pictures[0])), (samples, (page,)),
+                                (look, (browser, base, pictures, folder)),
                                 (from_elsewhere, (browser, base, api, pictures[0]))):
             try:
                 step(checks, *arguments)

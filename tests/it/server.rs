@@ -417,6 +417,38 @@ async fn a_drain_answers_what_is_open_and_then_ends() {
 
 #[cfg(unix)]
 #[test]
+fn the_demo_needs_no_other_file_and_names_a_ship() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
+        .current_dir(folder.path())
+        .args(["demo", "--no-browser", "--addr", "127.0.0.1:0"])
+        .env("XDG_CACHE_HOME", folder.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let told: Vec<String> = lines.take_while(|line| line != "Ctrl-C ends it.").collect();
+    let best = told[1].trim().split_once(" %  ").unwrap();
+    assert_eq!(best.1, "ship", "{told:?}");
+    assert!(best.0.parse::<f64>().unwrap() > 95.0, "{told:?}");
+    let addr = told.iter().find_map(|line| line.strip_prefix("The page: http://")?.strip_suffix('/')).unwrap();
+    assert!(nbn(&["health", "--addr", addr]).status.success());
+    let words: Vec<&str> =
+        told.iter().find_map(|line| line.strip_prefix("By files: nbn ")).unwrap().split(' ').collect();
+    let scored = nbn(&words);
+    assert!(scored.status.success(), "{}", text(&scored.stderr));
+    for line in text(&scored.stdout).lines() {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let label = row["predictions"][0]["label"].as_str().unwrap();
+        assert!(row["path"].as_str().unwrap().ends_with(&format!("{label}.jpg")), "{row}");
+    }
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
 fn the_program_serves_answers_health_and_drains_on_sigterm() {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};

@@ -2,6 +2,7 @@
 
 mod address;
 mod configuration;
+mod demo;
 mod fold;
 mod health;
 mod score;
@@ -36,6 +37,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Serves the model that comes with the program, shows an answer, and opens the page to try pictures on
+    Demo(demo::Demo),
     /// Answers POSTed images with class scores over HTTP and gRPC
     Serve(Box<serve::Serve>),
     /// Scores files and folders; one row per image
@@ -107,13 +110,14 @@ fn main() -> ExitCode {
         Command::Serve(args) => {
             let matches = matches.subcommand_matches("serve");
             return match configuration::complete(*args, matches) {
-                Ok(args) => finish(serve::run(args)),
+                Ok(args) => finish(serve::run(args, tracing::Level::INFO)),
                 Err(error) => {
                     eprintln!("nbn: {error:#}");
                     ExitCode::from(BAD_CONFIGURATION)
                 }
             };
         }
+        Command::Demo(args) => demo::demo(args),
         Command::Score(args) => {
             nbn::telemetry::init(tracing::Level::WARN);
             score::score(*args)

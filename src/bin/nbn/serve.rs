@@ -132,21 +132,22 @@ impl From<NamedPrior> for Prior {
     }
 }
 
-pub(crate) fn run(args: Serve) -> anyhow::Result<ExitCode> {
+/// Serves until it is told to stop; logs from `level` on.
+pub(crate) fn run(args: Serve, level: tracing::Level) -> anyhow::Result<ExitCode> {
     // Beside the workers, who decode and infer, connections take a tenth of the time; threads that wait for work wake
     // each other at every request.
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads((processors / 2).max(1)).enable_all().build()?;
-    let result = runtime.block_on(traced(args));
+    let result = runtime.block_on(traced(args, level));
     // What still runs on threads of its own is not waited for: a network that is being opened, or spans on their way.
     runtime.shutdown_background();
     result
 }
 
-async fn traced(args: Serve) -> anyhow::Result<ExitCode> {
+async fn traced(args: Serve, level: tracing::Level) -> anyhow::Result<ExitCode> {
     configuration::check(&args).context(Unusable)?;
-    let traces = nbn::telemetry::init_traced(tracing::Level::INFO, args.otlp.as_deref());
+    let traces = nbn::telemetry::init_traced(level, args.otlp.as_deref());
     let traces = traces.map_err(|reason| anyhow!(reason)).context(Unusable)?;
     let result = serve(args).await;
     if let Some(traces) = traces {

@@ -2,6 +2,7 @@
 // them again. Nothing is stored, and nothing is sent elsewhere.
 
 const LANES = 4; // requests at a time
+const SAMPLES = ['airplane', 'ship', 'truck']; // pictures that the server has
 const $ = (id) => document.getElementById(id);
 const settings = $('settings');
 const cards = []; // as shown, newest batch first
@@ -118,7 +119,29 @@ async function loadCard(name) {
     ['Scores', calibrated ? 'calibrated probabilities' : 'softmax, not calibrated'],
     ...(card.calibration ? [['Calibration', card.calibration.id]] : []),
   ]);
+  offerSamples(card.manifest.classes.map((c) => c.label));
   scoreAll();
+}
+
+/** Shows those of the server's own pictures whose class the model has. */
+function offerSamples(labels) {
+  const known = SAMPLES.filter((label) => labels.includes(label));
+  $('samples').hidden = known.length === 0;
+  $('samples').querySelectorAll('button').forEach((button) => button.remove());
+  $('samples').append(...known.map((label) => {
+    const path = `pictures/${label}.jpg`;
+    const image = node('img');
+    Object.assign(image, { src: path, alt: `Picture of class ${label}`, width: 64, height: 64 });
+    const button = node('button', image);
+    button.type = 'button';
+    button.id = `sample-${label}`;
+    button.addEventListener('click', async () => {
+      const picture = await fetch(path).then((reply) => reply.blob()).catch(() => null);
+      if (picture) add([new File([picture], `${label}.jpg`, { type: 'image/jpeg' })]);
+      else $('status').textContent = 'The server gave no answer: it has stopped or cannot be reached.';
+    });
+    return button;
+  }));
 }
 
 function notify(error) {
