@@ -1,5 +1,7 @@
 //! Finds and loads ONNX Runtime's shared library, once per process.
 
+mod python;
+
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
@@ -35,8 +37,8 @@ static LIBRARY: OnceLock<Library> = OnceLock::new();
 static LOADING: Mutex<()> = Mutex::new(());
 
 impl Library {
-    /// Loads the library: `explicit` (a flag), `ORT_DYLIB_PATH`, beside the executable, the copy that the build
-    /// placed, the system's. The first two are orders: if one is given and fails, nothing else is tried.
+    /// Loads the library: `explicit` (a flag), `ORT_DYLIB_PATH`, beside the executable, the Python package that was
+    /// installed with the executable, the copy that the build placed, the system's. The first two are orders: if one is given and fails, nothing else is tried.
     ///
     /// # Errors
     /// Lists every candidate with the loader's own words.
@@ -76,8 +78,11 @@ fn candidates(explicit: Option<&Path>) -> Vec<PathBuf> {
         return vec![path.into()];
     }
     let mut paths = Vec::new();
-    if let Some(folder) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
+    // A link to the program lies elsewhere than its libraries.
+    let program = std::env::current_exe().and_then(|program| program.canonicalize()).ok();
+    if let Some(folder) = program.as_deref().and_then(Path::parent) {
         paths.extend(NAMES.iter().map(|name| folder.join(name)));
+        paths.extend(python::libraries(folder));
     }
     paths.extend(option_env!("NBN_BUILD_ONNXRUNTIME").map(PathBuf::from));
     paths.extend(NAMES.iter().take(2).map(PathBuf::from));

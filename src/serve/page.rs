@@ -3,6 +3,8 @@
 use axum::Router;
 use axum::extract::Path;
 use axum::http::{HeaderValue, header};
+#[cfg(feature = "swagger-ui")]
+use axum::response::Redirect;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tower_http::set_header::SetResponseHeaderLayer;
@@ -31,8 +33,18 @@ pub(super) fn routes() -> Router<App> {
 
 #[cfg(feature = "swagger-ui")]
 fn docs() -> Router<App> {
-    use utoipa_swagger_ui::{Config, SwaggerUi};
-    Router::from(SwaggerUi::new("/docs").config(Config::from("/openapi.yaml")))
+    /// A file of Swagger UI, which build.rs places.
+    macro_rules! placed {
+        ($content_type:literal, $name:literal) => {
+            get(|| file($content_type, include_str!(concat!(env!("OUT_DIR"), "/", $name))))
+        };
+    }
+    Router::new()
+        .route("/docs", get(|| async { Redirect::permanent("/docs/") }))
+        .route("/docs/", get(|| file("text/html; charset=utf-8", include_str!("page/docs.html"))))
+        .route("/docs/docs.js", get(|| file("text/javascript; charset=utf-8", include_str!("page/docs.js"))))
+        .route("/docs/swagger-ui.css", placed!("text/css; charset=utf-8", "swagger-ui.css"))
+        .route("/docs/swagger-ui-bundle.js", placed!("text/javascript; charset=utf-8", "swagger-ui-bundle.js"))
 }
 
 #[cfg(not(feature = "swagger-ui"))]
