@@ -45,7 +45,9 @@ const WHEELS: [(&str, &str, &str, &str, &str); 4] = [
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "swagger-ui")]
-    place_swagger_ui();
+    if let Err(error) = place_swagger_ui() {
+        println!("cargo::error=Swagger UI's archive cannot be unpacked: {error}");
+    }
     for name in ["ORT_DYLIB_PATH", "NBN_SKIP_ONNXRUNTIME_DOWNLOAD", "XDG_CACHE_HOME", "HOME"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
@@ -69,18 +71,17 @@ fn main() {
 
 /// Writes Swagger UI's files that `serve/page.rs` includes into the build's folder.
 #[cfg(feature = "swagger-ui")]
-fn place_swagger_ui() {
+fn place_swagger_ui() -> Result<(), Box<dyn std::error::Error>> {
     use std::io::{Cursor, Read};
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let mut archive = build_zip::ZipArchive::new(Cursor::new(utoipa_swagger_ui_vendored::SWAGGER_UI_VENDORED))
-        .expect("the crate holds an archive");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let mut archive = build_zip::ZipArchive::new(Cursor::new(utoipa_swagger_ui_vendored::SWAGGER_UI_VENDORED))?;
     for name in ["swagger-ui-bundle.js", "swagger-ui.css"] {
         let path = archive.file_names().find(|path| path.ends_with(&format!("/dist/{name}"))).map(str::to_owned);
-        let mut file = archive.by_name(&path.expect("Swagger UI has this file")).expect("it was just listed");
         let mut content = Vec::new();
-        file.read_to_end(&mut content).expect("the archive is whole");
-        fs::write(out.join(name), content).expect("cargo's folder can be written");
+        archive.by_name(&path.ok_or(format!("it has no {name}"))?)?.read_to_end(&mut content)?;
+        fs::write(out.join(name), content)?;
     }
+    Ok(())
 }
 
 fn place_library() -> Result<PathBuf, String> {
