@@ -215,7 +215,7 @@ def sources(report, score, images, work):
         agree(lists / "bom.txt")
         os.mkfifo(odd / "pipe.png")
         done = score(odd, status=1, timeout=30)
-        assert "no regular file" in done.stdout, done.stdout
+        assert "not a regular file" in done.stdout, done.stdout
     with report.check("damaged tables are errors, never the end"):
         chance = random.Random(3)
         whole = (lists / "path.parquet").read_bytes()
@@ -275,7 +275,7 @@ def objects(report, score, images, work):
     with report.check("S3: what is not there"):
         (row,) = read("s3://photos/gone.png", status=1)
         assert "gone.png" in row["error"], row
-        for url, words in (("s3://photos/none/", "holds no file"), ("s3://nobody/", "nobody"), ("ftp://x/", "no object store")):
+        for url, words in (("s3://photos/none/", "holds no file"), ("s3://nobody/", "nobody"), ("ftp://x/", "not an object store")):
             said = score(url, status=1, env=environment).stderr
             assert words in said, said
         # Not settings of a store, though its builder knows them.
@@ -358,11 +358,11 @@ def killed(report, score, images, work, n, kills):
         time.sleep(took / 2)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 130 and "--resume goes on" in said, (process.returncode, said)
+        assert process.returncode == 130 and "continue with --resume" in said, (process.returncode, said)
         before = rows(out)
         assert 0 < len(before) < n
         said = score("--output-dir", out, "--part-rows", part, "--resume", images).stderr
-        assert f"{len(before)} had a row already" in said, said
+        assert f"{len(before)} already had a row" in said, said
         assert rows(out) == rows(want)
         said = score("--output-dir", out, images, status=1).stderr
         assert "--resume" in said, said

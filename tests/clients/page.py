@@ -461,7 +461,7 @@ def model_choice(checks, page, api, picture):
     settled(page)
     expect(page.locator("#uncalibrated")).to_be_visible()
     expect(page.locator("#facts")).to_contain_text("softmax, not calibrated")
-    expect(page.locator(".of-score")).to_contain_text("no probability")
+    expect(page.locator(".of-score")).to_contain_text("not a probability")
     for part in ("#prior", "#alpha", ".set"):
         checks.equal(f"{part} is hidden", page.locator(part).is_visible(), False)
     checks.that("no prior and no set are asked for", not {"prior", "alpha"} & set(asked[-1]), asked)
