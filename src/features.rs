@@ -63,7 +63,7 @@ impl Feature {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error(
     "{wanted} needs the feature `{0}`, which this program was built without: build it with `cargo build --release \
-     --features {0}`, or install the Python wheel or the container, which have it",
+     --features {0}`, or install the Python wheel or the container, which include it",
     feature.entry().0
 )]
 pub struct Missing {

@@ -98,7 +98,7 @@ pub fn replace_folder(draft: &Path, path: &Path, own: &[&str]) -> io::Result<()>
         return place_folder(draft, path);
     }
     if !path.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::NotADirectory, "a file stands in its place"));
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, "it is a file, not a folder"));
     }
     step();
     sync_folder(draft);

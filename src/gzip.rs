@@ -30,8 +30,8 @@ impl<R: Read> Read for Gunzip<R> {
         let packed = self.decoder.get_ref().bytes;
         if self.unpacked > FREE && self.unpacked / MOST > packed {
             let reason = format!(
-                "its first {packed} bytes of gzip unpack to more than {} bytes; nbn reads up to {MOST} times as many: \
-                 unpack the file and give that",
+                "its first {packed} bytes of gzip unpack to more than {} bytes; nbn accepts up to {MOST} times as \
+                 many: unpack the file and give the result",
                 self.unpacked
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
@@ -93,7 +93,7 @@ mod tests {
         let zeros = packed(io::repeat(0).take(4 * FREE));
         let (bytes, error) = unpacked(&zeros);
         assert!(bytes <= FREE + (1 << 16), "{bytes}");
-        assert!(error.unwrap().contains("200 times as many: unpack the file and give that"));
+        assert!(error.unwrap().contains("200 times as many: unpack the file and give the result"));
         // Noise does not shrink: however long, it is read.
         let mut random = fastrand::Rng::with_seed(1);
         let noise: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(2 << 20).collect();

@@ -39,8 +39,8 @@ fn start(level: Level, spans: impl Layer<Layered<Targets, Registry>> + Send + Sy
     tracing_subscriber::registry().with(filter).with(spans).with(lines()).init();
     if let Some(text) = refused {
         tracing::warn!(
-            "{RUST_LOG}={text:?} is not understood and changes nothing: expected a level (error, warn, info, debug, \
-             trace, off) or levels of modules such as nbn=debug,ort=warn"
+            "{RUST_LOG}={text:?} is not valid and is ignored: expected a level (error, warn, info, debug, trace, off) \
+             or levels of modules such as nbn=debug,ort=warn"
         );
     }
 }

@@ -325,12 +325,12 @@ impl Calibration {
 
     fn check_classes(&self, expected: &[Class]) -> Result<(), CalibrationError> {
         if self.classes.len() != expected.len() {
-            return Err(bad("the number of classes", &self.classes.len(), "it must be the manifest's"));
+            return Err(bad("the number of classes", &self.classes.len(), "it must match the manifest"));
         }
         for (k, (class, expected)) in self.classes.iter().zip(expected).enumerate() {
             if class.label != expected.label {
                 let found = format!("{:?}", cut(&class.label));
-                return Err(bad(format!("the label of class {k}"), &found, "it must be the manifest's"));
+                return Err(bad(format!("the label of class {k}"), &found, "it must match the manifest"));
             }
             let of = |what: &str| format!("{what} of class {:?}", cut(&class.label));
             within(of("a"), class.a, SCALE)?;

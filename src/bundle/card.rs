@@ -59,7 +59,7 @@ pub enum StaleCard {
         limit: &'static str,
     },
     /// It has something that no card has, or lacks something that every card has.
-    #[error("it has not the form of a card: {0}")]
+    #[error("it does not have the form of a card: {0}")]
     Form(String),
     /// The file is not JSON.
     #[error("it is not JSON: {0}")]
@@ -142,7 +142,7 @@ fn figures(at: &str, value: &Value, levels: &[&[&str]]) -> Result<(), StaleCard>
 }
 
 fn object<'a>(at: &str, value: &'a Value) -> Result<&'a Map<String, Value>, StaleCard> {
-    value.as_object().ok_or_else(|| StaleCard::Form(format!("{at} is no object")))
+    value.as_object().ok_or_else(|| StaleCard::Form(format!("{at} is not an object")))
 }
 
 fn unknown(at: &str, key: &str) -> StaleCard {

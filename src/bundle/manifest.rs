@@ -194,7 +194,7 @@ pub enum ManifestError {
     #[error("schema_version is {0}; this build reads {SCHEMA_VERSION}: use a matching release or export again")]
     Schema(u32),
     /// Too few or too many classes.
-    #[error("{0} classes; a classifier has at least 2, and this build reads at most {MAX_CLASSES}")]
+    #[error("it has {0} classes; a classifier has at least 2, and this build reads at most {MAX_CLASSES}")]
     Classes(usize),
     /// Two classes of one name.
     #[error("class label {0:?} appears twice; labels must differ")]
@@ -337,7 +337,7 @@ impl FoldReport {
         let single = -f64::from(f32::MAX)..=f64::from(f32::MAX);
         if let Some(alpha) = self.alphas.iter().find(|alpha| !single.contains(&alpha.value)) {
             let what = format!("the value of magnitude {} in fold.alphas", alpha.index);
-            return Err(value(what, &alpha.value, "f32 must be able to hold it"));
+            return Err(value(what, &alpha.value, "it must fit in a 32-bit float"));
         }
         self.proof.outputs.iter().try_for_each(OutputProof::check)
     }

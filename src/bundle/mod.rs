@@ -178,11 +178,11 @@ pub enum BundleError {
         expected: String,
     },
     /// No version folder below a model's folder.
-    #[error("{path}: no version found: a bundle lies in a folder with a decimal number for its name, such as {path}/1, \
-             and holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
+    #[error("{path}: no version found: a bundle is a folder whose name is a decimal number, such as {path}/1, and \
+             which holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
     NoVersion(PathBuf),
     /// None of the versions that are there is to be served.
-    #[error("{}: none of the versions {policy} is there; {there} {}: change --versions", folder.display(), if there.contains(',') { "are" } else { "is" })]
+    #[error("{}: none of the versions {policy} exists; {there} {}: change --versions", folder.display(), if there.contains(',') { "exist" } else { "exists" })]
     NotWanted {
         /// The model's folder.
         folder: PathBuf,
@@ -295,7 +295,7 @@ fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
 /// When it cannot be opened, or is no regular file: a pipe or a device might have no end.
 fn open_file(path: &Path) -> io::Result<File> {
     if !fs::metadata(path)?.is_file() {
-        let reason = "it is not a regular file, as every file of a bundle must be: put one in its place";
+        let reason = "it is not a regular file, but every file of a bundle must be one: replace it";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     File::open(path)

@@ -42,7 +42,8 @@ impl FromStr for VersionPolicy {
             "all" => Ok(Self::All),
             numbers => {
                 let numbers: Result<Vec<u64>, _> = numbers.split(',').map(|n| n.trim().parse()).collect();
-                let numbers = numbers.map_err(|_| "expected latest, all, or numbers with commas such as 1,3")?;
+                let numbers =
+                    numbers.map_err(|_| "expected latest, all, or numbers separated by commas, such as 1,3")?;
                 Ok(Self::Specific(numbers))
             }
         }

@@ -13,7 +13,7 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     let fit = &calibration.fit;
     let overlap = match fit.training_overlap {
         TrainingOverlap::NotChecked => "not compared with the training images",
-        TrainingOverlap::None => "none of them trained on",
+        TrainingOverlap::None => "none of them used in training",
     };
     // Writing to a String cannot fail.
     if let Some(id) = id {
@@ -22,7 +22,7 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     let supports = calibration.classes.iter().map(|c| c.support);
     let _ = writeln!(
         out,
-        "images      {}, {} to {} a class; {overlap}",
+        "images      {}, {} to {} per class; {overlap}",
         fit.images,
         supports.clone().min().unwrap_or(0),
         supports.max().unwrap_or(0)
@@ -55,8 +55,8 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     );
     let _ = writeln!(
         out,
-        "after       NLL {:.4}, ECE {:.4}, accuracy {:.4}: each image by fits that did not see it, under this class mix; \
-         {} best classes changed",
+        "after       NLL {:.4}, ECE {:.4}, accuracy {:.4}: each image scored by a fit that did not use it, under this \
+         class mix; {} best classes changed",
         after.nll, after.ece, after.accuracy, fit.top1_flips
     );
     for status in [Status::Fitted, Status::Pooled, Status::PriorOnly] {
@@ -70,7 +70,7 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     }
     let finest = calibration.sets.alphas.iter().zip(&calibration.sets.pas.marginal.uniform).find(|(_, t)| t.is_some());
     let _ = match finest {
-        Some((alpha, _)) => writeln!(out, "sets        from α = {alpha} under the uniform prior"),
+        Some((alpha, _)) => writeln!(out, "sets        for α of {alpha} and more, under the uniform prior"),
         None => writeln!(out, "sets        none: too few images"),
     };
     out

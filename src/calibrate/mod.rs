@@ -77,7 +77,7 @@ pub enum CalibrateError {
         highest: &'static str,
     },
     /// T runs away.
-    #[error("the temperature runs to its limit {temperature} (accepted: above 0.05, below 20): {hint}")]
+    #[error("the fitted temperature reached its limit, {temperature} (accepted: above 0.05, below 20): {hint}")]
     Temperature {
         /// The limit that was reached.
         temperature: f64,
@@ -135,7 +135,7 @@ pub fn calibrate(
     let kappa = match asked {
         Kappa::Fixed(kappa) => Kappa::Fixed(kappa),
         Kappa::Learned => {
-            progress("κ: 0, 1 or learned");
+            progress("choosing κ: 0, 1 or learned");
             let shared = highest.min(Rung::Temperature);
             let candidates = [Kappa::Fixed(0.0), Kappa::Fixed(1.0), Kappa::Learned];
             let candidates = candidates.map(|kappa| (kappa, cross_validate(kappa, shared)));
@@ -193,7 +193,7 @@ fn check_temperature(temperature: f64) -> Result<(), CalibrateError> {
     let hint = if temperature <= least * 1.0001 {
         "the calibration images are (nearly) all classified right; were they held out of training?"
     } else if temperature >= most * 0.9999 {
-        "the logits tell next to nothing about the labels; are the labels in the order of the bundle's classes?"
+        "the logits say almost nothing about the labels; are the labels in the order of the bundle's classes?"
     } else {
         return Ok(());
     };

@@ -271,7 +271,7 @@ impl Classifier {
             let rows = match self.run(done..done + size, stop) {
                 // One picture's fault must not be its neighbours'.
                 Err(error) if size > 1 && !stop.asked() => {
-                    tracing::warn!(%error, size, "a batch failed; its pictures are tried one by one");
+                    tracing::warn!(%error, size, "a batch failed; its images are tried one by one");
                     (done..done + size).map(|n| self.run(n..n + 1, stop).and_then(|mut r| r.remove(0))).collect()
                 }
                 Err(error) => vec![Err(error)],

@@ -60,7 +60,8 @@ impl LabelledLogits {
     pub fn load(path: &Path, classes: usize) -> Result<Self, DataError> {
         let bytes = read(path)?;
         let wrong = |reason: &str| content(path, reason);
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&format!("not safetensors: {error}")))?;
+        let file =
+            SafeTensors::deserialize(&bytes).map_err(|error| wrong(&format!("is not a safetensors file: {error}")))?;
         let missing = "expected the tensors `logits` [N, K] (f32 or f64) and `labels` [N] (i64 or i32)";
         let logits = file.tensor("logits").map_err(|_| wrong(missing))?;
         let labels = file.tensor("labels").map_err(|_| wrong(missing))?;
@@ -69,7 +70,11 @@ impl LabelledLogits {
             return Err(wrong(&format!("has logits of {columns} classes; the bundle has {classes}")));
         }
         if labels.shape() != [rows] || rows == 0 {
-            return Err(wrong(&format!("has logits {:?} and labels {:?}; {missing}", logits.shape(), labels.shape())));
+            return Err(wrong(&format!(
+                "has logits of shape {:?} and labels of shape {:?}; {missing}",
+                logits.shape(),
+                labels.shape()
+            )));
         }
         let values = match logits.dtype() {
             Dtype::F32 => chunks(logits.data(), |b: [u8; 4]| f32::from_le_bytes(b)),

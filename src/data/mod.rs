@@ -32,7 +32,7 @@ pub enum DataError {
         reason: String,
     },
     /// Some images cannot be decoded.
-    #[error("{failed} of {total} images cannot be read: {examples}: mend or remove them")]
+    #[error("{failed} of {total} images cannot be read: {examples}: repair or remove them")]
     Images {
         /// How many.
         failed: usize,

@@ -22,13 +22,14 @@ const CIFAR10_BATCH: &str = "data_batch_1.bin";
 pub enum Form {
     /// A folder with one folder of images per class, named by the class's label
     Folder,
-    /// A text file with `path label` a line; paths are relative to its folder, labels are names or indices
+    /// A text file with one `path label` per line; paths are relative to its folder, labels are names or indices
     List,
-    /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes; a file, or the folder of the published five
+    /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes; one file, or the folder with the five published
+    /// ones
     Cifar10,
-    /// CIFAR-100's binary version: coarse and fine label byte, then 3072 pixel bytes
+    /// CIFAR-100's binary version: a byte each for the coarse and the fine label, then 3072 pixel bytes
     Cifar100,
-    /// IDX, as MNIST and Fashion-MNIST: …-images-idx3-ubyte[.gz], with …-labels-idx1-ubyte[.gz] beside it
+    /// IDX, as used by MNIST and Fashion-MNIST: …-images-idx3-ubyte[.gz], with …-labels-idx1-ubyte[.gz] beside it
     Idx,
     /// A safetensors file with `logits` [N, K] (f32) and `labels` [N] (i64)
     Logits,
@@ -101,10 +102,10 @@ impl LabelledImages {
             Form::Cifar10 => cifar(path, labels, 1),
             Form::Cifar100 => cifar(path, labels, 2),
             Form::Idx => idx(path, labels),
-            Form::Logits => Err(content(path, "holds logits, no images: give the images themselves")),
+            Form::Logits => Err(content(path, "holds logits, not images: give the images themselves")),
         }?;
         if set.items.is_empty() {
-            return Err(content(path, "holds no image"));
+            return Err(content(path, "holds no images"));
         }
         Ok(set)
     }
@@ -130,7 +131,7 @@ impl LabelledImages {
     /// When a number is beyond the set.
     pub fn select(&self, records: &[usize]) -> Result<Self, DataError> {
         if let Some(beyond) = records.iter().find(|&&r| r >= self.len()) {
-            let reason = format!("has {} images; record {beyond} is asked for (they count from 0)", self.len());
+            let reason = format!("has {} images, counted from 0, but record {beyond} is asked for", self.len());
             return Err(content(&self.origin, &reason));
         }
         Ok(Self {
@@ -220,8 +221,8 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     }
     if let Some(first) = unknown.first() {
         let reason = format!(
-            "{} of its folders are named after no class of the model, the first is {first:?}: name each folder as the \
-             class's label, such as {:?}",
+            "has {} folder(s) that are not named after a class of the model, the first is {first:?}: give each folder \
+             the label of its class as its name, such as {:?}",
             unknown.len(),
             labels.first().map_or("", String::as_str)
         );
@@ -255,7 +256,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 
 fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let text = String::from_utf8(read(path)?)
-        .map_err(|_| content(path, "is not UTF-8 text: a list has `path label` a line"))?;
+        .map_err(|_| content(path, "is not UTF-8 text: a list has one `path label` per line"))?;
     let index: HashMap<&str, usize> = labels.iter().enumerate().map(|(k, l)| (l.as_str(), k)).collect();
     let base = path.parent().unwrap_or(Path::new("."));
     let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
@@ -275,7 +276,7 @@ fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         };
         if label >= labels.len() {
             return Err(wrong(format!(
-                "label {label} is beyond the model's {} classes, 0 to {}",
+                "label {label} is out of range; the model has {} classes, 0 to {}",
                 labels.len(),
                 labels.len() - 1
             )));
@@ -295,8 +296,10 @@ fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledI
     };
     let record = label_bytes + CIFAR_PIXELS;
     if bytes.is_empty() || !bytes.len().is_multiple_of(record) {
-        let reason =
-            format!("is {} bytes long, no multiple of a record's {record}: not CIFAR's binary version", bytes.len());
+        let reason = format!(
+            "is {} bytes long, which is not a multiple of the record length {record}: it is not CIFAR's binary version",
+            bytes.len()
+        );
         return Err(content(path, &reason));
     }
     let count = bytes.len() / record;
@@ -318,7 +321,7 @@ fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let beside = path.with_file_name(name);
     let (label_dimensions, label_bytes, label_at) = read_idx(&beside)?;
     if label_dimensions != [count] {
-        return Err(content(&beside, &format!("has labels {label_dimensions:?} for {count} images")));
+        return Err(content(&beside, &format!("has labels of shape {label_dimensions:?} for {count} images")));
     }
     let labels = check_labels(&beside, label_bytes[label_at..].to_vec(), labels)?;
     let items = (0..count).map(|n| Item::Raw { at: at + n * height * width }).collect();
@@ -352,8 +355,8 @@ fn read_idx(path: &Path) -> Result<(Vec<usize>, Vec<u8>, usize), DataError> {
 fn check_labels(path: &Path, found: Vec<u8>, labels: &[String]) -> Result<Vec<u32>, DataError> {
     if let Some(record) = found.iter().position(|&l| usize::from(l) >= labels.len()) {
         let reason = format!(
-            "record {record} has label {}; the model has {} classes, 0 to {}: is this the right set for it? For training, --classes \
-             names a set's classes",
+            "record {record} has label {}; the model has {} classes, 0 to {}: is this the right set for it? For \
+             training, give the names of a set's classes with --classes",
             found[record],
             labels.len(),
             labels.len() - 1

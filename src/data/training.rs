@@ -72,7 +72,8 @@ fn benchmark(path: &Path) -> (PathBuf, Option<PathBuf>) {
 }
 
 fn names(file: &Path) -> Result<Vec<String>, DataError> {
-    let text = String::from_utf8(read(file)?).map_err(|_| content(file, "is not UTF-8 text: one label a line"))?;
+    let text =
+        String::from_utf8(read(file)?).map_err(|_| content(file, "is not UTF-8 text: expected one label per line"))?;
     let labels: Vec<String> = text
         .trim_start_matches('\u{feff}')
         .lines()
@@ -104,7 +105,7 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
         }
         Form::List => {
             let text = String::from_utf8(read(path)?)
-                .map_err(|_| content(path, "is not UTF-8 text: a list has `path label` a line"))?;
+                .map_err(|_| content(path, "is not UTF-8 text: a list has one `path label` per line"))?;
             let base = path.parent().unwrap_or(Path::new("."));
             let mut found = BTreeSet::new();
             for (n, line) in text.lines().map(str::trim).enumerate() {
@@ -112,7 +113,8 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
                 // A second space belongs to the file's name or to the class's.
                 if file.contains([' ', '\t']) && !base.join(file.trim()).is_file() {
                     let reason = format!(
-                        "line {}: {file:?} is no file; where names of classes have spaces, give them with --classes",
+                        "line {}: {file:?} is not a file; if names of classes contain spaces, give the names with \
+                         --classes",
                         n + 1
                     );
                     return Err(content(path, &reason));
@@ -132,7 +134,7 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
             }
             Ok(numbered(if form == Form::Cifar100 { 99 } else { 9 }))
         }
-        Form::Logits => Err(content(path, "holds logits; training takes images")),
+        Form::Logits => Err(content(path, "holds logits; training needs images")),
     }
 }
 
@@ -152,16 +154,16 @@ pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Re
         let mut of_class: Vec<usize> = (0..labels.len()).filter(|&r| labels[r] as usize == k).collect();
         if count == 0 && !of_class.is_empty() {
             return Err(format!(
-                "--imbalance-factor {factor} leaves class {k} ({name}) none of its {} images, as class 0 ({}) has {largest}: \
-                 {largest} at most",
+                "--imbalance-factor {factor} leaves class {k} ({name}) none of its {} images, because class 0 ({}) \
+                 has {largest}: give {largest} at most",
                 of_class.len(),
                 names[0]
             ));
         }
         if of_class.len() < count {
             return Err(format!(
-                "class {k} ({name}) has {} images; --imbalance-factor {factor} needs {count} of it: a higher factor, or classes \
-                 in the order of their size",
+                "class {k} ({name}) has {} images; --imbalance-factor {factor} needs {count}: give a higher factor, \
+                 or list the classes in descending order of size",
                 of_class.len()
             ));
         }
@@ -189,13 +191,13 @@ pub fn hold_out(
     for (k, name) in names.iter().enumerate() {
         let mut of_class: Vec<usize> = records.iter().copied().filter(|&r| labels[r] as usize == k).collect();
         if of_class.is_empty() {
-            return Err(format!("class {k} ({name}) has no image: add some, or take the class out"));
+            return Err(format!("class {k} ({name}) has no images: add some, or remove the class"));
         }
         let count = if fraction > 0.0 { ((of_class.len() as f64 * fraction).round() as usize).max(1) } else { 0 };
         if count >= of_class.len() {
             return Err(format!(
-                "class {k} ({name}) has {} image(s), and --calibration-fraction {fraction} holds {count} out: add images, or \
-                 train without held-out ones (--calibration-fraction 0)",
+                "class {k} ({name}) has {} image(s), and --calibration-fraction {fraction} would hold out {count}: \
+                 add images, or train without held-out ones (--calibration-fraction 0)",
                 of_class.len()
             ));
         }

@@ -307,7 +307,10 @@ fn work(shared: &Shared, mut classifier: Classifier) {
             Ok(true) => {}
             Ok(false) => return,
             Err(_) => {
-                tracing::error!("a worker panicked between pictures: those at work are lost, the worker goes on");
+                tracing::error!(
+                    "a worker panicked between images: the images that it was working on are lost, and the worker \
+                     continues"
+                );
                 shared.budget.note_panic();
             }
         }

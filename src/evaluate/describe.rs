@@ -23,7 +23,7 @@ impl Evaluation {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{} on {}: {} images", self.bundle, self.data, self.images);
         if self.absent_classes > 0 {
-            let _ = writeln!(out, "{} classes have no image and count in no figure", self.absent_classes);
+            let _ = writeln!(out, "{} classes have no images and are left out of all figures", self.absent_classes);
         }
         for prior in &self.priors {
             let _ = writeln!(out, "\nunder the {} prior", prior.prior);

@@ -9,7 +9,7 @@ use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots};
 
 /// Why the page could not be drawn.
 #[derive(Debug, thiserror::Error)]
-#[error("a picture of the report cannot be drawn: {0}")]
+#[error("a plot of the report cannot be drawn: {0}")]
 pub struct DrawError(String);
 
 /// Rows of the tables: metric, heading, factor, decimals.
@@ -77,8 +77,11 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
         &evaluation.model_sha256.chars().take(12).collect::<String>()
     );
     if evaluation.absent_classes > 0 {
-        let _ =
-            writeln!(out, "<p>{} classes have no image here and count in no figure.</p>", evaluation.absent_classes);
+        let _ = writeln!(
+            out,
+            "<p>{} classes have no images here and are left out of all figures.</p>",
+            evaluation.absent_classes
+        );
     }
     for prior in &evaluation.priors {
         headline(&mut out, prior);
@@ -107,8 +110,8 @@ fn caption(scorer: &str) -> &'static str {
 fn headline(out: &mut String, prior: &PriorFigures) {
     let Some(first) = prior.scorers.first() else { return };
     let about = match prior.prior {
-        "uniform" => "Every class counts as equally frequent, in the images and in the scores.",
-        _ => "Images are weighted to the class mix of training, and calibrated scores are answered under it.",
+        "uniform" => "All classes count as equally frequent, in the images and in the scores.",
+        _ => "Images are weighted to the class mix of training, and calibrated scores are given for that mix.",
     };
     let overall = ROWS.iter().filter(|row| !row.0.contains("equal_mass") && !row.0.contains("plain"));
     let _ = write!(
@@ -198,9 +201,9 @@ fn pictures(
     let find = |name: &str| uniform.scorers.iter().find(|s| s.scorer == name);
     let (Some(before), after) = (find("softmax"), find("calibrated")) else { return Ok(()) };
     out.push_str(
-        "<h2>Reliability</h2>\n<p>Of the images whose best class scores about x, the share that is right. On the line, \
-         scores are probabilities. Groups are by true class, so for them the line is no exact goal. Circles grow with \
-         the share of images.</p>\n<p class=\"key\"><i style=\"background:#d67648\"></i>softmax",
+        "<h2>Reliability</h2>\n<p>Of the images whose best class scores about x, the share that is right. On the \
+         line, scores are probabilities. Groups are by true class, so for them the line is not an exact target. \
+         Circles grow with the share of images.</p>\n<p class=\"key\"><i style=\"background:#d67648\"></i>softmax",
     );
     if after.is_some() {
         out.push_str("<i style=\"background:#266ea8\"></i>calibrated");
@@ -221,8 +224,8 @@ fn pictures(
     }
     let _ = write!(
         out,
-        "<h2>Prediction sets, α = {}</h2>\n<p>Share of each class's images whose set holds the class; the line is the goal \
-         of {:.0} %, which is promised on average over the stated class mix, not for every class.</p>\n{key}<h3>Adjusted by \
+        "<h2>Prediction sets, α = {}</h2>\n<p>Share of each class's images whose set contains the class; the line is the \
+         target of {:.0} %, which is promised on average over the stated class mix, not for every class.</p>\n{key}<h3>Adjusted by \
          prevalence</h3>\n",
         evaluation.alpha,
         100.0 * (1.0 - evaluation.alpha)
@@ -268,8 +271,8 @@ fn confusions(out: &mut String, evaluation: &Evaluation) {
 fn differences(out: &mut String, comparison: &Comparison) {
     let _ = write!(
         out,
-        "<h2>{} minus {}</h2>\n<p>On the same images; intervals are over the same resamples for both. One that does not \
-         hold 0 is a difference.</p>\n",
+        "<h2>{} minus {}</h2>\n<p>On the same images; intervals are over the same resamples for both. An interval \
+         that does not contain 0 indicates a difference.</p>\n",
         escape(&comparison.bundle),
         escape(&comparison.against)
     );

@@ -50,7 +50,7 @@ pub enum EvaluateError {
     #[error(transparent)]
     Logits(#[from] LogitsError),
     /// The two bundles' logits are of different images.
-    #[error("the two bundles were run on {0} and {1} images: they compare on the same images only")]
+    #[error("the two bundles were run on {0} and {1} images: they can be compared only on the same images")]
     OtherImages(usize, usize),
 }
 

@@ -79,7 +79,7 @@ fn something_else(head: &[u8]) -> Option<&'static str> {
         [] => Some("it is empty"),
         [b'<', ..] => Some("it is a web page"),
         _ if head.starts_with(b"version https://git-lfs") => {
-            Some("it is a pointer of Git LFS, and `git lfs pull` fetches what it points to")
+            Some("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
         }
         _ => None,
     }
@@ -90,7 +90,7 @@ fn read_pytorch(path: &Path, archive: bool) -> Result<Checkpoint, FoldError> {
     let refuse = |error: PytorchError| {
         let reason = match error {
             PytorchError::Io(source) if source.kind() != std::io::ErrorKind::InvalidData => source.to_string(),
-            _ if !archive => "it begins like neither".into(),
+            _ if !archive => "it does not begin like either of them".into(),
             error => return FoldError::Damaged { path: path.to_owned(), reason: error.to_string() },
         };
         FoldError::NotACheckpoint { path: path.to_owned(), reason }
@@ -138,10 +138,10 @@ fn no_dictionary(path: &Path) -> Option<FoldError> {
     let found = match PytorchReader::read_pickle_data(path, None).ok()? {
         PickleValue::Dict(_) => return None,
         PickleValue::List(_) => "a list".to_owned(),
-        PickleValue::Unsupported(class) => format!("one {class}"),
-        _ => "one value".to_owned(),
+        PickleValue::Unsupported(class) => format!("an object of the class {class}"),
+        _ => "a single value".to_owned(),
     };
-    let reason = format!("it holds {found} and no dictionary of tensors: save the network's `state_dict()`");
+    let reason = format!("it holds {found}, not a dictionary of tensors: save the network's `state_dict()`");
     Some(FoldError::NotACheckpoint { path: path.to_owned(), reason })
 }
 
@@ -205,11 +205,13 @@ fn check_size(name: &str, shape: &[usize]) -> Result<(), FoldError> {
 fn check_name(name: &str) -> Result<(), FoldError> {
     let refuse = |reason: String| Err(FoldError::Name { name: name.chars().take(100).collect(), reason });
     if name.len() > MAX_NAME {
-        return refuse(format!("it has {} bytes; names have at most {MAX_NAME}", name.len()));
+        return refuse(format!("its name has {} bytes; names may have at most {MAX_NAME}", name.len()));
     }
     let numbers = name.split('.').filter(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()));
     match numbers.into_iter().find(|number| number.parse::<usize>().is_ok_and(|n| n > MAX_INDEX) || number.len() > 10) {
-        Some(number) => refuse(format!("it has the number {number}; blocks and experts count up to {MAX_INDEX}")),
+        Some(number) => {
+            refuse(format!("its name has the number {number}; blocks and experts are numbered up to {MAX_INDEX}"))
+        }
         None => Ok(()),
     }
 }

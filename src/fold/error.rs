@@ -22,7 +22,7 @@ pub enum FoldError {
         reason: String,
     },
     /// It begins as a checkpoint does, and does not go on as one.
-    #[error("{path}: damaged or cut off: copy it again, or save it again ({reason})")]
+    #[error("{path}: damaged or truncated: copy it again, or save it again ({reason})")]
     Damaged {
         /// Which file.
         path: PathBuf,
@@ -30,7 +30,7 @@ pub enum FoldError {
         reason: String,
     },
     /// A name that no network's tensor has.
-    #[error("tensor {name:?}: {reason}: the file is damaged, or no checkpoint of a network")]
+    #[error("tensor {name:?}: {reason}: the file is damaged, or is not the checkpoint of a network")]
     Name {
         /// The name, cut where it is long.
         name: String,
@@ -47,8 +47,9 @@ pub enum FoldError {
     },
     /// The names match no known network.
     #[error(
-        "the checkpoint's {keys} keys are of no known network (e.g. {example}): expected torchvision-named ResNet/ResNeXt \
-         (layer1 … layer4), CIFAR ResNet (layer1 … layer3) or the multi-expert layout (layer3s.0, layer4s.0, linears.0)"
+        "the checkpoint's {keys} keys are not those of a known network (e.g. {example}): expected torchvision-named \
+         ResNet/ResNeXt (layer1 … layer4), CIFAR ResNet (layer1 … layer3) or the multi-expert layout (layer3s.0, \
+         layer4s.0, linears.0)"
     )]
     UnknownArchitecture {
         /// Number of keys.
@@ -109,7 +110,10 @@ pub enum FoldError {
         name: String,
     },
     /// More experts than the authors' own code tells apart.
-    #[error("{0} experts; at most 10 are supported, since the authors' layer names are ambiguous beyond")]
+    #[error(
+        "the network has {0} experts; at most 10 are supported, because the authors' layer names are ambiguous beyond \
+         that"
+    )]
     TooManyExperts(usize),
     /// `--arch` differs from what the tensors say.
     #[error("--arch {asked} does not fit: the tensors are those of {found}")]

@@ -18,11 +18,11 @@ const NAMED: usize = 3;
 /// The published evaluation pipelines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Preset {
-    /// ImageNet-LT, Places-LT: shorter side 256, crop 224.
+    /// ImageNet-LT and Places-LT: shorter side 256, crop 224.
     Imagenet,
-    /// iNaturalist 2018: as ImageNet with its own mean and std.
+    /// iNaturalist 2018: as for ImageNet, with its own mean and std.
     Inaturalist,
-    /// CIFAR-10-LT, CIFAR-100-LT: 32×32.
+    /// CIFAR-10-LT and CIFAR-100-LT: 32×32.
     Cifar,
 }
 
@@ -81,7 +81,8 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     let version = file_name(&options.out);
     if version.parse::<u64>().is_err() {
         return Err(FoldError::Input(format!(
-            "--out ends in {version:?}; a bundle's folder is its version, a decimal number: {}/1",
+            "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}/1, \
+             for example",
             options.out.display()
         )));
     }
@@ -104,7 +105,8 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     };
     let network = architecture::build(&checkpoint, side, options.extras, &options.overrides)?;
     if options.extras.expert_logits && network.experts == 1 {
-        let reason = "--expert-logits: this network has one expert, whose logits are the network's: leave it out";
+        let reason = "--expert-logits: this network has only one expert, whose logits are those of the network: leave \
+                      the flag out";
         return Err(FoldError::Input(reason.into()));
     }
     let stored_classes = match options.classes {
@@ -164,7 +166,7 @@ fn refuse_link(out: &Path) -> Result<(), FoldError> {
     let out: PathBuf = out.components().collect();
     let Ok(target) = fs::read_link(&out) else { return Ok(()) };
     Err(FoldError::Input(format!(
-        "{} is a link to {}, and a bundle replaces no link: give the folder itself, or remove the link",
+        "{} is a link to {}, and a bundle does not replace a link: give the folder itself, or remove the link",
         out.display(),
         target.display()
     )))
@@ -180,7 +182,7 @@ fn refuse_inputs_inside(options: &ExportOptions) -> Result<(), FoldError> {
     match inputs.into_iter().flatten().find(|path| inside(path)) {
         None => Ok(()),
         Some(path) => Err(FoldError::Input(format!(
-            "{} lies in {}, which --force would replace: copy it elsewhere, or give the next version's number",
+            "{} lies in {}, which --force would replace: copy it elsewhere, or give the next version number",
             path.display(),
             options.out.display()
         ))),
@@ -191,10 +193,10 @@ fn refuse_inputs_inside(options: &ExportOptions) -> Result<(), FoldError> {
 fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
     let refuse = |reason: String| Err(FoldError::Input(format!("{} {reason}", out.display())));
     if !force {
-        return refuse("exists: give the next version's number, or --force to replace it".into());
+        return refuse("already exists: give the next version number, or replace it with --force".into());
     }
     if !is_manifest(&out.join(MANIFEST_FILE)) {
-        return refuse("is no bundle: --force replaces bundles only; give another folder, or remove it".into());
+        return refuse("is not a bundle: --force replaces bundles only; give another folder, or remove it".into());
     }
     let own = own_files(out);
     let others = foreign(out, &own.iter().map(String::as_str).collect::<Vec<_>>());
@@ -203,8 +205,8 @@ fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
     };
     let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
     refuse(format!(
-        "holds {}{more}, which `fold` did not write: --force would remove it with the bundle; move it elsewhere, or give \
-         the next version's number",
+        "holds {}{more}, which `fold` did not write: --force would remove it with the bundle; move it elsewhere, or \
+         give the next version number",
         named.join(", ")
     ))
 }
@@ -277,13 +279,13 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
     if has_header {
         for (n, record) in csv::Reader::from_reader(text.as_bytes()).records().enumerate() {
             let record = record.map_err(|error| input(n + 2, &error.to_string()))?;
-            let count = match record.get(1).map(str::trim) {
-                None | Some("") => None,
-                Some(text) => Some(
-                    text.parse()
-                        .map_err(|_| input(n + 2, &format!("count {text:?} is no whole number of training images")))?,
-                ),
-            };
+            let count =
+                match record.get(1).map(str::trim) {
+                    None | Some("") => None,
+                    Some(text) => Some(text.parse().map_err(|_| {
+                        input(n + 2, &format!("count {text:?} is not a whole number of training images"))
+                    })?),
+                };
             classes.push(Class { label: record[0].to_owned(), count });
         }
     } else {

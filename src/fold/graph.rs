@@ -190,7 +190,7 @@ fn output_shape(op: &Op, inputs: &[&[usize]], side: usize) -> Result<Vec<usize>,
                 return Err(format!("{c} channels in, weight {:?}, {groups} groups", weight.shape()));
             }
             if bias.as_ref().is_some_and(|b| b.len() != out) {
-                return Err(format!("bias of another length than {out}"));
+                return Err(format!("the bias does not have {out} values"));
             }
             Ok(vec![out, halved(*h, kh, *stride, *padding)?, halved(*w, kw, *stride, *padding)?])
         }

@@ -67,7 +67,7 @@ pub enum DecodeError {
     #[error("the image is empty (0 bytes): send the encoded file itself")]
     Empty,
     /// Not one of the formats.
-    #[error("not an image of a known format; JPEG, PNG, WebP, GIF, BMP and TIFF are")]
+    #[error("not an image of a known format; the formats are JPEG, PNG, WebP, GIF, BMP and TIFF")]
     UnknownFormat,
     /// A width or a height of 0.
     #[error("image is {width}×{height}: it has no pixels, so there is nothing to classify")]
@@ -129,7 +129,7 @@ pub enum DecodeError {
         reason: String,
     },
     /// Nobody waits for the picture any more, or its deadline has passed.
-    #[error("decoding was ended: nobody waits for the image any more, or its deadline has passed")]
+    #[error("decoding was stopped: the result is no longer needed, or the deadline has passed")]
     Stopped,
     /// The file ends before the picture does.
     #[error("the {format} file is cut short or damaged: {reason}")]
@@ -181,7 +181,7 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
         Err(match panic.downcast_ref::<String>() {
             Some(message) if format == ImageFormat::Jpeg => damaged(message.clone()),
             _ => {
-                let reason = "its decoder gave up on the file, which may be damaged, too".into();
+                let reason = "its decoder failed on the file, which may also be damaged".into();
                 DecodeError::Unsupported { format: name(format), reason }
             }
         })

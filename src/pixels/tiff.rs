@@ -46,7 +46,7 @@ pub(super) fn check_fields(bytes: &[u8]) -> Result<(), DecodeError> {
         None => Ok(()),
         Some(field) => {
             let (tag, length) = (field.tag, field.length());
-            damaged(format!("its field {tag} says that it has {length} bytes, where the file has {held}"))
+            damaged(format!("its field {tag} claims to have {length} bytes; the file has {held}"))
         }
     }
 }
@@ -79,7 +79,7 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
     let places = || image.numbers(offsets).zip(image.numbers(lengths));
     let all: u64 = places().fold(0, |all, (_, length)| all.saturating_add(length));
     if all > 4 * bytes.len() as u64 + FILLING {
-        return unsupported("its JPEG strips lie upon each other".into());
+        return unsupported("its JPEG strips overlap".into());
     }
     let most = pixels.saturating_add(FILLING);
     let tables = image.bytes_of(JPEG_TABLES).map(work_of).unwrap_or_default();

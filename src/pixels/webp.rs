@@ -18,7 +18,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), DecodeError> {
         let length = u32::from_le_bytes([a, b, c, d]);
         let Some(content) = after.get(..length as usize) else {
             let held = after.len();
-            return damaged(format!("one of its chunks says that it has {length} bytes, where the file has {held}"));
+            return damaged(format!("one of its chunks claims to have {length} bytes; the file has {held} left"));
         };
         let frame = match &head[..4] {
             b"VP8X" => {

@@ -134,7 +134,7 @@ impl Registry {
         let names = match self.repository().and_then(|r| Ok(r.models()?)) {
             Ok(names) => names,
             Err(error) => {
-                tracing::error!(%error, "the repository cannot be read; everything is served as before");
+                tracing::error!(%error, "the repository cannot be read; the same models are served as before");
                 return;
             }
         };
@@ -147,7 +147,7 @@ impl Registry {
         let Ok(names) = self.repository().and_then(|r| Ok(r.models()?)) else { return };
         let gone: Vec<String> = self.read(|all| all.keys().filter(|name| !names.contains(name)).cloned().collect());
         for name in gone {
-            tracing::warn!(model = name, "the model's folder has gone: it is no longer served");
+            tracing::warn!(model = name, "the model's folder no longer exists, so the model is no longer served");
             let _ = self.write(|all| all.remove(&name));
         }
     }
@@ -212,7 +212,8 @@ impl Registry {
             if !matches!(error, RegistryError::NoModel(_)) {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(model = name, %error, "the model cannot be loaded");
-                let reason = format!("serving as before; the new state: {}", self.public(error));
+                let reason =
+                    format!("still serving the previous state; the new one cannot be loaded: {}", self.public(error));
                 let served = |slot: &&mut Slot| slot.model.is_some();
                 self.write(|all| {
                     let slots = all.get_mut(name).into_iter().flat_map(BTreeMap::values_mut);
@@ -293,7 +294,11 @@ impl Registry {
                 Err(error) => {
                     let reason = self.public_of(&error, name, version);
                     let serving = slot.model.is_some();
-                    slot.reason = if serving { format!("serving as before; the new state: {reason}") } else { reason };
+                    slot.reason = if serving {
+                        format!("still serving the previous state; the new one cannot be loaded: {reason}")
+                    } else {
+                        reason
+                    };
                     Err(error)
                 }
             }

@@ -147,7 +147,7 @@ fn measured(
     let per_image: Vec<String> = times.iter().map(|(n, ms)| format!("{n}: {:.3}", ms / *n as f64)).collect();
     tracing::info!(
         model = %bundle.name, version = %bundle.version, max_batch = chosen, milliseconds_per_image = per_image.join(", "),
-        "batch size chosen by measuring; --max-batch overrules"
+        "batch size chosen by measuring; --max-batch overrides it"
     );
     Ok(chosen)
 }

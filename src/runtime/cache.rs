@@ -83,7 +83,7 @@ impl NetworkCache {
             if !entry.join(GRAPH).is_file()
                 && let Err(reason) = self.make(&entry, library, bytes, options)
             {
-                tracing::warn!(cache = %entry.display(), reason, "the optimised network was not kept: starts stay slow; give a writable --cache, or none");
+                tracing::warn!(cache = %entry.display(), reason, "the optimised network could not be cached, so starts stay slow: give a writable --cache, or none");
             }
             self.stamp(&entry, network);
         }
@@ -94,7 +94,7 @@ impl NetworkCache {
             match OnnxModel::open_optimised(library, &graph, options) {
                 Ok(model) => opened(model)?,
                 Err(error) => {
-                    tracing::warn!(cache = %entry.display(), %error, "the kept network cannot be opened; remove it");
+                    tracing::warn!(cache = %entry.display(), %error, "the cached network cannot be opened: remove it");
                     break;
                 }
             }
@@ -113,7 +113,7 @@ impl NetworkCache {
         let Some(entry) = self.entry(network).filter(|entry| entry.is_dir()) else { return };
         let written = serde_json::to_vec(note).map_err(io::Error::other).and_then(|n| replace(&entry.join(name), &n));
         if let Err(error) = written {
-            tracing::debug!(%error, name, "a note was not kept in the cache");
+            tracing::debug!(%error, name, "a note could not be written to the cache");
         }
     }
 

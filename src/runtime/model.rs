@@ -18,9 +18,9 @@ use crate::stop::Stop;
 pub enum Device {
     /// The processor.
     Cpu,
-    /// An NVIDIA GPU; an error when it cannot be used.
+    /// An NVIDIA GPU; an error if it cannot be used.
     Cuda,
-    /// CUDA when it works, else the processor, with one line in the log.
+    /// CUDA if it works, otherwise the processor, with one line in the log.
     Auto,
 }
 
@@ -64,7 +64,7 @@ pub enum RuntimeError {
     #[error("ONNX Runtime failed: {0}")]
     Run(String),
     /// The run was ended because nobody waited for it.
-    #[error("the run was ended: nobody waited for it")]
+    #[error("the run was stopped: its result is no longer needed")]
     Stopped,
 }
 
@@ -164,7 +164,7 @@ impl OnnxModel {
         let running = Arc::downgrade(&options);
         stop.on_ask(move || {
             if let Some(Err(error)) = running.upgrade().map(|options| options.terminate()) {
-                tracing::warn!(%error, "a run that nobody waits for could not be ended");
+                tracing::warn!(%error, "a run whose result is no longer needed could not be stopped");
             }
         });
         let found = self.session.run_with_options(ort::inputs!["images" => input], &options);

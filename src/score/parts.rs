@@ -40,7 +40,7 @@ pub enum PartsError {
         cause: io::Error,
     },
     /// Parts are there, and nobody asked to go on.
-    #[error("{} holds {parts} parts already: go on with --resume, or give another folder", folder.display())]
+    #[error("{} already holds {parts} parts: continue with --resume, or give another folder", folder.display())]
     NotEmpty {
         /// The folder.
         folder: PathBuf,
@@ -57,8 +57,8 @@ pub enum PartsError {
     },
     /// The parts were made otherwise.
     #[error(
-        "the parts in {} were made with {field} {before}, now it is {now}: give another folder, or go on as it was begun \
-         (run.json there says how; where there is no part yet, remove it)",
+        "the parts in {} were made with {field} {before}, but now it is {now}: give another folder, or continue with \
+         the earlier settings (see run.json there; if there are no parts yet, remove it)",
         folder.display()
     )]
     Differs {
@@ -73,7 +73,8 @@ pub enum PartsError {
     },
     /// Nothing says how the parts were made.
     #[error(
-        "{} holds {parts} parts without run.json, so nothing says how they were made: put it back, or give another folder",
+        "{} holds {parts} parts without run.json, so it is not known how they were made: restore it, or give another \
+         folder",
         folder.display()
     )]
     NoRecord {
@@ -94,7 +95,7 @@ pub enum PartsError {
         reason: String,
     },
     /// Another process is at it.
-    #[error("another process writes share {index} of {count} to {}", folder.display())]
+    #[error("another process is writing share {index} of {count} to {}", folder.display())]
     Locked {
         /// The folder.
         folder: PathBuf,

@@ -18,7 +18,7 @@ pub struct Shard {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ShardError {
     /// Not of a known form.
-    #[error("{0:?} is no share: give INDEX/COUNT, such as 0/4, or auto/COUNT")]
+    #[error("{0:?} is not a share: give INDEX/COUNT, such as 0/4, or auto/COUNT")]
     Form(String),
     /// Outside of the count.
     #[error("share {index} of {count}: shares are counted from 0, so the last is {}", count.saturating_sub(1))]
@@ -30,8 +30,8 @@ pub enum ShardError {
     },
     /// Nothing says which.
     #[error(
-        "auto takes the share from JOB_COMPLETION_INDEX (Kubernetes) or SLURM_ARRAY_TASK_ID (Slurm); neither is a number \
-         here: give INDEX/COUNT"
+        "auto takes the share from JOB_COMPLETION_INDEX (Kubernetes) or SLURM_ARRAY_TASK_ID (Slurm); neither is set \
+         to a number: give INDEX/COUNT"
     )]
     NoIndex,
 }

@@ -19,7 +19,7 @@ pub enum Prior {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum PriorError {
     /// Another number of entries than there are classes.
-    #[error("the prior has {found} entries; the model has {expected} classes: give every class one, in order")]
+    #[error("the prior has {found} entries; the model has {expected} classes: give one entry per class, in order")]
     Length {
         /// Entries given.
         found: usize,
@@ -27,7 +27,7 @@ pub enum PriorError {
         expected: usize,
     },
     /// A class that the map leaves out.
-    #[error("the prior has no entry for class {label:?}: give every class one above 0 ({missing} are missing)")]
+    #[error("the prior has no entry for class {label:?}: give every class a number above 0 ({missing} are missing)")]
     Missing {
         /// The first class without an entry.
         label: String,
@@ -35,12 +35,12 @@ pub enum PriorError {
         missing: usize,
     },
     /// An entry that is no class.
-    #[error("the prior names {0:?}, which is no class of this model")]
+    #[error("the prior names {0:?}, which is not a class of this model")]
     Unknown(String),
     /// Zero, negative, NaN or infinite.
     #[error(
         "the prior of class {label:?} is {value}; every entry must be a finite number above 0: give a class that you \
-         hardly expect a small one"
+         hardly expect a small number"
     )]
     Value {
         /// The class.

@@ -9,7 +9,8 @@ use crate::bundle::{Class, Group, MixThresholds, ScoreTable, SetTables, Threshol
 /// What is compared with the threshold. Both take probabilities under the training prior.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum SetScore {
-    /// −p/π_train, prevalence-adjusted: rare classes get in more easily, which raises mean coverage per class.
+    /// −p/π_train, adjusted by prevalence: rare classes get into sets more easily, which raises the mean coverage per
+    /// class.
     #[default]
     Pas,
     /// −p: small sets under the training mix, which often miss rare classes.
@@ -105,11 +106,12 @@ pub struct SetRequest {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum SetError {
     /// Not a level.
-    #[error("alpha is {0}; it must lie between 0 and 1, e.g. 0.1 for sets that hold the true class 9 times in 10")]
+    #[error("alpha is {0}; it must lie between 0 and 1, e.g. 0.1 for sets that contain the true class 9 times in 10")]
     Alpha(f64),
     /// Finer than the calibration images allow.
     #[error(
-        "alpha is {alpha}; the calibration images allow {finest} and more: ask for more, or calibrate with more images"
+        "alpha is {alpha}; the calibration images allow only {finest} and above: give a larger alpha, or calibrate \
+         with more images"
     )]
     TooFine {
         /// The level asked for.
@@ -118,7 +120,7 @@ pub enum SetError {
         finest: f64,
     },
     /// Finer than any calibration is made for.
-    #[error("alpha is {alpha}; {finest} is the finest level that this calibration holds: ask for {finest} or more")]
+    #[error("alpha is {alpha}; the smallest level in this calibration is {finest}: give {finest} or more")]
     BeyondTable {
         /// The level asked for.
         alpha: f64,

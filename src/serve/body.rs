@@ -92,7 +92,7 @@ pub(crate) async fn read(
     };
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
         let coding = cut::shown(format_args!("{coding:?}"));
-        let detail = format!("content-encoding {coding} is not accepted: send the body as it is");
+        let detail = format!("content-encoding {coding} is not accepted: send the body without encoding");
         return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
@@ -105,7 +105,10 @@ pub(crate) async fn read(
         let frame = timeout_at(deadline, body.frame()).await.map_err(|_| slow(limits.timeout))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| {
-            Problem::bad_request("body_broken", "the body ended before its announced length, or its coding is broken")
+            Problem::bad_request(
+                "body_broken",
+                "the body ended before its announced length, or its transfer coding is broken",
+            )
         })?;
         let Ok(data) = frame.into_data() else { continue };
         if whole.len() + data.len() > limit {
@@ -160,7 +163,7 @@ fn slow(limit: Duration) -> Problem {
 }
 
 fn full() -> Problem {
-    let detail = "the bodies of the requests at work fill the memory set aside for them (--max-buffered-mb): try again";
+    let detail = "the requests in progress fill the memory for request bodies (--max-buffered-mb): try again";
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, "memory", detail).retry_in(Duration::from_secs(1))
 }
 

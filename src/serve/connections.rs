@@ -196,6 +196,6 @@ where
     match ended {
         Some(Err(error)) => tracing::debug!(error, "a connection ended"),
         Some(Ok(())) => {}
-        None => tracing::debug!("a connection was closed: its peer was idle, or did not go on"),
+        None => tracing::debug!("a connection was closed: its peer was idle or had stalled"),
     }
 }

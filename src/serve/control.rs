@@ -24,9 +24,9 @@ impl Control {
             return Ok(Self(()));
         }
         let detail = if !app.administers || app.keys.is_empty() {
-            "models are loaded and unloaded on the admin listener (--admin-addr), or here with --control"
+            "models can be loaded and unloaded on the admin listener (--admin-addr), or here with --control"
         } else {
-            "loading and unloading models takes a key with the word admin in its line"
+            "loading and unloading models needs an admin key, which has the word admin in its line of the key file"
         };
         Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
     }

@@ -21,7 +21,7 @@ use crate::registry::ServedModel;
 
 /// Classifies with the default model
 ///
-/// Needs one model, or `--default-model`.
+/// The server must have a single model, or `--default-model`.
 #[cfg_attr(feature = "openapi", utoipa::path(
     post, path = "/v1/classify", tag = "classify",
     params(QueryOptions),
@@ -70,7 +70,7 @@ pub(crate) async fn classify_model(
     classify(&app, find(&app, &model, None)?, &notes, request).await
 }
 
-/// Classifies with the named model, if that version is served
+/// Classifies with a version of the named model
 #[cfg_attr(feature = "openapi", utoipa::path(
     post, path = "/v1/models/{model}/versions/{version}/classify", tag = "classify",
     params(
@@ -141,7 +141,7 @@ async fn answer(
 
 /// Lists the models
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v1/models", tag = "models", responses(
-    (status = 200, description = "By name", body = ModelList),
+    (status = 200, description = "The models, sorted by name", body = ModelList),
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
 )))]
 pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
@@ -168,7 +168,7 @@ pub(crate) async fn model(State(app): State<App>, Path(name): Path<String>) -> R
     Ok(Json(ModelCard::of(&*find(&app, &name, None)?)?))
 }
 
-/// Says that the process answers
+/// Says that the process is alive
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/livez", tag = "health", responses(
     (status = 200, description = "Alive", body = String, content_type = "text/plain"),
 )))]
@@ -176,18 +176,18 @@ pub(crate) async fn live() -> &'static str {
     "ok\n"
 }
 
-/// Says whether requests should be sent here
+/// Says whether the server is ready for requests
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/readyz", tag = "health", responses(
     (status = 200, description = "Every model is loaded and warm", body = String, content_type = "text/plain"),
-    (status = "default", description = "503 while models are opened, and while draining", body = ProblemBody, content_type = "application/problem+json"),
+    (status = "default", description = "503 while models are being loaded, and while the server shuts down", body = ProblemBody, content_type = "application/problem+json"),
 )))]
 pub(crate) async fn ready(State(app): State<App>) -> Result<&'static str, Problem> {
     app.ready().map(|()| "ready\n")
 }
 
-/// Figures for Prometheus, in OpenMetrics text
+/// Metrics for Prometheus, in the OpenMetrics text format
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/metrics", tag = "health", responses(
-    (status = 200, description = "On the admin listener, where there is one", body = String, content_type = "application/openmetrics-text"),
+    (status = 200, description = "The metrics; on the admin listener, if there is one", body = String, content_type = "application/openmetrics-text"),
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
 )))]
 pub(crate) async fn metrics(State(app): State<App>) -> Response {
@@ -203,13 +203,17 @@ pub(crate) async fn openapi() -> Response {
 }
 
 pub(crate) async fn not_found() -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path; /openapi.yaml lists what there is")
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "not_found",
+        "there is nothing at this path; /openapi.yaml lists the paths that exist",
+    )
 }
 
 pub(crate) async fn method_not_allowed() -> Problem {
     Problem::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "method_not_allowed",
-        "this path does not take that method; the header Allow lists those it takes",
+        "this path does not accept that method; the header Allow lists those that it accepts",
     )
 }

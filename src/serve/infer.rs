@@ -29,7 +29,7 @@ pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<S
         let served = served.join(", ");
         return not_found(
             "no_such_version",
-            format!("model {} has no version {}; it is served in {served}", quoted(name), quoted(version)),
+            format!("model {} has no version {}; the versions served are {served}", quoted(name), quoted(version)),
         );
     }
     let known = match app.registry.names() {
@@ -140,15 +140,15 @@ pub(crate) fn score(
 pub(crate) fn late(app: &App) -> Problem {
     let seconds = app.limits.timeout.as_secs();
     let detail = format!(
-        "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again when \
-         the load is less"
+        "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again \
+         when the load is lower"
     );
     Problem::new(StatusCode::GATEWAY_TIMEOUT, "deadline", detail).with_limit(seconds)
 }
 
 fn overflow() -> Problem {
-    let detail = "the network's answer to this tensor is not finite: its values overflow there. Expected is a picture's \
-                  pixels, normalised by the mean and std of /v1/models/NAME";
+    let detail = "the network's answer to this tensor is not finite, because values overflow in the network: send the \
+                  pixels of an image, normalised by the mean and std of /v1/models/NAME";
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "overflow", detail)
 }
 

@@ -83,7 +83,7 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
 
 fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
     let request: ClassifyRequest = objects::from_slice(bytes).map_err(|error| {
-        Problem::bad_request("bad_json", format!("the JSON body does not fit: {}", objects::reason(&error)))
+        Problem::bad_request("bad_json", format!("the JSON body is not valid: {}", objects::reason(&error)))
     })?;
     if request.images.is_empty() {
         return Err(Problem::bad_request("no_images", "the list `images` is empty: send at least one"));
@@ -99,7 +99,7 @@ fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
 async fn multipart(request: Request) -> Result<Items, Problem> {
     let broken = |reason: String| {
         let reason = cut::sentence(&reason);
-        Problem::bad_request("bad_multipart", format!("the multipart body does not fit: {reason}"))
+        Problem::bad_request("bad_multipart", format!("the multipart body is not valid: {reason}"))
     };
     let mut request = request;
     // The body's size was checked when it was read.
@@ -109,7 +109,7 @@ async fn multipart(request: Request) -> Result<Items, Problem> {
     while let Some(part) = parts.next_field().await.map_err(|error| broken(error.body_text()))? {
         if part.name() != Some("image") {
             let name = quoted(part.name().unwrap_or_default());
-            let detail = format!("multipart part {name} is not known: name every part `image`");
+            let detail = format!("multipart part {name} is unknown: name every part `image`");
             return Err(Problem::bad_request("bad_multipart", detail));
         }
         let id = part.file_name().map(|name| ClientId::try_new(name.to_owned())).transpose()?;

@@ -71,7 +71,8 @@ impl Keys {
             let Some(name) = words.next() else { continue };
             let fail = |what: &str| format!("line {}, key {name:?}: {what}", number + 1);
             let digest = words.next().filter(|d| d.len() == 64 && d.bytes().all(|b| b.is_ascii_hexdigit())).ok_or_else(|| {
-                fail("expected `name sha256hex [concurrency=N] [admin]` with 64 hexadecimal digits; `nbn key` makes a line")
+                fail("expected `name sha256hex [concurrency=N] [admin]` with 64 hexadecimal digits; `nbn key` creates \
+                      such a line")
             })?;
             let mut key = Key {
                 name: name.into(),
@@ -88,7 +89,7 @@ impl Keys {
                 }
             }
             if !names.insert(name.to_owned()) {
-                return Err(fail("the name stands twice"));
+                return Err(fail("the name is used twice"));
             }
             fresh.push(key);
         }
@@ -133,7 +134,7 @@ impl Keys {
             return Ok(Caller { admin: false, open: None });
         }
         let presented = presented(headers).ok_or_else(|| {
-            let detail = "this server asks for a key: send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`";
+            let detail = "this server requires an API key: send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`";
             Problem::new(StatusCode::UNAUTHORIZED, "key_missing", detail)
         })?;
         let digest = sha256_hex(presented.as_bytes());
@@ -143,12 +144,12 @@ impl Keys {
             if same { Some(key) } else { found }
         });
         let key = found.ok_or_else(|| {
-            Problem::new(StatusCode::UNAUTHORIZED, "key_unknown", "the key is not one that this server knows")
+            Problem::new(StatusCode::UNAUTHORIZED, "key_unknown", "this server does not know the API key")
         })?;
         if key.open.fetch_add(1, Ordering::AcqRel) >= key.concurrency && key.concurrency > 0 {
             key.open.fetch_sub(1, Ordering::AcqRel);
             let detail = format!(
-                "{} requests with this key are being answered, which is its limit: wait for one of them",
+                "{} requests with this key are being answered, which is the key's limit: wait until one of them ends",
                 key.concurrency
             );
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "key_concurrency", detail);

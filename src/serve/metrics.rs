@@ -147,21 +147,21 @@ impl Telemetry {
             };
         }
         register! {
-            requests "request_duration_seconds" "From the request's head to its answer"
-            stages "stage_duration_seconds" "Where the time of an image goes"
-            batches "batch_size" "Images in the run of the network that an image was in"
+            requests "request_duration_seconds" "Time from a request's head to its answer"
+            stages "stage_duration_seconds" "Time that an image spends in each stage"
+            batches "batch_size" "Size of the batch that an image was processed in"
             scores "score" "Score of the best class"
             set_sizes "set_size" "Classes in a prediction set"
             rejected "rejected" "Requests and connections that were refused"
             predictions "predictions" "Images by the group of their best class"
-            loads "model_loads" "Versions of models that were opened"
+            loads "model_loads" "Attempts to load a version of a model"
             queue "queue_images" "Images that wait for a worker"
-            capacity "queue_capacity_images" "Images that can wait at most"
-            running "running_images" "Images that workers are at"
-            ready "model_ready" "1 for each version that answers"
-            worker_panics "worker_panics" "Panics of workers between pictures: a defect of the server; the worker goes on"
+            capacity "queue_capacity_images" "Largest number of images that can wait for a worker"
+            running "running_images" "Images that workers are processing"
+            ready "model_ready" "1 for each version that is ready"
+            worker_panics "worker_panics" "Panics of workers between images: a bug in the server; the worker continues"
             connections "connections" "Open connections"
-            in_flight "requests_in_flight" "Requests at work"
+            in_flight "requests_in_flight" "Requests in progress"
         }
         telemetry
     }

@@ -27,7 +27,7 @@ mod generated {
     #[openapi(
         info(
             title = "nbn",
-            description = "Image classification by networks trained on long-tailed data with a normalised BatchNorm.",
+            description = "Image classification with calibrated scores, for networks trained on long-tailed data.",
             license(name = "MIT OR Apache-2.0")
         ),
         paths(

@@ -18,35 +18,35 @@ use crate::scores::{Prior, SetRung, SetScore};
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Options {
-    /// Classes per image, the best first; 5 when absent, at most the number of classes.
+    /// Number of classes per image, best first; 5 by default, at most the number of classes.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub(crate) top_k: Option<usize>,
-    /// Leave out classes that score less; abstain when that leaves none.
+    /// Leave out classes with a lower score; abstain if none is left.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
     pub(crate) min_score: Option<f64>,
-    /// The class prior to answer under.
+    /// Class prior of the scores.
     #[serde(default)]
     pub(crate) prior: Option<WirePrior>,
-    /// Add a prediction set that misses the true class at most this often.
+    /// Add a prediction set; at most this share of the sets miss the true class.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
     pub(crate) alpha: Option<f64>,
-    /// Score of the prediction set; `pas` when absent.
+    /// Score that the prediction set is built from; `pas` by default.
     #[serde(default)]
     pub(crate) set_score: Option<WireSetScore>,
-    /// For whom the set's coverage shall hold; `marginal` when absent.
+    /// Images over which the coverage of sets must hold; `marginal` by default.
     #[serde(default)]
     pub(crate) set_rung: Option<WireSetRung>,
-    /// Abstain when the set is larger; needs `alpha`.
+    /// Abstain if the set has more classes than this; needs `alpha`.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub(crate) max_set_size: Option<usize>,
-    /// Abstain when the best class has no calibration image.
+    /// Abstain if the best class has no calibration images.
     #[serde(default)]
     pub(crate) abstain_prior_only: Option<bool>,
-    /// Extras.
+    /// Extra parts of the answer.
     #[serde(default, deserialize_with = "objects::list")]
     pub(crate) include: Vec<Include>,
 }
@@ -57,36 +57,36 @@ pub(crate) struct Options {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes what from_query reads")]
 pub(crate) struct QueryOptions {
-    /// Classes per image, the best first; 5 when absent.
+    /// Number of classes per image, best first; 5 by default.
     #[param(minimum = 1)]
     top_k: Option<usize>,
-    /// Leave out classes that score less; abstain when that leaves none.
+    /// Leave out classes with a lower score; abstain if none is left.
     #[param(minimum = 0.0, maximum = 1.0)]
     min_score: Option<f64>,
-    /// Class prior to answer under; JSON takes one of your own, too.
+    /// Class prior of the scores; a JSON body can also give a prior of your own.
     #[param(inline)]
     prior: Option<NamedPrior>,
-    /// Add a prediction set that misses the true class at most this often.
+    /// Add a prediction set; at most this share of the sets miss the true class.
     #[param(minimum = 0.0, maximum = 1.0)]
     alpha: Option<f64>,
-    /// Score of the set; `pas` when absent.
+    /// Score that the set is built from; `pas` by default.
     #[param(inline)]
     set_score: Option<WireSetScore>,
-    /// For whom the set's coverage shall hold; `marginal` when absent.
+    /// Images over which the coverage of sets must hold; `marginal` by default.
     #[param(inline)]
     set_rung: Option<WireSetRung>,
-    /// Abstain when the set is larger; needs `alpha`.
+    /// Abstain if the set has more classes than this; needs `alpha`.
     #[param(minimum = 1)]
     max_set_size: Option<usize>,
-    /// Abstain when the best class has no calibration image.
+    /// Abstain if the best class has no calibration images.
     abstain_prior_only: Option<bool>,
-    /// Extras, with commas.
+    /// Extra parts of the answer, separated by commas.
     #[param(inline, style = Form, explode = false)]
     include: Option<Vec<Include>>,
 }
 
-/// How often each class is expected where the answer is used: `uniform`, `train`, a number per class in order, or an
-/// object from label to number. Numbers must be above 0 and need not sum to 1.
+/// How frequent each class is where the answer is used: `uniform`, `train`, a list with one number per class in order,
+/// or an object that maps labels to numbers. Numbers must be above 0 and need not sum to 1.
 // Serialised for openapi.yaml's sake, which reads `untagged` off it; what is read goes through `PriorVisitor`, bounded.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -101,7 +101,7 @@ pub(crate) enum WirePrior {
 }
 
 fn unfit<E: de::Error>() -> E {
-    E::custom("prior must be uniform, train, a list of numbers or an object from label to number")
+    E::custom("prior must be uniform, train, a list of numbers or an object that maps labels to numbers")
 }
 
 struct PriorVisitor;
@@ -110,7 +110,7 @@ impl<'de> Visitor<'de> for PriorVisitor {
     type Value = WirePrior;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a prior: uniform, train, a list of numbers or an object from label to number")
+        f.write_str("a prior: uniform, train, a list of numbers or an object that maps labels to numbers")
     }
 
     fn visit_str<E: de::Error>(self, name: &str) -> Result<WirePrior, E> {
@@ -151,9 +151,9 @@ impl<'de> Deserialize<'de> for WirePrior {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NamedPrior {
-    /// Every class equally often.
+    /// Every class is equally frequent.
     Uniform,
-    /// As often as in training.
+    /// Classes are as frequent as in training.
     Train,
 }
 
@@ -168,7 +168,7 @@ pub(crate) enum WireSetScore {
     Plain,
 }
 
-/// For whom a prediction set's coverage holds.
+/// Images over which the coverage of prediction sets holds.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -216,7 +216,7 @@ impl Options {
                 "max_set_size" => options.max_set_size = Some(whole()?),
                 "prior" => {
                     let prior =
-                        word(&value).ok_or_else(|| bad("uniform or train; a prior of your own goes into JSON"))?;
+                        word(&value).ok_or_else(|| bad("uniform or train; give a prior of your own in a JSON body"))?;
                     options.prior = Some(WirePrior::Named(prior));
                 }
                 "set_score" => options.set_score = Some(word(&value).ok_or_else(|| bad("pas or plain"))?),
@@ -226,13 +226,13 @@ impl Options {
                 }
                 "include" => {
                     for part in value.split(',') {
-                        let what = "logits, uncalibrated, support, timings, or several with commas";
+                        let what = "logits, uncalibrated, support, timings, or several separated by commas";
                         options.include.push(word(part).ok_or_else(|| bad(what))?);
                     }
                 }
                 _ => {
                     return Err(bad("top_k, min_score, prior, alpha, set_score, set_rung, max_set_size, \
-                                    abstain_prior_only or include for the name"));
+                                    abstain_prior_only or include as the name"));
                 }
             }
         }
@@ -259,7 +259,7 @@ impl Options {
             }
         }
         if let Some(score) = options.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
-            return Err(Problem::bad_request("bad_option", format!("min_score is {score}; it must lie in 0 to 1")));
+            return Err(Problem::bad_request("bad_option", format!("min_score is {score}; it must be from 0 to 1")));
         }
         Ok(options)
     }

@@ -86,8 +86,9 @@ impl Origins {
         }
         if keyless && !self.is_known(host) {
             let detail = format!(
-                "a browser asks for the host {}, and without keys this server takes changes from browsers only at an \
-                 IP address, at localhost or at the host of a --cors-origin: use one of them, or set --api-keys-file",
+                "the browser's request is for the host {}, and without API keys this server accepts changes from \
+                 browsers only at an IP address, at localhost or at the host of a --cors-origin: use one of these, or \
+                 set --api-keys-file",
                 quoted(host)
             );
             return Err(Problem::new(StatusCode::FORBIDDEN, "cross_site", detail));
@@ -105,8 +106,8 @@ impl Origins {
 
 fn foreign(seen: &str) -> Problem {
     let detail = format!(
-        "pages of other sites may not change what is served: {seen}; send the request from a program that is no \
-         browser, or name the page's origin with --cors-origin"
+        "pages of other sites may not change what is served: {seen}; send the request from a program other than a \
+         browser, or allow the page's origin with --cors-origin"
     );
     Problem::new(StatusCode::FORBIDDEN, "cross_site", detail)
 }

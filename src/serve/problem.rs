@@ -54,22 +54,22 @@ impl From<Detail> for String {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "openapi", schema(as = Problem))]
 pub(crate) struct ProblemBody {
-    /// Always `about:blank`: `code` tells the kinds apart.
+    /// Always `about:blank`; `code` tells the kinds of errors apart.
     #[serde(rename = "type")]
     pub(crate) kind: &'static str,
     /// The status in words.
     pub(crate) title: &'static str,
     /// The HTTP status.
     pub(crate) status: u16,
-    /// One sentence: the thing, the value, the limit, the way out.
+    /// One sentence: what is wrong, the value, the limit, and what to do.
     pub(crate) detail: String,
-    /// Path of the request; of a long one the beginning.
+    /// Path of the request; only its beginning if it is long.
     pub(crate) instance: String,
     /// The kind of error, stable across releases.
     pub(crate) code: &'static str,
     /// The id in the server's log, also in the header `x-request-id`.
     pub(crate) request_id: String,
-    /// The limit that was exceeded, where there is one.
+    /// The limit that was exceeded, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) limit: Option<u64>,
 }
@@ -146,8 +146,8 @@ impl From<Refused> for Problem {
                 Self { retry_after: Some(retry_after), ..problem }
             }
             Refused::TooSlow { retry_after } => {
-                let detail = "what waits already takes longer than this request may: try again after the time in \
-                              Retry-After, or allow more time";
+                let detail = "the images already waiting will take longer than this request may: try again after the \
+                              time in Retry-After, or allow more time";
                 let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "too_late", detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }

@@ -21,7 +21,7 @@ pub(crate) struct ClassifyRequest {
     /// The images, answered in this order.
     #[serde(deserialize_with = "objects::objects")]
     pub(crate) images: Vec<JsonImage>,
-    /// Overrule the query parameters.
+    /// Options, which override the query parameters.
     #[serde(default, deserialize_with = "objects::object")]
     pub(crate) options: Options,
 }
@@ -33,7 +33,7 @@ pub(crate) struct ClassifyRequest {
 pub(crate) struct JsonImage {
     /// The encoded file in standard base64.
     pub(crate) b64: String,
-    /// Echoed in the result; at most 1,024 bytes.
+    /// Repeated in the result; at most 1,024 bytes.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub(crate) id: Option<ClientId>,
@@ -65,8 +65,7 @@ impl TryFrom<String> for ClientId {
             return Ok(Self(id));
         }
         Err(format!(
-            "an id or file name has {} bytes, and this server repeats up to {MAX_ID} of them in its answer: send a \
-             shorter one",
+            "an id or file name has {} bytes; this server accepts up to {MAX_ID}: send a shorter one",
             id.len()
         ))
     }
@@ -88,10 +87,10 @@ pub(crate) struct ClassifyReply {
     pub(crate) version: String,
     /// What a score is.
     pub(crate) scale: Scale,
-    /// Id of the calibration behind the scores; none where they are the softmax.
+    /// Id of the calibration behind the scores; absent if they are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) calibration: Option<String>,
-    /// The class prior that scores are under: `uniform`, `train` or `custom`; none where they are the softmax.
+    /// The class prior of the scores: `uniform`, `train` or `custom`; absent if they are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prior: Option<&'static str>,
     /// One per image, in order.
@@ -117,9 +116,9 @@ impl ClassifyReply {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Scale {
-    /// Softmax of the logits: it ranks classes, and is no probability of being right.
+    /// Softmax of the logits: it ranks classes, but is not the probability of being right.
     Softmax,
-    /// Probability, fitted on held-out images, under the stated class prior.
+    /// Probability under the stated class prior, fitted to held-out images.
     Calibrated,
 }
 
@@ -143,7 +142,7 @@ pub(crate) struct ImageResult {
     /// The prediction set, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) set: Option<WireSet>,
-    /// `accept`, or `abstain` when a limit in the request speaks against acting on the best class.
+    /// `accept`, or `abstain` if a limit in the request says not to act on the best class.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) decision: Option<WireDecision>,
     /// Why the decision is `abstain`.
@@ -168,12 +167,12 @@ pub(crate) struct ClassScore {
     pub(crate) class_id: usize,
     /// Its name.
     pub(crate) label: String,
-    /// In 0 to 1; over all classes the scores sum to 1.
+    /// From 0 to 1; the scores of all classes sum to 1.
     pub(crate) score: f64,
     /// Softmax of the logits, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) uncalibrated: Option<f64>,
-    /// `many` (over 100 training images), `medium` (20 to 100) or `few`.
+    /// `many` (over 100 training images), `medium` (20 to 100) or `few` (under 20).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) group: Option<WireGroup>,
     /// Training images of the class, when known.
@@ -196,7 +195,7 @@ pub(crate) enum WireStatus {
     Fitted,
     /// Few calibration images, or a map shared by all classes: moved by shrinkage only.
     Pooled,
-    /// No calibration image: only the prior and what all classes share.
+    /// No calibration images: only the prior and what all classes share.
     PriorOnly,
 }
 
@@ -210,11 +209,11 @@ impl From<Status> for WireStatus {
     }
 }
 
-/// The classes that the true one is among, but for a share `alpha` of images.
+/// A prediction set: classes that include the true one, except for a share `alpha` of the images.
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireSet {
-    /// The level asked for.
+    /// The requested level.
     pub(crate) alpha: f64,
     /// The classes, the most likely under the set's score first. Never empty.
     pub(crate) labels: Vec<String>,
@@ -222,14 +221,14 @@ pub(crate) struct WireSet {
     pub(crate) class_ids: Vec<usize>,
     /// The set's score.
     pub(crate) method: WireSetScore,
-    /// For whom the coverage was asked to hold.
+    /// Images over which the coverage was requested to hold.
     pub(crate) rung: WireSetRung,
-    /// What each class's threshold stands on, in the order of `labels`: a class or group with too few calibration
-    /// images falls back. Absent when `rung` is `marginal`.
+    /// What each class's threshold is based on, in the order of `labels`: a class or group with too few calibration
+    /// images falls back to a wider rung. Absent when `rung` is `marginal`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rungs: Option<Vec<WireSetRung>>,
     /// The class mix that the coverage holds for: `uniform`, `train`, or `calibration`, that of the calibration images.
-    /// With a prior of the request's own it is `calibration`, whatever the prior.
+    /// If the request gives a prior of its own, it is `calibration`, whatever that prior is.
     pub(crate) holds_for: &'static str,
 }
 
@@ -253,9 +252,9 @@ impl WireSet {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum WireDecision {
-    /// No limit in the request speaks against it.
+    /// No limit in the request says otherwise.
     Accept,
-    /// A limit does; `reason` says which.
+    /// A limit in the request says not to; `reason` says which.
     Abstain,
 }
 
@@ -302,7 +301,7 @@ pub(crate) struct StageMillis {
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ImageError {
-    /// The status that the image alone would have got.
+    /// The HTTP status of a request with this image alone.
     pub(crate) status: u16,
     /// The kind of error.
     pub(crate) code: String,
@@ -382,7 +381,7 @@ impl ImageResult {
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelList {
-    /// By name.
+    /// Sorted by name.
     pub(crate) models: Vec<ModelSummary>,
 }
 
@@ -414,7 +413,7 @@ pub(crate) struct ModelCard {
     pub(crate) device: String,
     /// What a score is.
     pub(crate) scale: Scale,
-    /// `calibration.json`'s content without its tables; null when scores are the softmax.
+    /// The content of `calibration.json` without its tables; null if scores are the softmax.
     #[cfg_attr(feature = "openapi", schema(required))]
     pub(crate) calibration: Option<CalibrationCard>,
     /// The bundle's manifest: arch, classes with counts, preprocessing, fold report and proof, digests, and the
@@ -431,22 +430,22 @@ pub(crate) struct ModelCard {
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct CalibrationCard {
-    /// As in answers.
+    /// Its id, as in answers.
     pub(crate) id: String,
     /// The chosen rung: `prior-shift`, `temperature`, `temperature-bias` or `structured-vector-scaling`.
     pub(crate) rung: serde_json::Value,
-    /// T.
+    /// The temperature T.
     pub(crate) temperature: f64,
-    /// κ: how much of the training prior the network took out of its logits.
+    /// κ: how much of the training prior the network has removed from its logits.
     pub(crate) kappa: f64,
     /// Calibration images and status per class, in the order of the logits.
     pub(crate) classes: Vec<ClassFoundation>,
-    /// What it was fitted on, and what that changed.
+    /// What it was fitted to, and what it changed.
     #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub(crate) fit: serde_json::Value,
 }
 
-/// What a class's calibration stands on.
+/// What a class's calibration is based on.
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ClassFoundation {

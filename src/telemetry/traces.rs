@@ -14,7 +14,7 @@ impl Traces {
     /// Sends what is left. Blocks for a few seconds at most.
     pub fn finish(self) {
         if let Err(error) = self.0.shutdown() {
-            tracing::warn!(%error, "the last traces were not sent");
+            tracing::warn!(%error, "the last traces could not be sent");
         }
     }
 }

@@ -55,10 +55,10 @@ impl FromStr for Arch {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "{text:?} is no network that can be trained: resnet20, resnet32, resnet44, resnet56 … (CIFAR, depth 6n+2; \
-                 resnet20_w8 for 8 channels in the first stage), resnet18, resnet34, resnet50, resnet101, resnet152, \
-                 resnext50_32x4d, resnext101_32x8d, wide_resnet50_2, or one of these four-stage networks with _ride3 for \
-                 three experts"
+                "{text:?} is not a network that can be trained; expected resnet20, resnet32, resnet44, resnet56 … \
+                 (CIFAR, depth 6n+2; resnet20_w8 for 8 channels in the first stage), resnet18, resnet34, resnet50, \
+                 resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, wide_resnet50_2, or one of these four-stage \
+                 networks with _ride3 for three experts"
             )
         };
         let number = |t: &str| t.parse::<usize>().ok().filter(|n| (1..=4096).contains(n));

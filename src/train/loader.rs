@@ -84,7 +84,11 @@ impl Iterator for Loader {
         }
         let receiver = &self.threads[self.next % self.threads.len()];
         self.next += 1;
-        Some(receiver.recv().unwrap_or_else(|_| Err(TrainError::Input("a thread that prepares pictures ended".into()))))
+        Some(
+            receiver
+                .recv()
+                .unwrap_or_else(|_| Err(TrainError::Input("a thread that prepares images ended unexpectedly".into()))),
+        )
     }
 }
 

@@ -32,7 +32,7 @@ pub enum TrainError {
     #[error("{0}")]
     Input(String),
     /// A training image cannot be read.
-    #[error("{name}: {reason}: mend it or take it out of the set")]
+    #[error("{name}: {reason}: repair it, or remove it from the set")]
     Image {
         /// Its path or record.
         name: String,
@@ -40,7 +40,9 @@ pub enum TrainError {
         reason: String,
     },
     /// A run goes on with another recipe.
-    #[error("{path} was begun otherwise: {differences}: give the same flags, or begin anew with --overwrite")]
+    #[error(
+        "{path} was started with other settings: {differences}: give the same flags, or start again with --overwrite"
+    )]
     OtherRecipe {
         /// The state file.
         path: PathBuf,
@@ -77,7 +79,7 @@ pub enum TrainError {
         kept: String,
     },
     /// Two processes on one run.
-    #[error("another process trains {checkpoint}: wait for its end, or give another --out")]
+    #[error("another process is training {checkpoint}: wait until it ends, or give another --out")]
     Busy {
         /// The run's checkpoint.
         checkpoint: PathBuf,

@@ -11,9 +11,9 @@ use crate::fold::architecture::{Magnitude, NbnLayers};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Norm {
-    /// Normalised: weight and bias are unit directions times a learned magnitude
+    /// Normalised BatchNorm: weight and bias are unit directions times a learned magnitude
     Nbn,
-    /// Plain BatchNorm everywhere
+    /// Plain BatchNorm in every layer
     Bn,
 }
 
@@ -33,7 +33,7 @@ pub enum Head {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shortcut {
-    /// Every second pixel, with zero channels: no parameters
+    /// Every second pixel, with added channels of zeros: no parameters
     A,
     /// A 1×1 convolution and a norm
     B,
@@ -45,8 +45,8 @@ pub enum Shortcut {
 pub enum BiasStart {
     /// A random direction of length about 1
     Normal,
-    /// Zero, as in the authors' code: the first gradient is then 10^6 times too large, and the direction that it
-    /// sets never moves again
+    /// Zero, as in the authors' code: the first gradient is then 10^6 times too large, and the direction that it sets
+    /// never changes again
     Zero,
 }
 
@@ -54,9 +54,9 @@ pub enum BiasStart {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum MagnitudeMode {
-    /// α learns
+    /// α is learned
     Learned,
-    /// α stays where it starts
+    /// α keeps its initial value
     Fixed,
 }
 
@@ -80,9 +80,9 @@ pub enum Loss {
 pub enum Schedule {
     /// Half a cosine, from the learning rate to 0
     Cosine,
-    /// Times --decay-factor at each of --milestones
+    /// Multiplied by --decay-factor at each of --milestones
     Step,
-    /// Not at all
+    /// It stays constant
     Constant,
 }
 
@@ -92,9 +92,9 @@ pub enum Schedule {
 pub enum Decay {
     /// Convolutions and classifiers
     Weights,
-    /// The weights and biases of plain BatchNorms, too
+    /// Also the weights and biases of plain BatchNorm layers
     Norms,
-    /// Everything, directions and magnitudes too
+    /// Everything, including directions and magnitudes
     All,
 }
 
@@ -102,19 +102,19 @@ pub enum Decay {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Augmentation {
-    /// A crop of the picture padded by an eighth of its side with black
+    /// A random crop of the image after padding each side with black by an eighth of its length
     Crop,
-    /// A random part of 8 to 100 % of the area, resized
+    /// A random part with 8 to 100 % of the area, resized
     ResizedCrop,
-    /// Left and right swapped, every second time
+    /// A horizontal flip with a probability of one half
     Flip,
-    /// Brightness, contrast and saturation by 0.6 to 1.4
+    /// Brightness, contrast and saturation multiplied by 0.6 to 1.4
     ColorJitter,
     /// AutoAugment's policy for CIFAR (arXiv 1805.09501)
     AutoAugment,
     /// One operation at a random strength (arXiv 2103.10158)
     TrivialAugment,
-    /// A square of half the side set to the mean (arXiv 1708.04552)
+    /// A square of half the image's side set to the mean (arXiv 1708.04552)
     Cutout,
 }
 
@@ -212,7 +212,7 @@ impl Recipe {
             "--batch",
             self.batch as f64,
             batch,
-            "at least 2, as BatchNorm has no variance of one image, at most 1000000",
+            "at least 2, because BatchNorm needs the variance of several images, and at most 1000000",
         )?;
         within("--lr", self.learning_rate, finite(self.learning_rate), "above 0")?;
         within("--momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
@@ -227,7 +227,12 @@ impl Recipe {
         within("--ldam-margin", self.ldam_margin.into(), finite(self.ldam_margin.into()), "above 0")?;
         within("--ldam-scale", self.ldam_scale.into(), finite(self.ldam_scale.into()), "above 0")?;
         let start = f64::from(self.magnitude_start);
-        within("--magnitude-start", start, start.is_finite() && start.abs() >= 1e-3, "at least 0.001 in size")?;
+        within(
+            "--magnitude-start",
+            start,
+            start.is_finite() && start.abs() >= 1e-3,
+            "at least 0.001 in absolute value",
+        )?;
         let share = self.calibration_fraction;
         within("--calibration-fraction", share, (0.0..=0.5).contains(&share), "0 to 0.5")?;
         if let Some(factor) = self.imbalance_factor {
@@ -243,16 +248,16 @@ impl Recipe {
             within("--mixup", alpha, finite(alpha) && alpha <= 1.0, "above 0, at most 1")?;
         }
         if self.warm_up >= self.epochs && self.warm_up > 0 {
-            within("--warm-up", self.warm_up as f64, false, "fewer epochs than --epochs")?;
+            within("--warm-up", self.warm_up as f64, false, "less than --epochs")?;
         }
         if self.schedule == Schedule::Step && self.milestones.is_empty() {
             let (value, limit) =
-                ("step".into(), "given with --milestones, the epochs at which it falls, such as 30,50");
+                ("step".into(), "given with --milestones, the epochs at which the learning rate falls, such as 30,50");
             return Err(TrainError::Flag { flag: "--schedule", value, limit });
         }
         if self.schedule != Schedule::Step && !self.milestones.is_empty() {
             let value: Vec<String> = self.milestones.iter().map(usize::to_string).collect();
-            let limit = "given with --schedule step, which alone falls at milestones";
+            let limit = "given with --schedule step, the only schedule with milestones";
             return Err(TrainError::Flag { flag: "--milestones", value: value.join(","), limit });
         }
         if self.nesterov && self.momentum == 0.0 {

@@ -221,11 +221,11 @@ fn resume(job: &Job, network: &Network, start: &State, set: &str, per_epoch: usi
     }
     let run = run?;
     if run.progress.set != set {
-        let differences = "other training images or classes, or in another order".into();
+        let differences = "the training images or classes differ, or are in another order".into();
         return Err(TrainError::OtherRecipe { path: path.clone(), differences });
     }
     run.progress.check(job.training.len(), per_epoch).map_err(|reason| {
-        TrainError::Input(format!("{} is damaged: {reason}: begin anew with --overwrite", path.display()))
+        TrainError::Input(format!("{} is damaged: {reason}: start again with --overwrite", path.display()))
     })?;
     state::check_checkpoint(&job.files, &run.progress)?;
     Ok(run)
@@ -329,7 +329,8 @@ fn kept(job: &Job, run: &Resumable) -> String {
         0 => String::new(),
         _ if job.files.checkpoint.exists() => {
             format!(
-                "; {} and what --resume needs are intact: make room or mend it, and give --resume",
+                "; {} and what --resume needs are intact: free some space or solve the problem, then continue with \
+                 --resume",
                 job.files.checkpoint.display()
             )
         }

@@ -74,7 +74,7 @@ impl Progress {
             ("right", self.right, self.seen),
         ];
         if let Some((what, value, most)) = numbers.into_iter().find(|(_, value, most)| value > most) {
-            return Err(format!("its {what} is {value}; at most {most} fits the run"));
+            return Err(format!("its {what} is {value}; in this run it can be at most {most}"));
         }
         for (what, value) in [("loss", self.loss), ("seconds", self.seconds)] {
             if !(0.0..=1e50).contains(&value) {
@@ -210,7 +210,7 @@ impl FirstSave {
             (&files.calibration, &self.calibration),
         ];
         let kept = if files.state.exists() || files.checkpoint.exists() {
-            "; the run that was there is as it was: make room or mend it, and begin again"
+            "; the earlier run is unchanged: free some space or solve the problem, then start again"
         } else {
             ""
         };
@@ -339,7 +339,8 @@ pub fn check_checkpoint(files: &Files, progress: &Progress) -> Result<(), TrainE
         return Ok(());
     }
     Err(TrainError::Input(format!(
-        "{} is of another run than {}: move it elsewhere to go on (--resume), or begin anew over both (--overwrite)",
+        "{} belongs to another run than {}: move it elsewhere and continue with --resume, or replace both with \
+         --overwrite",
         files.checkpoint.display(),
         files.state.display()
     )))
@@ -358,13 +359,17 @@ pub fn recipe(path: &Path) -> Option<Recipe> {
 pub fn load(path: &Path, network: &Network, start: &State, device: &Device) -> Result<Resumable, TrainError> {
     let refuse = |reason: String| {
         TrainError::Input(format!(
-            "{}: not the state of such a run: {reason}: begin anew with --overwrite",
+            "{}: not the state of this run: {reason}: start again with --overwrite",
             path.display()
         ))
     };
     let bytes = fs::read(path).map_err(failed(path, ""))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
-    let text = header.metadata().as_ref().and_then(|m| m.get(PROGRESS)).ok_or_else(|| refuse("no progress".into()))?;
+    let text = header
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get(PROGRESS))
+        .ok_or_else(|| refuse("it has no record of its progress".into()))?;
     let progress: Progress = serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
     if progress.format != FORMAT {
         return Err(refuse(format!("its format is {}, this build reads {FORMAT}", progress.format)));
@@ -406,7 +411,7 @@ fn tensor(file: &SafeTensors<'_>, name: &str, like: &Tensor<1>, device: &Device)
     let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     if view.dtype() != Dtype::F32 || values.len() != expected {
         return Err(format!(
-            "{name} has {:?} values of {:?}; {expected} of F32 are expected",
+            "{name} has the shape {:?} and the type {:?}; expected {expected} values of F32",
             view.shape(),
             view.dtype()
         ));

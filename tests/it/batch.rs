@@ -127,10 +127,14 @@ fn a_run_that_goes_on_scores_what_has_no_row() {
     fs::write(out.join(".part-00000-of-00001-000001.jsonl.tmp"), "half a r").unwrap();
     let refused = run(&[]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("holds 1 parts already: go on with --resume"), "{}", text(&refused.stderr));
+    assert!(
+        text(&refused.stderr).contains("already holds 1 parts: continue with --resume"),
+        "{}",
+        text(&refused.stderr)
+    );
     let resumed = run(&["--resume"]);
     assert!(
-        resumed.status.success() && text(&resumed.stderr).contains("5 had a row already"),
+        resumed.status.success() && text(&resumed.stderr).contains("5 already had a row"),
         "{}",
         text(&resumed.stderr)
     );
@@ -138,7 +142,7 @@ fn a_run_that_goes_on_scores_what_has_no_row() {
 
     let other = run(&["--resume", "--prior", "train"]);
     assert!(
-        text(&other.stderr).contains("made with prior \"uniform\", now it is \"train\""),
+        text(&other.stderr).contains("made with prior \"uniform\", but now it is \"train\""),
         "{}",
         text(&other.stderr)
     );
@@ -182,13 +186,13 @@ fn a_source_that_cannot_be_used_says_what_would_be() {
     fs::write(at("empty.tar"), "").unwrap();
     let cases: [(&[&str], &str); 12] = [
         (&[&at("empty.tar")], "empty.tar cannot be read further: it is empty"),
-        (&["--label-column", "x", &at("d.txt")], "--label-column is of use only with a list or table with columns"),
-        (&["--labels", "line", &at("a.csv")], "--labels line is of use only with a text list"),
+        (&["--label-column", "x", &at("d.txt")], "--label-column needs a list or table with columns"),
+        (&["--labels", "line", &at("a.csv")], "--labels line needs a text list"),
         (&["--summary", &at("no/folder/s.json"), &at("d.txt")], "--summary: cannot write"),
-        (&[&at("a.csv")], "there are id, picture: name one with --image-column"),
+        (&[&at("a.csv")], "the columns are id, picture: name one with --image-column"),
         (
             &["--image-column", "photo", &at("a.csv")],
-            "there is no column \"photo\" (--image-column); there are id, picture",
+            "there is no column \"photo\" (--image-column); the columns are id, picture",
         ),
         (&["--image-column", "picture", &at("a.csv")], "file_not_found 1"),
         (&[&at("b.parquet")], "b.parquet: "),
@@ -451,7 +455,7 @@ fn a_run_that_fails_before_its_first_row_leaves_the_files_it_was_to_write() {
         (&[&at("gone/*.png")], "no file matches"),
         (&[&at("gone.tar")], "No such file"),
         (&[&at("a.csv")], "name one with --image-column"),
-        (&["--labels", "line", &images], "--labels line is of use only"),
+        (&["--labels", "line", &images], "--labels line needs a text list"),
         (&["--prior", &at("gone.json"), &images], "--prior"),
         (&["--features", &images], "has no output features"),
         (&["--alpha", "7", &images], "alpha"),
@@ -508,7 +512,7 @@ fn a_file_that_is_read_is_not_written() {
         (&["--output", &other, "--summary", &at("other.json"), &list], "--output", "--summary"),
         (&["--output", &list, "--summary", &at("link.txt"), &at("00.png")], "--output", "--summary"),
         (&["--prior", &at("prior.json"), "--summary", &at("prior.json"), &list], "--summary", "--prior"),
-        (&["--output", &at("00.png"), &list], "--output", "is a picture by its name"),
+        (&["--output", &at("00.png"), &list], "--output", "has the name of an image file"),
         (&["--output-dir", &at("rows"), "--summary", &at("rows/run.json"), &list], "--summary", "--output-dir"),
     ];
     for (args, file, other) in cases {
@@ -699,7 +703,7 @@ fn a_source_cannot_make_the_memory_grow_by_what_it_claims() {
     for (name, told) in [
         ("name.tar.gz", "the name of a member has 419430399 bytes; nbn reads up to 4096"),
         ("pax.tar.gz", "a PAX header has 419430400 bytes; nbn reads up to 65536"),
-        ("passed_over.tar.gz", "nbn reads up to 200 times as many: unpack the file and give that"),
+        ("passed_over.tar.gz", "nbn accepts up to 200 times as many: unpack the file and give the result"),
         ("list.csv", "a record is longer than 1048576 bytes"),
         ("list.txt", "it is longer than 1048576 bytes"),
         ("list.jsonl", "it is longer than 1048576 bytes"),
@@ -737,7 +741,7 @@ fn members_have_their_long_names_and_sparse_ones_say_what_they_are() {
     let rows: Vec<Value> = text(&scored.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let keys: Vec<&str> = rows.iter().map(|row| row["path"].as_str().unwrap()).collect();
     assert_eq!(keys, [&gnu, &pax, "holes.png", "last.png"].map(|name| format!("{archive}/{name}")));
-    assert!(rows[2]["error"].as_str().unwrap().contains("stores this file with holes (sparse)"), "{}", rows[2]);
+    assert!(rows[2]["error"].as_str().unwrap().contains("stores this file as a sparse file"), "{}", rows[2]);
     assert_eq!([0, 1, 3].map(|n| rows[n]["predictions"] == rows[0]["predictions"]), [true; 3]);
     assert!(text(&scored.stderr).contains("failed: archive_sparse 1"), "{}", text(&scored.stderr));
 }
@@ -752,9 +756,11 @@ fn what_a_list_says_is_quoted_in_short() {
     let rows = text(&nbn_score(&[list.to_str().unwrap()]).stdout);
     let errors: Vec<Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
     assert_eq!(errors.len(), 3);
-    for (row, words) in
-        errors.iter().zip(["invalid type: string", "no column is called path", "its path has 100000 bytes"])
-    {
+    for (row, words) in errors.iter().zip([
+        "invalid type: string",
+        "no column has one of the usual names (path",
+        "its path has 100000 bytes",
+    ]) {
         let error = row["error"].as_str().unwrap();
         assert!(error.contains(words) && error.len() < 700, "{error}");
     }

@@ -266,7 +266,7 @@ fn the_commands_refuse_what_does_not_fit_and_write_nothing() {
         ("three.safetensors", "has logits of 3 classes; the bundle has 10"),
         ("label.safetensors", "row 1 has label 10"),
         ("one.safetensors", "all 40 calibration images are of class \"cat\""),
-        ("words.safetensors", "not safetensors"),
+        ("words.safetensors", "is not a safetensors file"),
     ] {
         let out = fold(&["calibrate", bundle_path, "--data", at(file).to_str().unwrap()]);
         assert_eq!(out.status.code(), Some(1));
@@ -593,9 +593,9 @@ fn figures_that_no_evaluation_gives_are_withheld() {
         ("data", json!(7), "data is 7; it must be text"),
         ("how", json!("x".repeat(1001)), "it must be text of at most 1000 characters"),
         ("more", json!(1), "the card has an unknown key \"more\""),
-        ("figures", json!([1]), "figures is no object"),
+        ("figures", json!([1]), "figures is not an object"),
         ("figures", json!({"posterior": {}}), "figures has an unknown key \"posterior\""),
-        ("figures", json!({"train": 0.5}), "figures.train is no object"),
+        ("figures", json!({"train": 0.5}), "figures.train is not an object"),
         ("figures", json!({"train": {"softmax": {"all": {}}}}), "figures.train.softmax has an unknown key \"all\""),
         ("figures", json!({"train": {"softmax": {"many": {"f1": 1}}}}), "softmax.many has an unknown key \"f1\""),
     ] {
@@ -641,7 +641,7 @@ fn a_bundles_pipes_and_devices_are_refused_by_name() {
                 let out = fold(command);
                 let said = text(&out.stderr);
                 assert!(!out.status.success() && said.contains(name), "{command:?}: {said}");
-                assert!(said.contains("regular file") || said.contains("is no calibration"), "{command:?}: {said}");
+                assert!(said.contains("regular file") || said.contains("is not a calibration"), "{command:?}: {said}");
             }
         }
         fs::remove_file(&path).unwrap();
@@ -698,18 +698,18 @@ fn a_file_that_is_read_or_is_of_another_kind_is_not_written() {
         (calibrate, &["--out", &of_bundle("manifest.json"), "--force"], &["is the same file as the bundle's file"]),
         (calibrate, &["--out", &of_bundle("model.onnx"), "--force"], &["is the same file as the bundle's file"]),
         (calibrate, &["--out", &of_bundle("evaluation.json")], &["is the same file as the bundle's file"]),
-        (calibrate, &["--out", &at("notes.json"), "--force"], &["notes.json is no calibration"]),
-        (calibrate, &["--out", &at("report"), "--force"], &["report is no calibration"]),
-        (calibrate, &["--out", &at("link")], &["link is no calibration"]),
+        (calibrate, &["--out", &at("notes.json"), "--force"], &["notes.json is not a calibration"]),
+        (calibrate, &["--out", &at("report"), "--force"], &["report is not a calibration"]),
+        (calibrate, &["--out", &at("link")], &["link is not a calibration"]),
         (evaluate, &["--logits", &set], &["--logits", "is the same file as --data"]),
         (evaluate, &["--logits", &of_bundle("manifest.json")], &["is the same file as the bundle's file"]),
         (evaluate, &["--logits", &of_bundle("calibration.json")], &["is the same file as the bundle's file"]),
-        (evaluate, &["--logits", &at("other.safetensors")], &["other.safetensors is no file of logits and labels"]),
-        (evaluate, &["--logits", &at("notes.json")], &["notes.json is no file of logits and labels"]),
-        (evaluate, &["--logits", &at("link")], &["link is no file of logits and labels"]),
-        (evaluate, &["--report", &at("report")], &["report.json is no report of `nbn fold evaluate`"]),
-        (evaluate, &["--report", &at("page")], &["report.html is no report of `nbn fold evaluate`"]),
-        (evaluate, &["--report", &at("new"), "--logits", &at("page/report.html")], &["is no file of logits"]),
+        (evaluate, &["--logits", &at("other.safetensors")], &["other.safetensors is not a file of logits and labels"]),
+        (evaluate, &["--logits", &at("notes.json")], &["notes.json is not a file of logits and labels"]),
+        (evaluate, &["--logits", &at("link")], &["link is not a file of logits and labels"]),
+        (evaluate, &["--report", &at("report")], &["report.json is not a report of `nbn fold evaluate`"]),
+        (evaluate, &["--report", &at("page")], &["report.html is not a report of `nbn fold evaluate`"]),
+        (evaluate, &["--report", &at("new"), "--logits", &at("page/report.html")], &["is not a file of logits"]),
     ];
     for (command, args, words) in cases {
         let out = fold(&[&[command, model, "--data", &set], args].concat());
@@ -847,7 +847,7 @@ fn numbers_that_would_make_scores_overflow_are_refused_with_the_range() {
         (said(|c| c.classes[1].c = -1e300), "it must lie in -1000000..=1000000"),
         (said(|c| c.classes[9].train_prior = 1e-310), "train_prior of class \"truck\""),
         (said(|c| c.classes[9].train_prior = 0.5), "the sum of train_prior is 1.49"),
-        (said(|c| c.classes.swap(0, 1)), "the label of class 0 is \"automobile\"; it must be the manifest's"),
+        (said(|c| c.classes.swap(0, 1)), "the label of class 0 is \"automobile\"; it must match the manifest"),
         (said(|c| c.temperature_alone = 0.0), "temperature_alone is 0;"),
         (said(|c| c.kappa = f64::INFINITY), "kappa is inf; it must lie in -1..=10"),
         (said(|c| c.kappa = -1.1), "kappa is -1.1; it must lie in -1..=10"),

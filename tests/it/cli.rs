@@ -145,13 +145,13 @@ fn a_source_without_an_image_is_said_to_be_so() {
     fs::write(&list, "").unwrap();
     let list = list.to_str().unwrap();
     let (status, told) = of(&[list]);
-    assert!(status == Some(0) && told.contains("the source names no image\n"), "{told}");
+    assert!(status == Some(0) && told.contains("the source has no images\n"), "{told}");
     let (status, told) = of(&["--shard", "0/2", list]);
-    assert!(status == Some(0) && told.contains("no image of this share\n"), "{told}");
+    assert!(status == Some(0) && told.contains("no images in this share\n"), "{told}");
     let table = folder.path().join("empty.csv");
     fs::write(&table, "").unwrap();
     let (status, told) = of(&[table.to_str().unwrap()]);
-    assert!(status == Some(1) && told.contains("there is none: name one with --image-column"), "{told}");
+    assert!(status == Some(1) && told.contains("there are no columns: name one with --image-column"), "{told}");
 }
 
 #[test]

@@ -112,7 +112,7 @@ fn a_set_that_does_not_fit_is_refused_by_name() {
         ("empty", "FOLDER/LABEL/image.jpg"),
         ("short.bin", "100 bytes"),
         ("beyond.bin", "label 5; the model has 2 classes"),
-        ("beyond.txt", "label 2 is beyond the model's 2 classes"),
+        ("beyond.txt", "label 2 is out of range; the model has 2 classes"),
         ("words.txt", "line 2"),
         ("nowhere", "nowhere"),
     ] {

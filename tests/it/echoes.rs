@@ -190,7 +190,7 @@ async fn a_long_value_is_cut_where_it_is_quoted_and_what_was_expected_stays() {
     let message = format!("{}… (cut: it has {LONG} bytes)", "x".repeat(100));
     let answer = server.post("/v1/classify", "application/json", json!({"images": x}).to_string()).await;
     let detail = answer.json()["detail"].as_str().unwrap().to_owned();
-    let start = format!("the JSON body does not fit: invalid type: string \"{message}\", expected a list of objects");
+    let start = format!("the JSON body is not valid: invalid type: string \"{message}\", expected a list of objects");
     assert!(detail.starts_with(&start), "{detail}");
     let body = json!({"images": [], "options": {x.clone(): 1}});
     let answer = server.post("/v1/classify", "application/json", body.to_string()).await;
@@ -200,7 +200,7 @@ async fn a_long_value_is_cut_where_it_is_quoted_and_what_was_expected_stays() {
     let body = json!({"images": [{"b64": png}], "options": {"prior": {x.clone(): 1}}});
     let answer = server.post("/v1/classify", "application/json", body.to_string()).await;
     let detail = answer.json()["detail"].as_str().unwrap().to_owned();
-    assert!(detail.ends_with(&format!("names \"{message}\", which is no class of this model")), "{detail}");
+    assert!(detail.ends_with(&format!("names \"{message}\", which is not a class of this model")), "{detail}");
     let input = json!({"name": "image", "datatype": x, "shape": [1], "data": [png]});
     let body = json!({"inputs": [input]}).to_string();
     let answer = server.post("/v2/models/cifar10-lt/infer", "application/json", body).await;
@@ -232,7 +232,7 @@ async fn ids_that_are_repeated_have_at_most_1024_bytes() {
         } else {
             for reason in [&native["detail"], &v2["error"], &form["detail"]] {
                 assert!(
-                    reason.as_str().unwrap().contains("has 1025 bytes, and this server repeats up to 1024"),
+                    reason.as_str().unwrap().contains("has 1025 bytes; this server accepts up to 1024"),
                     "{reason}"
                 );
             }

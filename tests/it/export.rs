@@ -189,7 +189,7 @@ fn a_wrong_checkpoint_is_refused_by_name() {
     });
     assert!(experts.contains("11 experts; at most 10"), "{experts}");
     let unknown = said("resnet50", |c| c.tensors.retain(|name, _| name.starts_with("fc")));
-    assert!(unknown.contains("no known network"), "{unknown}");
+    assert!(unknown.contains("not those of a known network"), "{unknown}");
 }
 
 #[test]
@@ -252,9 +252,9 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
         (path("empty.pt"), "it is empty"),
         (path("page.pth"), "web page"),
         (path("pointer.pth"), "git lfs pull"),
-        (path("cut.pth"), "damaged or cut off"),
-        (path("list.pth"), "it holds a list and no dictionary"),
-        (path("cut.safetensors"), "damaged or cut off"),
+        (path("cut.pth"), "damaged or truncated"),
+        (path("list.pth"), "it holds a list, not a dictionary"),
+        (path("cut.safetensors"), "damaged or truncated"),
         (path("nan.safetensors"), "NaN"),
         (path("absent.pt"), "absent.pt"),
     ]);
@@ -342,9 +342,9 @@ fn a_tensors_name_that_no_network_has_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.safetensors");
     for (from, to, words) in [
-        ("layer1.0.", "layer1.18446744073709551615.", "it has the number 18446744073709551615"),
-        ("layer1.0.", "layer1.10000.", "count up to 9999"),
-        ("layer1.0.", &format!("layer1.{}.", "x".repeat(600)), "names have at most 500"),
+        ("layer1.0.", "layer1.18446744073709551615.", "its name has the number 18446744073709551615"),
+        ("layer1.0.", "layer1.10000.", "are numbered up to 9999"),
+        ("layer1.0.", &format!("layer1.{}.", "x".repeat(600)), "names may have at most 500"),
     ] {
         written(&path, &[], |name| name.replacen(from, to, 1));
         let error = Checkpoint::load(&path).unwrap_err().to_string();
@@ -368,7 +368,7 @@ fn a_bundle_is_not_replaced_with_files_of_others_in_it() {
     let before = fs::read(out.join("manifest.json")).unwrap();
     let error = export(&force, library()).unwrap_err().to_string();
     assert!(error.contains("holds a.csv, calibration.json, notes.md and 1 more"), "{error}");
-    assert!(error.contains("move it elsewhere, or give the next version's number"), "{error}");
+    assert!(error.contains("move it elsewhere, or give the next version number"), "{error}");
     for name in ["notes.md", "a.csv", "zoo.txt"] {
         assert_eq!(fs::read(out.join(name)).unwrap(), b"mine");
     }
@@ -404,7 +404,7 @@ fn a_folder_whose_manifest_is_of_another_program_is_not_replaced() {
         }
         fs::write(out.join("manifest.json"), manifest).unwrap();
         let error = export(&force, library()).unwrap_err().to_string();
-        assert!(error.contains("m/1 is no bundle: --force replaces bundles only"), "{manifest}: {error}");
+        assert!(error.contains("m/1 is not a bundle: --force replaces bundles only"), "{manifest}: {error}");
         assert_eq!(fs::read_to_string(out.join("manifest.json")).unwrap(), manifest);
         for name in ["model.onnx", "calibration.json", "evaluation.json"] {
             assert_eq!(fs::read(out.join(name)).unwrap(), b"mine", "{manifest}");
@@ -432,7 +432,7 @@ fn a_bundle_replaces_no_link_and_no_folder_that_it_is_made_from() {
             let error = export(&ExportOptions { force, ..options(&checkpoint, &at, 32) }, library()).unwrap_err();
             let error = error.to_string();
             assert!(
-                error.contains(&format!("is a link to {target}, and a bundle replaces no link")),
+                error.contains(&format!("is a link to {target}, and a bundle does not replace a link")),
                 "{name}: {error}"
             );
         }

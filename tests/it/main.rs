@@ -26,3 +26,4 @@ mod server;
 mod support;
 #[cfg(feature = "train")]
 mod training;
+mod words;

@@ -153,7 +153,14 @@ async fn bad_requests_are_problems_that_name_the_thing_and_the_way_out() {
         ("/v1/classify", "application/json", b"{\"imagez\":[]}".to_vec(), 400, "bad_json", "imagez"),
         ("/v1/classify", "multipart/form-data", vec![], 400, "bad_multipart", "boundary"),
         ("/v1/models/nobody/classify", JPEG, tall.clone(), 404, "no_such_model", "nobody"),
-        ("/v1/models/test/versions/9/classify", JPEG, tall.clone(), 404, "no_such_version", "served in 1"),
+        (
+            "/v1/models/test/versions/9/classify",
+            JPEG,
+            tall.clone(),
+            404,
+            "no_such_version",
+            "the versions served are 1",
+        ),
         ("/v3/nothing", JPEG, tall.clone(), 404, "not_found", "openapi.yaml"),
         ("/v1/models", JPEG, tall.clone(), 405, "method_not_allowed", "Allow"),
     ];
@@ -296,7 +303,7 @@ async fn a_v2_request_takes_no_more_memory_than_its_images_and_outputs_need() {
     assert_eq!(ask(json!({"parameters": {"sequence": vec![0; 300_000]}})).await.status, 200);
     let strings = vec![""; 200_000];
     for (more, words) in [
-        (json!({"outputs": [logits, logits]}), "the output logits is asked for twice"),
+        (json!({"outputs": [logits, logits]}), "the output logits is requested twice"),
         (json!({"parameters": {"nbn_prior": vec![1; 300_000]}}), "too many values"),
         (json!({"parameters": {"nbn_prior": vec![json!([]); 300_000]}}), "too many values"),
         (json!({"parameters": {"timeout": [1]}}), "too many values"),
@@ -429,14 +436,14 @@ fn the_demo_needs_no_other_file_and_names_a_ship() {
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let told: Vec<String> = lines.take_while(|line| line != "Ctrl-C ends it.").collect();
+    let told: Vec<String> = lines.take_while(|line| line != "Press Ctrl-C to stop.").collect();
     let best = told[1].trim().split_once(" %  ").unwrap();
     assert_eq!(best.1, "ship", "{told:?}");
     assert!(best.0.parse::<f64>().unwrap() > 95.0, "{told:?}");
-    let addr = told.iter().find_map(|line| line.strip_prefix("The page: http://")?.strip_suffix('/')).unwrap();
+    let addr = told.iter().find_map(|line| line.strip_prefix("Web page: http://")?.strip_suffix('/')).unwrap();
     assert!(nbn(&["health", "--addr", addr]).status.success());
     let words: Vec<&str> =
-        told.iter().find_map(|line| line.strip_prefix("By files: nbn ")).unwrap().split(' ').collect();
+        told.iter().find_map(|line| line.strip_prefix("Files:    nbn ")).unwrap().split(' ').collect();
     let scored = nbn(&words);
     assert!(scored.status.success(), "{}", text(&scored.stderr));
     for line in text(&scored.stdout).lines() {

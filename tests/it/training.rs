@@ -502,7 +502,7 @@ fn the_exported_bundle_is_as_accurate_as_the_trainer_says() {
         out.with_extension("training.json").to_str().unwrap(),
     ]);
     let stderr = text(&calibrated.stderr);
-    assert!(calibrated.status.success() && stderr.contains("none of them trained on"), "{stderr}");
+    assert!(calibrated.status.success() && stderr.contains("none of them used in training"), "{stderr}");
 }
 
 #[test]
@@ -512,13 +512,13 @@ fn what_cannot_be_trained_on_is_named() {
     let out = folder.path().join("run.safetensors");
     let short = ["--epochs", "1"];
     fs::create_dir(set.join("yellow")).unwrap();
-    refused(train(&set, &out, &short), &["class 3 (yellow) has no image", "add some"]);
+    refused(train(&set, &out, &short), &["class 3 (yellow) has no images", "add some"]);
     fs::copy(set.join("red/00.png"), set.join("yellow/one.png")).unwrap();
     refused(train(&set, &out, &short), &["class 3 (yellow) has 1 image", "--calibration-fraction 0"]);
     fs::write(set.join("yellow/two.png"), b"no picture").unwrap();
     refused(
         train(&set, &out, &[&short[..], &["--calibration-fraction", "0"]].concat()),
-        &["yellow/two.png", "mend it"],
+        &["yellow/two.png", "repair it"],
     );
     fs::remove_dir_all(set.join("yellow")).unwrap();
 
@@ -564,18 +564,18 @@ fn a_run_goes_on_only_as_it_was_begun() {
     done(train(&set, &out, &["--epochs", "1", "--resume"]));
     assert!(Checkpoint::load(&out).unwrap() == trained, "the checkpoint of a finished run came back otherwise");
     let before = fs::read(&out).unwrap();
-    refused(train(&set, &out, &["--epochs", "1"]), &["is there", "--resume", "--overwrite"]);
+    refused(train(&set, &out, &["--epochs", "1"]), &["already exists", "--resume", "--overwrite"]);
     refused(train(&set, &out, &["--epochs", "2", "--resume"]), &["epochs is 2, was 1", "--overwrite"]);
     refused(
         train(&set, &out, &["--epochs", "1", "--arch", "resnet8_w8", "--resume"]),
         &["cifar_resnet8_w8", "was \"cifar_resnet8_w4\""],
     );
     fs::remove_file(set.join("red/00.png")).unwrap();
-    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["other training images"]);
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["the training images or classes differ"]);
     fs::write(out.with_extension("state"), b"half a file").unwrap();
-    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["not the state of such a run", "--overwrite"]);
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["not the state of this run", "--overwrite"]);
     fs::remove_file(out.with_extension("state")).unwrap();
-    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.state", "is not there", "--overwrite"]);
+    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.state", "is missing", "--overwrite"]);
     let lists = || ["training.json", "calibration.json"].map(|ending| fs::read(out.with_extension(ending)).unwrap());
     let listed = lists();
     let other = ["--overwrite", "--seed", "1", "--nbn-layers", "layer9.0.bn2"];
@@ -601,7 +601,7 @@ fn a_run_that_cannot_be_saved_leaves_the_one_that_was_there() {
     let taken = folder.path().join(".run.training.json.partial");
     fs::create_dir(&taken).unwrap();
     let overwrite = ["--epochs", "1", "--overwrite", "--seed", "1"];
-    refused(train(&set, &out, &overwrite), &["run.training.json", "the run that was there is as it was"]);
+    refused(train(&set, &out, &overwrite), &["run.training.json", "the earlier run is unchanged"]);
     assert!(files() == before, "the old run was touched");
     assert!(!folder.path().join(".run.state.next").exists() && !folder.path().join(".run.safetensors.next").exists());
     fs::remove_dir(&taken).unwrap();
@@ -632,7 +632,10 @@ fn a_state_is_not_taken_for_that_of_another_runs_checkpoint() {
     done(train(&set, &other, &["--epochs", "1", "--seed", "1"]));
     fs::copy(&other, &out).unwrap();
     let before = fs::read(&out).unwrap();
-    refused(train(&set, &out, &["--epochs", "1", "--resume"]), &["run.safetensors is of another run", "run.state"]);
+    refused(
+        train(&set, &out, &["--epochs", "1", "--resume"]),
+        &["run.safetensors belongs to another run", "run.state"],
+    );
     assert_eq!(before, fs::read(&out).unwrap(), "the other run's checkpoint was overwritten");
 }
 
@@ -645,10 +648,10 @@ fn every_number_of_a_state_is_checked_and_named() {
     let state = out.with_extension("state");
     let whole = fs::read(&state).unwrap();
     for (key, value, words) in [
-        ("epoch", serde_json::json!(2), "its epoch is 2; at most 1 fits the run"),
+        ("epoch", serde_json::json!(2), "its epoch is 2; in this run it can be at most 1"),
         ("step", serde_json::json!(u64::MAX), "its step is 18446744073709551615"),
         ("seen", serde_json::json!(1_000_000), "its seen is 1000000"),
-        ("right", serde_json::json!(1), "its right is 1; at most 0"),
+        ("right", serde_json::json!(1), "its right is 1; in this run it can be at most 0"),
         ("loss", serde_json::json!(-1.0), "its loss is -1"),
         ("seconds", serde_json::json!(1e308), "its seconds is 1000"),
     ] {
@@ -674,7 +677,7 @@ fn classes_of_other_names_are_another_run() {
     fs::write(&names, "red\nblue\n").unwrap();
     let out = folder.path().join("run.safetensors");
     done(train(&list, &out, &["--epochs", "1", "--classes", names.to_str().unwrap()]));
-    refused(train(&list, &out, &["--epochs", "1", "--resume"]), &["other training images or classes"]);
+    refused(train(&list, &out, &["--epochs", "1", "--resume"]), &["the training images or classes differ"]);
 }
 
 #[test]
@@ -686,7 +689,7 @@ fn one_process_trains_a_run() {
     let second = train(&set, &out, &["--epochs", "400", "--resume"]);
     child.kill().unwrap();
     child.wait().unwrap();
-    refused(second, &["another process trains", "run.safetensors", "another --out"]);
+    refused(second, &["another process is training", "run.safetensors", "another --out"]);
 }
 
 #[test]
@@ -701,7 +704,7 @@ fn a_broken_test_picture_costs_no_epoch() {
     fs::write(test.join("red/00.png"), b"no picture").unwrap();
     let out = folder.path().join("run.safetensors");
     let flags = ["--epochs", "2", "--test", test.to_str().unwrap(), "--resume"];
-    refused(train(&set, &out, &flags), &["red/00.png", "mend it"]);
+    refused(train(&set, &out, &flags), &["red/00.png", "repair it"]);
     assert_eq!(Checkpoint::load(&out).unwrap().metadata["nbn.epoch"], "1");
     fs::copy(set.join("red/00.png"), test.join("red/00.png")).unwrap();
     let output = train(&set, &out, &flags);

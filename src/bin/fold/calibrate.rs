@@ -21,33 +21,33 @@ pub(crate) struct Calibrate {
     bundle: PathBuf,
     #[command(flatten)]
     set: Dataset,
-    /// The images that were trained on: none of them may be among the calibration images
+    /// Images that the network was trained on; none of them may be among the calibration images
     #[arg(long, value_name = "SET")]
     training_data: Option<PathBuf>,
-    /// Form of the training images, when it is not guessed right
+    /// Format of the training images, if it is not recognised correctly
     #[arg(long, requires = "training_data")]
     training_form: Option<Form>,
-    /// JSON with the numbers of the training images, when not all of them were trained on
+    /// JSON file with the numbers of the images that were trained on, if that is not all of them
     #[arg(long, value_name = "FILE", requires = "training_data")]
     training_records: Option<PathBuf>,
-    /// Leave out calibration images that were trained on, instead of refusing
+    /// Leave out calibration images that were trained on, instead of refusing the set
     #[arg(long, requires = "training_data")]
     drop_shared: bool,
-    /// How much of the class prior training took out of the logits: 0 (cross-entropy), 1 (Balanced Softmax, logit
-    /// adjustment), or learned (a logit-rectification head, or when in doubt) [default: what the checkpoint says of its
-    /// loss, else learned]
+    /// How much of the class prior the training has removed from the logits: 0 (cross-entropy), 1 (Balanced Softmax,
+    /// logit adjustment), or learned (logit-rectification head, or if in doubt) [default: from the loss that the
+    /// checkpoint records, otherwise learned]
     #[arg(long, value_parser = kappa)]
     kappa: Option<Kappa>,
-    /// Take this rung of the ladder instead of the one that cross-validation chooses
+    /// Use this rung of the ladder of calibration methods instead of the one that cross-validation chooses
     #[arg(long)]
     rung: Option<Rung>,
-    /// Seed of the cross-validation's folds
+    /// Seed for the folds of the cross-validation
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to write, when not calibration.json in the bundle
+    /// File to write [default: calibration.json in the bundle]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Replace a calibration that is already there
+    /// Replace an existing calibration
     #[arg(long)]
     force: bool,
     /// Show what would be written, and write nothing
@@ -74,12 +74,14 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         check_out(&args, &bundle, &out)?;
     }
     if out.exists() && !args.force && !args.dry_run {
-        bail!("{} exists: --force replaces it, --dry-run only shows", out.display());
+        bail!("{} already exists: replace it with --force, or only show the result with --dry-run", out.display());
     }
     let (mut logits, hashes) = args.set.logits(&bundle, &args.runtime)?;
     let training_overlap = match (&args.training_data, hashes) {
         (None, _) => TrainingOverlap::NotChecked,
-        (Some(_), None) => bail!("--training-data cannot be compared with a file of logits: give the images to --data"),
+        (Some(_), None) => {
+            bail!("--training-data cannot be compared with a file of logits: give --data the images themselves")
+        }
         (Some(path), Some(hashes)) => {
             let training = training_hashes(&args, path, &bundle)?;
             logits = without_shared(logits, &hashes, &training, args.drop_shared)?;
@@ -93,13 +95,13 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     let calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
-        eprintln!("warning: whether these images were trained on was not checked (--training-data SET)");
+        eprintln!("warning: these images were not compared with the training images (--training-data SET)");
     }
     if args.dry_run {
         return Ok(());
     }
     // A file that no program would load must not take the place of one that loads.
-    calibration.check(&bundle.manifest).context("these images give no usable calibration")?;
+    calibration.check(&bundle.manifest).context("no usable calibration can be fitted to these images")?;
     let text = serde_json::to_string_pretty(&calibration)? + "\n";
     replace(&out, text.as_bytes())?;
     warn_of_a_stale_card(bundle, &out)?;
@@ -156,8 +158,8 @@ fn without_shared(
     let Some(first) = shared.first() else { return Ok(logits) };
     if !drop_shared {
         bail!(
-            "{} of {} calibration images were trained on (the first is image {first}, counted from 0): scores fitted to \
-             them would be too sure; hold images out of training, or pass --drop-shared to leave these out",
+            "{} of {} calibration images were trained on (the first is image {first}, counted from 0): scores fitted \
+             to them would be overconfident; hold images out of training, or pass --drop-shared to leave these out",
             shared.len(),
             hashes.len()
         );

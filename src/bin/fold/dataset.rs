@@ -14,23 +14,23 @@ use nbn::files::Named;
 
 #[derive(Args)]
 pub(crate) struct Dataset {
-    /// Labelled images: class folders, a list file, CIFAR's or Fashion-MNIST's own files, or a file of logits
+    /// Labelled images: class folders, a list file, the files of CIFAR or Fashion-MNIST, or a file of logits
     #[arg(long, value_name = "SET")]
     pub(crate) data: PathBuf,
-    /// Form of the set, when it is not guessed right
+    /// Format of the set, if it is not recognised correctly
     #[arg(long)]
     pub(crate) form: Option<Form>,
-    /// JSON with the numbers of the images to take, counted from 0: {"records": [0, 1, ...]}
+    /// JSON file with the numbers of the images to use, counted from 0: {"records": [0, 1, ...]}
     #[arg(long, value_name = "FILE")]
     pub(crate) records: Option<PathBuf>,
 }
 
 #[derive(Args)]
 pub(crate) struct RuntimeArgs {
-    /// Where the network runs; auto is CUDA when it works, else the processor
+    /// Device that runs the network; auto uses CUDA if it works, otherwise the processor
     #[arg(long, default_value = "cpu")]
     device: Device,
-    /// ONNX Runtime's shared library, when not found by itself
+    /// Path of ONNX Runtime's shared library, if it is not found automatically
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
 }

@@ -25,25 +25,25 @@ pub(crate) struct Evaluate {
     /// Folder for report.html and report.json
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
-    /// Another bundle of the same classes to compare with on the same images
+    /// Another bundle with the same classes, to compare with on the same images
     #[arg(long, value_name = "BUNDLE")]
     against: Option<PathBuf>,
     /// A calibration.json to evaluate instead of the bundle's own
     #[arg(long, value_name = "FILE", conflicts_with = "card")]
     calibration: Option<PathBuf>,
-    /// Level of the prediction sets: they may miss the true class this often
+    /// Level of the prediction sets: the share of images whose set may miss the true class
     #[arg(long, default_value_t = 0.1)]
     alpha: f64,
-    /// Resamples for the 95 % intervals and for the null bands
+    /// Number of resamples for the 95 % intervals and the null bands
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(20..=10_000))]
     resamples: u32,
-    /// Seed of the resamples
+    /// Seed for the resamples
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Write the main figures into the bundle (evaluation.json): its card shows them
+    /// Write the main figures into the bundle (evaluation.json), for its model card
     #[arg(long)]
     card: bool,
-    /// Write the logits and labels to a safetensors file, which --data takes
+    /// Write the logits and labels to a safetensors file, which --data accepts
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
     #[command(flatten)]
@@ -54,7 +54,7 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let bundle = open(&args.bundle, args.calibration.as_ref())?;
     let options = Options { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
     if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
-        bail!("--against needs the images themselves: a file of logits is of one bundle");
+        bail!("--against needs the images themselves: a file of logits belongs to one bundle");
     }
     let other = args.against.as_ref().map(|path| open_other(path, &bundle, &args)).transpose()?;
     check_targets(&args, &bundle, other.as_ref())?;
@@ -76,7 +76,7 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
         print!("{}", comparison.describe());
     }
     if let Some(folder) = &args.report {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let json = serde_json::json!({ "evaluation": evaluation, "comparison": comparison });
         replace(&folder.join(REPORT_JSON), (serde_json::to_string_pretty(&json)? + "\n").as_bytes())?;
         replace(&folder.join(REPORT_HTML), html::page(&evaluation, comparison.as_ref())?.as_bytes())?;
@@ -102,7 +102,7 @@ fn open_other(path: &Path, bundle: &Bundle, args: &Evaluate) -> anyhow::Result<B
     let labels = |bundle: &Bundle| bundle.manifest.classes.iter().map(|c| c.label.clone()).collect::<Vec<_>>();
     if labels(bundle) != labels(&other) {
         bail!(
-            "{} and {} have other classes: only bundles of the same classes compare",
+            "{} and {} have different classes: only bundles with the same classes can be compared",
             args.bundle.display(),
             path.display()
         );

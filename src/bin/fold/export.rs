@@ -11,47 +11,48 @@ use nbn::runtime::Library;
 
 #[derive(Args)]
 pub(crate) struct OverrideArgs {
-    /// Refuse unless the tensors are of this network, e.g. resnet50, cifar_resnet20
+    /// Refuse the checkpoint unless it is of this network, such as resnet50 or cifar_resnet20
     #[arg(long)]
     pub(crate) arch: Option<String>,
-    /// Normalised layers, when not the usual: last-stage-outputs, last-stage-all, all, none, or names with commas
+    /// Normalised layers, if not the usual ones: last-stage-outputs, last-stage-all, all, none, or names separated by
+    /// commas
     #[arg(long)]
     pub(crate) nbn_layers: Option<NbnLayers>,
 }
 
 #[derive(Args)]
 pub(crate) struct Export {
-    /// A file written by torch.save (.pth, .pth.tar, .pt), or .safetensors
+    /// Checkpoint: a file written by torch.save (.pth, .pth.tar, .pt), or a .safetensors file
     checkpoint: PathBuf,
-    /// Folder of the new bundle: models/NAME/VERSION, with a decimal number for VERSION
+    /// Folder of the new bundle: models/NAME/VERSION, where VERSION is a decimal number
     #[arg(long)]
     out: PathBuf,
-    /// Labels: a CSV with the header label,count (training images per class), or one label a line; a checkpoint of
-    /// `nbn fold train` brings its own
+    /// Labels: a CSV file with the header label,count (training images per class), or a text file with one label per
+    /// line; a checkpoint of `nbn fold train` contains its own
     #[arg(long)]
     classes: Option<PathBuf>,
-    /// Evaluation pipeline; the checkpoint's own, or guessed from the network, when absent
+    /// Preprocessing of the images [default: the checkpoint's own, or guessed from the network]
     #[arg(long)]
     preprocessing: Option<Preset>,
-    /// Side of the network's square input in pixels, when not the pipeline's own
+    /// Side of the network's square input in pixels [default: as the preprocessing says]
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=4096))]
     input_size: Option<u32>,
-    /// What serving does with a photo's EXIF orientation
+    /// What nbn does with the EXIF orientation of a photo
     #[arg(long, default_value = "apply")]
     exif: ExifArg,
-    /// JSON with the measured accuracy, shown on the model card
+    /// JSON file with the measured accuracy, which the model card shows
     #[arg(long)]
     evaluation: Option<PathBuf>,
     /// Add the output expert_logits [N, experts, K]
     #[arg(long)]
     expert_logits: bool,
-    /// Add the output features [N, D], what the classifier sees, for `nbn score --features`
+    /// Add the output features [N, D], the input of the classifier, for `nbn score --features`
     #[arg(long)]
     features: bool,
-    /// Replace a bundle that is already there
+    /// Replace an existing bundle
     #[arg(long)]
     force: bool,
-    /// ONNX Runtime's shared library, when not found by itself
+    /// Path of ONNX Runtime's shared library, if it is not found automatically
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
     #[command(flatten)]
@@ -62,7 +63,7 @@ pub(crate) struct Export {
 enum ExifArg {
     /// Turn the picture upright
     Apply,
-    /// Take the stored pixels, as torchvision does
+    /// Use the pixels as they are stored, as torchvision does
     Ignore,
 }
 

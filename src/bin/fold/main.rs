@@ -32,11 +32,13 @@ struct Cli {
 enum Command {
     /// Trains a network with NBN on labelled images, and writes a checkpoint that `export` reads
     Train(Box<train::Train>),
-    /// Merges a checkpoint's NBN, BatchNorm, LR head and experts into a bundle, and proves it equal
+    /// Merges a checkpoint's NBN and BatchNorm layers, LR head and experts, writes a bundle, and proves that its
+    /// network computes the same
     Export(export::Export),
     /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
     Calibrate(calibrate::Calibrate),
-    /// Measures a bundle on a test set: accuracy, likelihood, calibration and sets, with intervals and a report
+    /// Measures a bundle on a test set: accuracy, likelihood, calibration and prediction sets, with confidence
+    /// intervals and a report
     Evaluate(evaluate::Evaluate),
     /// Shows a checkpoint's or a bundle's layers, magnitudes and warnings
     Inspect {

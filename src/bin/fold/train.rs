@@ -20,8 +20,8 @@ mod without {
 
     pub(crate) fn run(_: Train) -> anyhow::Result<()> {
         anyhow::bail!(
-            "this build has no training: build with it, as in \
-             `cargo run --release --features train --bin fold -- train --help`"
+            "this build cannot train: build one that can, as in `cargo run --release --features train --bin fold -- \
+             train --help`"
         )
     }
 }
@@ -57,146 +57,147 @@ mod with {
         /// Class folders, a list of `path label` lines, or a benchmark's file or folder (CIFAR binary, IDX)
         #[arg(long, value_name = "SET", help_heading = "Images")]
         data: PathBuf,
-        /// Form of the set, when it is not guessed right
+        /// Format of the set, if it is not recognised correctly
         #[arg(long, value_name = "FORM", help_heading = "Images")]
         dataset: Option<Form>,
-        /// Names of the classes in the order of the logits, one a line
+        /// File with the names of the classes in the order of the logits, one per line
         #[arg(long, value_name = "FILE", help_heading = "Images")]
         classes: Option<PathBuf>,
-        /// Images to measure accuracy on; the benchmark's own test set, or the held-out images, when absent
+        /// Images to measure accuracy on [default: the benchmark's own test set, or the held-out images]
         #[arg(long, value_name = "SET", help_heading = "Images")]
         test: Option<PathBuf>,
-        /// Measure accuracy after every so many epochs, and after the last
+        /// Measure accuracy every N epochs, and after the last one
         #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Images")]
         test_every: usize,
-        /// Cut the set to an exponential profile, the first class this many times as large as the last
+        /// Cut the set to an exponential profile in which the first class is F times as large as the last
         #[arg(long, value_name = "F", help_heading = "Images")]
         imbalance_factor: Option<f64>,
-        /// Share of each class held out for `nbn fold calibrate`, one image at least
+        /// Share of each class to hold out for `nbn fold calibrate`, at least one image
         #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
         calibration_fraction: f64,
-        /// Evaluation pipeline; cifar for CIFAR networks, imagenet for others
+        /// Preprocessing of the images [default: cifar for CIFAR networks, imagenet for others]
         #[arg(long, help_heading = "Images")]
         preprocessing: Option<Preset>,
-        /// Side of the network's square input in pixels, when not the pipeline's own
+        /// Side of the network's square input in pixels [default: as the preprocessing says]
         #[arg(long, value_name = "PX", value_parser = clap::value_parser!(u32).range(8..=4096), help_heading = "Images")]
         input_size: Option<u32>,
-        /// How training pictures are varied, in this order, with commas; `none` for not at all. Default: crop,flip for
-        /// CIFAR networks, resized-crop,flip,color-jitter for others
+        /// Augmentations of the training images, in this order, separated by commas, or `none` [default: crop,flip for
+        /// CIFAR networks, resized-crop,flip,color-jitter for others]
         #[arg(long, value_name = "STEPS", help_heading = "Images")]
         augment: Option<String>,
-        /// Blend pairs of images by shares from Beta(ALPHA, ALPHA)
+        /// Blend pairs of images with shares drawn from Beta(ALPHA, ALPHA)
         #[arg(long, value_name = "ALPHA", help_heading = "Images")]
         mixup: Option<f64>,
 
         /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
         #[arg(long, default_value = "resnet20", help_heading = "Network")]
         arch: Arch,
-        /// The norm of the layers that --nbn-layers names
+        /// Kind of norm in the layers that --nbn-layers names
         #[arg(long, default_value = "nbn", help_heading = "Network")]
         norm: Norm,
-        /// Normalised layers: last-stage-outputs, last-stage-all, all, or names with commas
+        /// Normalised layers: last-stage-outputs, last-stage-all, all, or names separated by commas
         #[arg(long, value_name = "LAYERS", help_heading = "Network")]
         nbn_layers: Option<NbnLayers>,
-        /// Layers that share a magnitude: those of an expert (the default), a stage, or none (layer)
+        /// Layers that share a magnitude: those of an expert, those of a stage, or none (layer) [default: expert]
         #[arg(long, value_name = "OF", help_heading = "Network")]
         magnitude: Option<Magnitude>,
-        /// Where the magnitude starts; 1 when absent
+        /// Initial value of the magnitude [default: 1]
         #[arg(long, value_name = "ALPHA", help_heading = "Network")]
         magnitude_start: Option<f32>,
-        /// Whether the magnitude learns; it does when absent
+        /// Whether the magnitude is learned [default: learned]
         #[arg(long, value_name = "MODE", help_heading = "Network")]
         magnitude_mode: Option<MagnitudeMode>,
-        /// How the bias of a normalised layer starts; normal when absent
+        /// Initial bias of a normalised layer [default: normal]
         #[arg(long, value_name = "START", help_heading = "Network")]
         bias_start: Option<BiasStart>,
-        /// The classifier
+        /// Kind of classifier
         #[arg(long, default_value = "lr-plain", help_heading = "Network")]
         head: Head,
-        /// The shortcut of CIFAR blocks; a when absent
+        /// Kind of shortcut in CIFAR blocks [default: a]
         #[arg(long, help_heading = "Network")]
         shortcut: Option<Shortcut>,
 
-        /// The loss
+        /// Loss function
         #[arg(long, default_value = "cross-entropy", help_heading = "Loss")]
         loss: Loss,
-        /// τ of logit adjustment; 1 when absent
+        /// τ of logit adjustment [default: 1]
         #[arg(long, help_heading = "Loss")]
         tau: Option<f32>,
-        /// Margin of LDAM for the rarest class; 0.5 when absent
+        /// Margin of LDAM for the rarest class [default: 0.5]
         #[arg(long, value_name = "M", help_heading = "Loss")]
         ldam_margin: Option<f32>,
-        /// Scale of LDAM's logits, 1 when absent; its authors use 30 over a cosine classifier, which these networks have
-        /// not
+        /// Scale of LDAM's logits; its authors use 30 with a cosine classifier, which these networks do not have
+        /// [default: 1]
         #[arg(long, value_name = "S", help_heading = "Loss")]
         ldam_scale: Option<f32>,
-        /// Share of the target spread over all classes
+        /// Share of the target that is spread over all classes
         #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Loss")]
         label_smoothing: f32,
-        /// Epoch (from 0) from which rare classes weigh more; with LDAM, 80 % of the epochs when absent
+        /// Epoch, counted from 0, from which rare classes have more weight [default with LDAM: after 80 % of the
+        /// epochs]
         #[arg(long, value_name = "EPOCH", help_heading = "Loss")]
         reweight_from: Option<usize>,
 
-        /// Epochs
+        /// Number of epochs
         #[arg(long, default_value_t = 60, help_heading = "Optimisation")]
         epochs: usize,
-        /// Images in a step
+        /// Images per step
         #[arg(long, default_value_t = 64, help_heading = "Optimisation")]
         batch: usize,
-        /// Learning rate at its highest
+        /// Highest learning rate
         #[arg(long, default_value_t = 0.05, help_heading = "Optimisation")]
         lr: f64,
-        /// How it falls
+        /// How the learning rate falls
         #[arg(long, default_value = "cosine", help_heading = "Optimisation")]
         schedule: Schedule,
-        /// Epochs of its linear rise
+        /// Epochs in which the learning rate first rises linearly
         #[arg(long, value_name = "EPOCHS", default_value_t = 0, help_heading = "Optimisation")]
         warm_up: usize,
-        /// Epochs at which --schedule step falls, with commas
+        /// Epochs at which --schedule step lowers the learning rate, separated by commas
         #[arg(long, value_delimiter = ',', help_heading = "Optimisation")]
         milestones: Vec<usize>,
-        /// Factor of each fall; 0.1 when absent
+        /// Factor by which --schedule step multiplies the learning rate [default: 0.1]
         #[arg(long, value_name = "FACTOR", help_heading = "Optimisation")]
         decay_factor: Option<f64>,
         /// Momentum
         #[arg(long, default_value_t = 0.9, help_heading = "Optimisation")]
         momentum: f64,
-        /// Nesterov's momentum
+        /// Use Nesterov momentum
         #[arg(long, help_heading = "Optimisation")]
         nesterov: bool,
         /// Weight decay
         #[arg(long, value_name = "LAMBDA", default_value_t = 5e-4, help_heading = "Optimisation")]
         weight_decay: f64,
-        /// What decays
+        /// Parameters that weight decay applies to
         #[arg(long, value_name = "WHAT", default_value = "weights", help_heading = "Optimisation")]
         decay: Decay,
-        /// Largest norm of all gradients together
+        /// Largest norm of the whole gradient; a longer one is scaled down
         #[arg(long, value_name = "NORM", help_heading = "Optimisation")]
         clip: Option<f64>,
-        /// Measure and save a running mean of the weights with this decay, such as 0.999; less in the first steps, so that
-        /// the random start does not stay in it
+        /// Measure and save a running mean of the weights with this decay, such as 0.999; the decay is smaller in the
+        /// first steps, so that the random start does not stay in the mean
         #[arg(long, value_name = "DECAY", help_heading = "Optimisation")]
         ema: Option<f64>,
-        /// Seed of everything random
+        /// Random seed
         #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
         seed: u64,
 
-        /// The checkpoint, NAME.safetensors; the run's other files lie beside it
+        /// Checkpoint to write, NAME.safetensors; the run's other files are written beside it
         #[arg(long, value_name = "FILE", help_heading = "Run")]
         out: PathBuf,
-        /// Go on with the run that is there; a run that has not begun begins
+        /// Continue the run of this checkpoint, or start it if there is none yet
         #[arg(long, conflicts_with = "overwrite", help_heading = "Run")]
         resume: bool,
-        /// Begin anew over a run that is there
+        /// Replace an existing run and start again
         #[arg(long, help_heading = "Run")]
         overwrite: bool,
-        /// Threads of the network; all processors when 0
+        /// Threads that compute the network; 0 uses all processors
         #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
         threads: usize,
-        /// Threads that prepare pictures
+        /// Threads that prepare images
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), help_heading = "Run")]
         loaders: u8,
-        /// Where the network is computed; cuda needs a build with --features train,cuda
+        /// Device that computes the network; cuda needs a build with --features train,cuda
         #[arg(long, default_value = "cpu", help_heading = "Run")]
         device: Place,
     }
@@ -220,13 +221,13 @@ mod with {
         let resume = args.resume && files.state.exists();
         ensure!(
             resume || !args.resume || !args.out.exists(),
-            "--resume: {}, from which {} would go on, is not there: begin anew (--overwrite, without --resume)",
+            "--resume: {} is missing, so {} cannot be continued: start again with --overwrite instead of --resume",
             files.state.display(),
             args.out.display()
         );
         ensure!(
             resume || args.overwrite || !(files.state.exists() || args.out.exists()),
-            "{} is there: go on with it (--resume), or begin anew over it (--overwrite)",
+            "{} already exists: continue it with --resume, or replace it with --overwrite",
             if args.out.exists() { args.out.display() } else { files.state.display() }
         );
         let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -241,13 +242,13 @@ mod with {
             if asked.swap(true, Ordering::Relaxed) {
                 exit(130);
             }
-            eprintln!("finishing the step, then saving; once more ends at once");
+            eprintln!("finishing the step, then saving; press Ctrl-C again to stop at once");
         })?;
         let mut view = View::new(job.recipe.epochs, job.training.len());
         let end = train(&job, &stop, &mut |event| view.show(&event))?;
         view.bar.finish_and_clear();
         if end == End::Stopped {
-            eprintln!("stopped     --resume goes on from here");
+            eprintln!("stopped     continue from here with --resume");
         }
         println!("{}", args.out.display());
         Ok(())
@@ -275,7 +276,7 @@ mod with {
                 match device {
                     Ok(device) => device,
                     Err(_) => {
-                        bail!("--device cuda: no CUDA device can be used here: is there a driver? Or --device cpu")
+                        bail!("--device cuda: no CUDA device can be used: install its driver, or use --device cpu")
                     }
                 }
             }
@@ -285,7 +286,7 @@ mod with {
     #[cfg(not(feature = "cuda"))]
     fn device(place: Place) -> anyhow::Result<Device> {
         if place == Place::Cuda {
-            bail!("--device cuda: this build has no CUDA: build with --features train,cuda, or --device cpu");
+            bail!("--device cuda: this build has no CUDA: build with --features train,cuda, or use --device cpu");
         }
         Ok(Device::flex())
     }
@@ -371,7 +372,7 @@ mod with {
             .iter()
             .filter_map(|v| v.to_possible_value().map(|v| v.get_name().to_owned()))
             .collect();
-        anyhow::anyhow!("--augment: {step:?} is none of {}, none", known.join(", "))
+        anyhow::anyhow!("--augment: {step:?} is unknown; expected none, or steps from {}", known.join(", "))
     }
 
     fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {

@@ -14,7 +14,7 @@ pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
     }
     let found: Vec<SocketAddr> = match text.to_socket_addrs() {
         Ok(found) => found.collect(),
-        Err(error) => return Err(format!("the host has no address ({error}); {expected}")),
+        Err(error) => return Err(format!("the host name cannot be resolved ({error}); {expected}")),
     };
     let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
     first.copied().ok_or_else(|| format!("the host has no address; {expected}"))

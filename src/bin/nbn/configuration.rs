@@ -49,7 +49,7 @@ pub(crate) fn complete(args: Serve, matches: Option<&ArgMatches>) -> anyhow::Res
 
 /// What the command line would have been with the file's values on it, but for those given there or in the environment.
 fn with_file(path: &Path, command: &clap::Command, matches: &ArgMatches) -> anyhow::Result<ArgMatches> {
-    let table: Table = std::fs::read_to_string(path)?.parse().context("not TOML")?;
+    let table: Table = std::fs::read_to_string(path)?.parse().context("it is not TOML")?;
     let line = from_table(&table, command, matches)?;
     let given = std::env::args_os().skip_while(|word| word != "serve").skip(1);
     let all = std::iter::once("serve".into()).chain(given).chain(line.into_iter().map(Into::into));
@@ -158,7 +158,8 @@ pub(crate) fn check(args: &Serve) -> anyhow::Result<()> {
     }
     ensure!(
         args.max_body_mb <= args.max_buffered_mb,
-        "--max-body-mb {} exceeds --max-buffered-mb {}: a body as large as that would never be let in; raise the latter",
+        "--max-body-mb {} exceeds --max-buffered-mb {}: a body of that size could never be accepted; raise \
+         --max-buffered-mb",
         args.max_body_mb,
         args.max_buffered_mb
     );

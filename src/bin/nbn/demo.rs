@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
 pub(crate) struct Demo {
-    /// Address to listen on [default: 127.0.0.1:8080, or any free port where that is taken]
+    /// Address to listen on [default: 127.0.0.1:8080, or any free port if that one is taken]
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     addr: Option<SocketAddr>,
     /// Do not open the page in a browser
@@ -35,7 +35,7 @@ pub(crate) fn demo(args: Demo) -> anyhow::Result<ExitCode> {
     let models = shipped.models();
     let words = ["nbn".into(), "serve".into(), "--addr".into(), addr.to_string().into(), "--models".into()];
     let command = Cli::try_parse_from(words.into_iter().chain([models.into_os_string()]))?.command;
-    let crate::Command::Serve(options) = command else { return Err(anyhow!("the options of serve are no options")) };
+    let crate::Command::Serve(options) = command else { return Err(anyhow!("the options of serve cannot be parsed")) };
     let browser = !args.no_browser && io::stdout().is_terminal();
     thread::spawn(move || {
         let shown = greet(addr, &shipped, browser);
@@ -50,8 +50,9 @@ pub(crate) fn demo(args: Demo) -> anyhow::Result<ExitCode> {
 fn free_address(wanted: Option<SocketAddr>) -> anyhow::Result<SocketAddr> {
     let usual: SocketAddr = DEFAULT_ADDR.parse()?;
     let listener = match wanted {
-        Some(addr) if addr.port() != 0 => return Ok(addr),
-        Some(addr) => TcpListener::bind(addr)?,
+        Some(addr) => {
+            TcpListener::bind(addr).with_context(|| format!("cannot listen on {addr}: choose another --addr"))?
+        }
         None => TcpListener::bind(usual).or_else(|_| TcpListener::bind((usual.ip(), 0)))?,
     };
     Ok(listener.local_addr()?)
@@ -66,10 +67,10 @@ fn greet(addr: SocketAddr, shipped: &Shipped, browser: bool) -> anyhow::Result<(
     }
     let picture = shipped.pictures().join(PICTURE);
     let (status, body) = ask(addr, "POST /v1/classify?top_k=3", &std::fs::read(&picture)?)?;
-    let answer: Value = serde_json::from_slice(&body).context("the answer is no JSON")?;
+    let answer: Value = serde_json::from_slice(&body).context("the answer is not JSON")?;
     ensure!(status == 200, "the server answered {status}: {}", answer["detail"]);
     let mut out = io::stdout().lock();
-    writeln!(out, "A picture of a ship, {}, is", picture.display())?;
+    writeln!(out, "Scores for {}, a picture of a ship:", picture.display())?;
     for prediction in answer["results"][0]["predictions"].as_array().into_iter().flatten() {
         let percent = 100.0 * prediction["score"].as_f64().unwrap_or_default();
         writeln!(out, "  {percent:5.1} %  {}", prediction["label"].as_str().unwrap_or_default())?;
@@ -78,11 +79,11 @@ fn greet(addr: SocketAddr, shipped: &Shipped, browser: bool) -> anyhow::Result<(
     writeln!(
         out,
         "These are calibrated probabilities, if all ten classes of this small model are equally frequent.\n\n\
-         The page: http://{addr}/\n\
-         By HTTP:  curl -H 'content-type: image/jpeg' --data-binary @{picture} 'http://{addr}/v1/classify?top_k=3'\n\
-         By files: nbn score --model {model} {pictures}\n\
+         Web page: http://{addr}/\n\
+         Request:  curl -H 'content-type: image/jpeg' --data-binary @{picture} 'http://{addr}/v1/classify?top_k=3'\n\
+         Files:    nbn score --model {model} {pictures}\n\
          Your own: nbn serve --models FOLDER\n\n\
-         Ctrl-C ends it.",
+         Press Ctrl-C to stop.",
         picture = picture.display(),
         model = shipped.models().join(name).display(),
         pictures = shipped.pictures().display(),

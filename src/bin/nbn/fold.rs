@@ -13,7 +13,7 @@ const PROGRAM: &str = if cfg!(windows) { "nbn-fold.exe" } else { "nbn-fold" };
 #[derive(Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Fold {
-    /// A command of fold, and what belongs to it; `nbn fold --help` lists them
+    /// Command of nbn-fold and its arguments; `nbn fold --help` lists the commands
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     arguments: Vec<OsString>,
 }

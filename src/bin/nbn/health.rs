@@ -20,7 +20,7 @@ const MOST: u64 = 4096;
 
 #[derive(Args)]
 pub(crate) struct Health {
-    /// Address of the server; whether it speaks TLS is found out, whose certificate it shows is not looked at
+    /// Address of the server, with or without TLS; its certificate is not checked
     #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address)]
     addr: SocketAddr,
 }

@@ -37,36 +37,36 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serves the model that comes with the program, shows an answer, and opens the page to try pictures on
+    /// Serves the model that comes with the program, shows one answer, and opens the web page
     Demo(demo::Demo),
-    /// Answers POSTed images with class scores over HTTP and gRPC
+    /// Serves models over HTTP and gRPC: post an image, get class scores
     Serve(Box<serve::Serve>),
-    /// Scores files and folders; one row per image
+    /// Scores files and folders, and writes one row per image
     Score(Box<score::Score>),
-    /// Trains, exports, calibrates, evaluates and inspects networks: runs nbn-fold
+    /// Trains, exports, calibrates, evaluates and inspects networks (runs nbn-fold)
     Fold(fold::Fold),
-    /// Asks a running server whether it is ready; for container health checks
+    /// Checks that a running server is ready, for container health checks
     Health(health::Health),
-    /// Makes an API key, and the line for the server's key file
+    /// Creates an API key, and the line for the server's key file
     Key {
-        /// Whose key it is
+        /// Name of the client that will use the key
         name: String,
-        /// May load and unload models
+        /// Allow the key to load and unload models
         #[arg(long)]
         admin: bool,
-        /// Requests at once with this key
+        /// Maximum number of concurrent requests with this key [default: the server's --key-concurrency]
         #[arg(long)]
         concurrency: Option<u32>,
     },
     /// Prints the HTTP interface's OpenAPI document
     Openapi {
-        /// yaml or json
+        /// Format of the document
         #[arg(long, default_value = "yaml")]
         format: DocumentFormat,
     },
-    /// Prints a shell's completions
+    /// Prints a completion script for a shell
     Completions {
-        /// The shell
+        /// Shell that the script is for
         shell: clap_complete::Shell,
     },
 }
@@ -79,22 +79,22 @@ enum DocumentFormat {
 
 #[derive(Args)]
 struct EngineArgs {
-    /// Sessions that work side by side [default: processors that the machine or container may use / threads]
+    /// Number of sessions that run in parallel [default: available processors / threads]
     #[arg(long, env = "NBN_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
-    /// Threads that work on one batch together
+    /// Threads per session
     #[arg(long, env = "NBN_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
-    /// Where the networks run; auto is CUDA when it works, else the processor
+    /// Device that runs the networks; auto uses CUDA if it works, otherwise the processor
     #[arg(long, env = "NBN_DEVICE", default_value = "cpu")]
     device: Device,
     /// Largest accepted image, in pixels (width × height)
     #[arg(long, env = "NBN_MAX_PIXELS", default_value_t = DecodeLimits::default().max_pixels)]
     max_pixels: u64,
-    /// ONNX Runtime's shared library, when not found by itself
+    /// Path of ONNX Runtime's shared library, if it is not found automatically
     #[arg(long, env = "NBN_ONNXRUNTIME")]
     onnxruntime: Option<PathBuf>,
-    /// Folder where optimised networks are kept, or none; whoever can write it can change what runs
+    /// Folder that keeps optimised networks, or none; anyone who can write to it can change the networks that run
     /// [default: nbn/networks in the user's cache folder]
     #[arg(long, env = "NBN_CACHE")]
     cache: Option<PathBuf>,
@@ -184,9 +184,9 @@ fn key(name: &str, admin: bool, concurrency: Option<u32>) -> anyhow::Result<Exit
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     anyhow::ensure!(
         !name.is_empty() && name.chars().all(plain),
-        "the name {name:?} does not fit: use letters, digits, and - _ ."
+        "the name {name:?} is not allowed: use letters, digits, and - _ ."
     );
-    let key = nbn::serve::Keys::generate().context("the system gives no random bits")?;
+    let key = nbn::serve::Keys::generate().context("the system provides no random bits")?;
     let mut line = format!("{name} {}", nbn::bundle::sha256_hex(key.as_bytes()));
     if let Some(n) = concurrency {
         line += &format!(" concurrency={n}");

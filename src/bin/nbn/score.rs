@@ -45,37 +45,37 @@ pub(crate) struct Score {
     scores: ScoreArgs,
     #[command(flatten)]
     source: SourceArgs,
-    /// Write what was done as JSON to this file, as well as in words to stderr
+    /// Write a summary of the run to this file as JSON, in addition to the text on stderr
     #[arg(long, value_name = "FILE")]
     summary: Option<PathBuf>,
-    /// End with status 0 also when some images have only an error, for schedulers that start failed work again; a source
-    /// that cannot be read to its end still ends with 1
+    /// Exit with status 0 even if some images failed, for schedulers that retry failed jobs; if a source cannot be read
+    /// to its end, the status is still 1
     #[arg(long)]
     errors_exit_zero: bool,
     #[command(flatten)]
     engine: EngineArgs,
-    /// Pictures, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
-    /// (.tar, .tar.gz), the same as URLs (s3://, gs://, az://, file://; patterns there with * and [ only); without any, or
-    /// with -, a list of paths on stdin
+    /// Images, folders, patterns such as 'photos/**/*.jpg', lists (.txt, .csv, .jsonl), tables (.parquet), archives
+    /// (.tar, .tar.gz), or URLs of these (s3://, gs://, az://, file://; their patterns can contain * and [ only).
+    /// Without inputs, or with -, a list of paths is read from stdin
     inputs: Vec<PathBuf>,
 }
 
 #[derive(Args)]
 #[command(next_help_heading = "Rows")]
 struct RowArgs {
-    /// Form of the rows
+    /// Format of the rows
     #[arg(long, default_value = "jsonl")]
     format: Format,
     /// File for the rows [default: stdout]
     #[arg(long, conflicts_with = "output_dir")]
     output: Option<PathBuf>,
-    /// Folder for the rows, in parts that are committed one by one
+    /// Folder for the rows, which are written in parts that are committed one by one
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Rows in a part
+    /// Rows per part
     #[arg(long, default_value_t = 10_000, requires = "output_dir", value_parser = clap::value_parser!(u64).range(1..))]
     part_rows: u64,
-    /// Leave out images that have a row in the folder already
+    /// Continue an earlier run: leave out images that already have a row in the folder
     #[arg(long, requires = "output_dir")]
     resume: bool,
     /// Classes per image, the best first
@@ -84,10 +84,10 @@ struct RowArgs {
     /// Add the score of every class, in the order of the logits
     #[arg(long)]
     probabilities: bool,
-    /// Add the network's own output
+    /// Add the logits, the network's raw output
     #[arg(long)]
     logits: bool,
-    /// Add what the network's classifier sees, of a bundle that `nbn fold export --features` made
+    /// Add the features that the network's classifier receives; needs a bundle made by `nbn fold export --features`
     #[arg(long)]
     features: bool,
 }
@@ -95,26 +95,26 @@ struct RowArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Scores")]
 struct ScoreArgs {
-    /// Class prior to score under: uniform, train, or a JSON file with a number per class or an object from label to
-    /// number [default: uniform]
+    /// Class prior of the scores: uniform, train, or a JSON file with a list of one number per class or an object that
+    /// maps labels to numbers [default: uniform]
     #[arg(long)]
     prior: Option<String>,
-    /// Add prediction sets that miss the true class at most this often
+    /// Add prediction sets that miss the true class for at most this share of the images, such as 0.1
     #[arg(long)]
     alpha: Option<f64>,
-    /// Score of the prediction sets
+    /// Score that prediction sets are built from
     #[arg(long, default_value = "pas", requires = "alpha")]
     set_score: SetScore,
-    /// For whom the sets' coverage shall hold
+    /// Images over which the sets' coverage must hold
     #[arg(long, default_value = "marginal", requires = "alpha")]
     set_rung: SetRung,
-    /// Leave out classes that score less; abstain when that leaves none
+    /// Leave out classes with a lower score; abstain if none is left
     #[arg(long, value_parser = probability)]
     min_score: Option<f64>,
-    /// Abstain when the set is larger
+    /// Abstain if the prediction set has more classes than this
     #[arg(long, requires = "alpha", value_parser = clap::value_parser!(u32).range(1..))]
     max_set_size: Option<u32>,
-    /// Abstain when the best class has no calibration image
+    /// Abstain if the best class has no calibration images
     #[arg(long)]
     abstain_prior_only: bool,
 }
@@ -122,30 +122,30 @@ struct ScoreArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Source")]
 struct SourceArgs {
-    /// Where true classes are read from; with them, rows have a label and the summary an accuracy
+    /// Where true classes are read from; if they are known, rows have a label and the summary has an accuracy
     #[arg(long, default_value = "given")]
     labels: Labels,
-    /// Column of a list or table with the path, or with the encoded image [default: path, image, image_path, file,
-    /// file_name, filename or bytes]
+    /// Column of a list or table that holds the path or the encoded image [default: the first of path, image,
+    /// image_path, file, file_name, filename and bytes]
     #[arg(long, value_name = "NAME")]
     image_column: Option<String>,
-    /// Column with the true class, by label or index [default: label, class or target]
+    /// Column that holds the true class, as label or index [default: the first of label, class and target]
     #[arg(long, value_name = "NAME")]
     label_column: Option<String>,
-    /// What becomes of an image that the source names again
+    /// What to do with an image that the source lists more than once
     #[arg(long, default_value = "keep")]
     duplicates: Duplicates,
-    /// Score this share of the images: INDEX/COUNT, or auto/COUNT with the index from JOB_COMPLETION_INDEX (Kubernetes) or
-    /// SLURM_ARRAY_TASK_ID (Slurm)
+    /// Score only this share of the images: INDEX/COUNT, or auto/COUNT to take the index from JOB_COMPLETION_INDEX
+    /// (Kubernetes) or SLURM_ARRAY_TASK_ID (Slurm)
     #[arg(long, value_name = "SHARE", value_parser = shard)]
     shard: Option<Shard>,
-    /// Largest file, in MiB
+    /// Largest accepted file, in MiB
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     max_file_mb: u32,
-    /// Files that are read at once
+    /// Number of files to read at the same time
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
     readers: u16,
-    /// Images that are read and not yet scored, in MiB
+    /// Memory for images that are read but not yet scored, in MiB
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     memory_mb: u32,
 }
@@ -153,9 +153,9 @@ struct SourceArgs {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Duplicates {
-    /// A row each time
+    /// Write a row each time
     Keep,
-    /// A row the first time
+    /// Write a row only the first time
     Skip,
 }
 
@@ -270,12 +270,12 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     }
     if summary.images() == 0 && summary.broken.is_empty() && !summary.interrupted {
         eprintln!(
-            "nbn: nothing was scored: the source names no image{}",
-            if shard.count() > 1 { " of this share" } else { "" }
+            "nbn: nothing was scored: the source has no images{}",
+            if shard.count() > 1 { " in this share" } else { "" }
         );
     }
     if summary.interrupted {
-        let resume = if args.rows.output_dir.is_some() { ": --resume goes on" } else { "" };
+        let resume = if args.rows.output_dir.is_some() { ": continue with --resume" } else { "" };
         eprintln!("stopped before the end{resume}");
         return Ok(ExitCode::from(INTERRUPTED));
     }
@@ -409,8 +409,8 @@ fn describe(summary: &Summary) -> String {
         }
     };
     line(*failed > 0, format!("  failed: {}", list(&summary.errors)));
-    line(*resumed > 0, format!("  {resumed} had a row already"));
-    line(*duplicates > 0, format!("  {duplicates} left out, named before"));
+    line(*resumed > 0, format!("  {resumed} already had a row"));
+    line(*duplicates > 0, format!("  {duplicates} left out as duplicates"));
     line(*scored > 0, format!("  best class: {}", list(&summary.predicted)));
     line(*abstained > 0, format!("  {abstained} abstained"));
     if let Some(accuracy) = &summary.accuracy {
@@ -420,7 +420,7 @@ fn describe(summary: &Summary) -> String {
         let (top1, recall, images) = (accuracy.top1, accuracy.mean_recall, accuracy.images);
         line(true, format!("  top-1 {top1:.4} of {images}, mean recall {recall:.4}{groups}"));
     }
-    line(*unknown_labels > 0, format!("  {unknown_labels} labels are no class of the model"));
+    line(*unknown_labels > 0, format!("  {unknown_labels} labels are not classes of the model"));
     let stages = [("read", seconds.read), ("decode", seconds.decode), ("preprocess", seconds.preprocess)];
     let stages = stages.into_iter().chain([("network", seconds.infer), ("rows", seconds.write)]);
     let stages: Vec<String> = stages.map(|(name, s)| format!("{name} {s:.1} s")).collect();
@@ -441,10 +441,10 @@ fn prior(text: &str, classes: &[Class]) -> anyhow::Result<Prior> {
         "train" => return Ok(Prior::Train),
         _ => {}
     }
-    let bytes =
-        std::fs::read(text).with_context(|| format!("--prior {text}: neither uniform, train, nor a file to read"))?;
+    let bytes = std::fs::read(text)
+        .with_context(|| format!("--prior {text}: expected uniform, train, or a file that can be read"))?;
     let weights = serde_json::from_slice(&bytes).with_context(|| {
-        format!("--prior {text}: expected JSON, a list of numbers or an object from label to number")
+        format!("--prior {text}: expected JSON: a list of numbers, or an object that maps labels to numbers")
     })?;
     let prior = match weights {
         Weights::Vector(weights) => Prior::custom(weights, classes),

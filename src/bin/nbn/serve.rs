@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use nbn::bundle::VersionPolicy;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryError, RegistryOptions};
@@ -23,80 +23,81 @@ use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
 
 #[derive(Args)]
 pub(crate) struct Serve {
-    /// Folder with NAME/VERSION/manifest.json
+    /// Model repository: the folder that holds NAME/VERSION/manifest.json
     #[arg(long, env = "NBN_MODELS", default_value = "models")]
     models: PathBuf,
-    /// Address to listen on: HTTP/1.1, HTTP/2 and gRPC
+    /// Address to listen on for HTTP/1.1, HTTP/2 and gRPC
     #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address)]
     addr: SocketAddr,
-    /// The same on a second address, for gRPC clients that expect a port of their own
+    /// Second address with the same services, for gRPC clients that expect a separate port
     #[arg(long, env = "NBN_GRPC_ADDR", value_parser = address)]
     pub(crate) grpc_addr: Option<SocketAddr>,
-    /// Address for /metrics and for loading and unloading models, which then are there and only there
+    /// Separate address for /metrics and for loading and unloading models, which the main address then no longer offers
     #[arg(long, env = "NBN_ADMIN_ADDR", value_parser = address)]
     admin_addr: Option<SocketAddr>,
     /// Allow loading and unloading models on the main address when there is no admin address and no key
     #[arg(long, env = "NBN_CONTROL")]
     control: bool,
-    /// The model that /v1/classify uses, when there are several
+    /// Model that /v1/classify uses if there are several
     #[arg(long, env = "NBN_DEFAULT_MODEL")]
     default_model: Option<String>,
-    /// Versions that are served of each model: latest, all, or numbers with commas
+    /// Versions of each model to serve: latest, all, or numbers separated by commas
     #[arg(long, env = "NBN_VERSIONS", default_value_t)]
     versions: VersionPolicy,
     /// Refuse models that are not calibrated
     #[arg(long, env = "NBN_REQUIRE_CALIBRATION")]
     require_calibration: bool,
-    /// Class prior of answers to requests that name none
+    /// Class prior for requests that do not name one
     #[arg(long, env = "NBN_PRIOR", default_value = "uniform")]
     prior: NamedPrior,
-    /// Images that may wait for a worker, per model; more are answered with 503
+    /// Maximum number of images that wait for a worker, per model; beyond it, requests are answered with 503
     #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue: u32,
-    /// Images in one run of the network: auto measures at the first start what pays
+    /// Maximum number of images in one run of the network; auto measures at the first start which size is worthwhile
     #[arg(long, env = "NBN_MAX_BATCH", default_value = "auto")]
     max_batch: BatchChoice,
-    /// Images in one request
+    /// Maximum number of images in one request
     #[arg(long, env = "NBN_MAX_IMAGES", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     max_images: u32,
-    /// Largest body, in MiB
+    /// Largest accepted request body, in MiB
     #[arg(long, env = "NBN_MAX_BODY_MB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) max_body_mb: u32,
-    /// All bodies in memory together, in MiB
+    /// Largest total size of the request bodies in memory, in MiB
     #[arg(long, env = "NBN_MAX_BUFFERED_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) max_buffered_mb: u32,
     /// Seconds that a request may take
     #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     timeout: u32,
-    /// Seconds that a request's head may take, the first one's from the connection's start
+    /// Seconds that a client has to send a request's head; for the first request, counted from the start of the
+    /// connection
     #[arg(long, env = "NBN_HEADER_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     header_timeout: u32,
-    /// Seconds that a connection may stay idle between requests. Longer than a load balancer's, which is 60 as a rule: else
-    /// it sends requests on connections that the server has just closed
+    /// Seconds that a connection may stay idle between requests. Keep this longer than a load balancer's idle timeout,
+    /// which is usually 60: otherwise the balancer sends requests on connections that the server has just closed
     #[arg(long, env = "NBN_IDLE_TIMEOUT", default_value_t = 75, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     idle_timeout: u32,
     /// Seconds that open requests have to finish after SIGTERM
     #[arg(long, env = "NBN_DRAIN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     drain_timeout: u32,
-    /// Connections at once
+    /// Maximum number of open connections
     #[arg(long, env = "NBN_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_connections: u32,
-    /// File with a line `name sha256hex [concurrency=N] [admin]` per API key; `nbn key` makes lines
+    /// File with one line per API key, `name sha256hex [concurrency=N] [admin]`; `nbn key` creates such lines
     #[arg(long, env = "NBN_API_KEYS_FILE")]
     api_keys_file: Option<PathBuf>,
-    /// The same lines themselves; meant for the environment
+    /// The lines themselves, for use in the environment
     #[arg(long, env = "NBN_API_KEYS", hide = true, hide_env_values = true, conflicts_with = "api_keys_file")]
     api_keys: Option<String>,
-    /// Requests at once per API key whose line names no limit; 0 is none
+    /// Maximum number of concurrent requests for each API key whose line sets no limit; 0 means no limit
     #[arg(long, env = "NBN_KEY_CONCURRENCY", default_value_t = 0)]
     key_concurrency: u32,
     /// Certificate chain in PEM, read again on SIGHUP
     #[arg(long, env = "NBN_TLS_CERT")]
     pub(crate) tls_cert: Option<PathBuf>,
-    /// Its private key in PEM
+    /// Private key of the certificate, in PEM
     #[arg(long, env = "NBN_TLS_KEY")]
     pub(crate) tls_key: Option<PathBuf>,
-    /// Origin whose pages may ask, such as https://example.org, or *; may stand several times
+    /// Origin whose pages may send requests, such as https://example.org, or * for any; can be given more than once
     #[arg(long, env = "NBN_CORS_ORIGIN", value_delimiter = ',')]
     pub(crate) cors_origin: Vec<String>,
     /// Log every request
@@ -105,7 +106,7 @@ pub(crate) struct Serve {
     /// Send traces to an OpenTelemetry collector over gRPC, such as http://127.0.0.1:4317
     #[arg(long, env = "NBN_OTLP")]
     pub(crate) otlp: Option<String>,
-    /// TOML file with long flags for keys; flags and environment overrule it
+    /// TOML file whose keys are long flag names; flags and environment variables override it
     #[arg(long, env = "NBN_CONFIG")]
     pub(crate) config: Option<PathBuf>,
     /// Print every option and where it comes from, and exit
@@ -117,9 +118,9 @@ pub(crate) struct Serve {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum NamedPrior {
-    /// Every class equally often
+    /// Every class is equally frequent
     Uniform,
-    /// As often as in training
+    /// Classes are as frequent as in training
     Train,
 }
 
@@ -169,6 +170,11 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     };
     let library = Library::load(args.engine.onnxruntime.as_deref())?;
     tracing::info!(onnxruntime = %library.path().display(), "ONNX Runtime loaded");
+    ensure!(
+        args.models.is_dir(),
+        "--models {}: there is no such folder; it must have NAME/VERSION/manifest.json for each model",
+        args.models.display()
+    );
     // Ports are taken before the models are loaded: a clash is found at once.
     let listeners = Listeners {
         main: listen("--addr", args.addr).await?,
@@ -241,7 +247,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     if !closed {
         tracing::warn!(
             seconds = args.drain_timeout,
-            "a model was still being opened, or worked, at the end of --drain-timeout"
+            "a model was still being opened, or was still running, at the end of --drain-timeout"
         );
         std::process::exit(0);
     }
@@ -274,7 +280,10 @@ impl LastExit {
             }
             let begun = *begun.get_or_init(Instant::now);
             std::thread::sleep((begun + drain + Self::GRACE).saturating_duration_since(Instant::now()));
-            tracing::error!(seconds = drain.as_secs(), "not ended at the end of --drain-timeout: exiting at once");
+            tracing::error!(
+                seconds = drain.as_secs(),
+                "the server had not stopped at the end of --drain-timeout: exiting now"
+            );
             std::process::exit(i32::from(!answered.load(Ordering::SeqCst)));
         })?;
         Ok(this)
@@ -328,7 +337,7 @@ fn announce(listeners: &Listeners, args: &Serve, keys: usize) -> anyhow::Result<
         "listening: POST an image to /v1/classify, or open {scheme}://{addr}/ in a browser"
     );
     if keys == 0 && !addr.ip().is_loopback() {
-        tracing::warn!("anybody who reaches {addr} may ask: --api-keys-file asks for keys");
+        tracing::warn!("anyone who can reach {addr} can send requests: set --api-keys-file to require keys");
     }
     Ok(())
 }
@@ -341,7 +350,7 @@ fn raise_file_limit(connections: u32) {
         Ok(limit) if limit >= wanted => {}
         Ok(limit) => tracing::warn!(
             limit,
-            "the system allows fewer open files than --max-connections needs; connections beyond are refused"
+            "the system allows fewer open files than --max-connections needs; connections beyond its limit are refused"
         ),
         Err(error) => tracing::warn!(%error, "the limit on open files cannot be raised"),
     }
@@ -379,13 +388,18 @@ fn on_hangup(
             if let Some(path) = &keys_file {
                 match read_keys(path).and_then(|text| keys.replace(&text).map_err(|reason| anyhow!(reason))) {
                     Ok(()) => tracing::info!(keys = keys.len(), "keys read"),
-                    Err(error) => tracing::error!(error = format!("{error:#}"), "the keys stay as they were"),
+                    Err(error) => tracing::error!(
+                        error = format!("{error:#}"),
+                        "the keys cannot be read; the previous ones stay in use"
+                    ),
                 }
             }
             if let Some(tls) = &tls {
                 match tls.reload() {
                     Ok(()) => tracing::info!("certificate read"),
-                    Err(error) => tracing::error!(%error, "the certificate stays as it was"),
+                    Err(error) => {
+                        tracing::error!(%error, "the certificate cannot be read; the previous one stays in use")
+                    }
                 }
             }
             let registry = registry.clone();

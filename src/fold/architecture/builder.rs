@@ -99,7 +99,10 @@ impl<'a> Builder<'a> {
                 return Err(FoldError::Graph {
                     pass: "build",
                     node: format!("linears.{expert}"),
-                    reason: format!("{head} head of {classes} classes; expert 0 has {} of {}", kind.0, kind.1),
+                    reason: format!(
+                        "it has a {head} head with {classes} classes; expert 0 has a {} head with {}",
+                        kind.0, kind.1
+                    ),
                 });
             }
             logits.push(z);

@@ -47,7 +47,7 @@ impl FromStr for NbnLayers {
                 Ok(Self::Named(names.split(',').map(|n| n.trim().to_owned()).collect()))
             }
             other => Err(format!(
-                "{other:?} is none of last-stage-outputs, last-stage-all, all, none, or layer names such as \
+                "{other:?} is unknown; expected last-stage-outputs, last-stage-all, all, none, or layer names such as \
                  layer4.0.bn3,layer4.1.bn3"
             )),
         }
@@ -86,7 +86,7 @@ impl FromStr for Magnitude {
             "expert" => Ok(Self::Expert),
             "stage" => Ok(Self::Stage),
             "layer" => Ok(Self::Layer),
-            other => Err(format!("magnitude {other:?} is none of expert, stage, layer")),
+            other => Err(format!("magnitude {other:?} is unknown; expected expert, stage or layer")),
         }
     }
 }

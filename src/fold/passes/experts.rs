@@ -16,7 +16,7 @@ pub(super) fn merge(graph: &mut Graph) -> Result<(), FoldError> {
     for expert in experts {
         let node = &graph.nodes[expert];
         let Op::Gemm { weight, bias } = &node.op else {
-            return Err(fail(format!("averages {}, which is no linear layer", node.name)));
+            return Err(fail(format!("it averages {}, which is not a linear layer", node.name)));
         };
         weights.push(weight / count);
         sum.resize(bias.len(), 0.0);

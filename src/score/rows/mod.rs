@@ -21,11 +21,11 @@ pub(super) use self::text::{keys_in_csv, keys_in_json_lines};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl,
-    /// A header, then one record per image; what has many values is a JSON list.
+    /// A header, then one record per image; fields with several values are JSON lists.
     Csv,
-    /// Apache Parquet; what has many values is a list.
+    /// Apache Parquet; fields with several values are lists.
     Parquet,
 }
 
@@ -149,8 +149,8 @@ pub enum WriteError {
     Form(String),
     /// No room for a part.
     #[error(
-        "no space left for {}: {free} bytes are free there; {parts} parts with {rows} rows are committed and stay valid: \
-         make room, or copy the folder to where there is more, and go on with --resume", .part.display()
+        "no space left for {}: {free} bytes are free there; {parts} parts with {rows} rows are committed and stay \
+         valid: free some space, or copy the folder to a larger disk, then continue with --resume", .part.display()
     )]
     Full {
         /// The part that did not fit.

@@ -46,10 +46,12 @@ fn no_file(kind: Kind) -> Fault {
     match kind {
         Kind::Sparse => Fault::new(
             "archive_sparse",
-            "the archive stores this file with holes (sparse), which nbn does not read: pack it whole",
+            "the archive stores this file as a sparse file, which nbn does not read: pack it in full",
         ),
-        Kind::Link => Fault::new("archive_link", "the archive has a link here, no file"),
-        Kind::File | Kind::Folder | Kind::Other => Fault::new("archive_other", "the archive has no regular file here"),
+        Kind::Link => Fault::new("archive_link", "this member of the archive is a link, not a file"),
+        Kind::File | Kind::Folder | Kind::Other => {
+            Fault::new("archive_other", "this member of the archive is not a regular file")
+        }
     }
 }
 

@@ -35,7 +35,7 @@ pub enum SourceError {
     #[error(transparent)]
     Missing(#[from] Missing),
     /// An option that none of the inputs can use.
-    #[error("{option} is of use only with {wanted}; no input is one: leave it out")]
+    #[error("{option} needs {wanted}, but no input is one: leave it out")]
     Unused {
         /// The option.
         option: &'static str,

@@ -61,7 +61,7 @@ impl<R: Read> Read for Records<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.left.0.load(Ordering::Relaxed);
         if left == 0 {
-            let reason = format!("a record is longer than {MAX_LINE} bytes: a quote may have no end");
+            let reason = format!("a record is longer than {MAX_LINE} bytes: a closing quote may be missing");
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, reason));
         }
         let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -102,6 +102,6 @@ mod tests {
             budget.renew();
         }
         let error = records.next().unwrap().unwrap_err().to_string();
-        assert!(error.contains("a record is longer than 1048576 bytes: a quote may have no end"), "{error}");
+        assert!(error.contains("a record is longer than 1048576 bytes: a closing quote may be missing"), "{error}");
     }
 }

@@ -135,7 +135,7 @@ pub(super) fn json_lines(place: Place, options: &SourceOptions) -> Result<Source
             let object: serde_json::Map<String, Value> = serde_json::from_str(line).map_err(|e| e.to_string())?;
             let (image, label) = columns(object.keys().map(String::as_str), &options)?;
             let mut values = object.values();
-            let path = values.nth(image).and_then(Value::as_str).ok_or("its path is no text")?;
+            let path = values.nth(image).and_then(Value::as_str).ok_or("its path is not a string")?;
             let label = match label.and_then(|at| object.values().nth(at)) {
                 None | Some(Value::Null) => None,
                 Some(Value::String(text)) => Some(text.clone()),
@@ -160,7 +160,11 @@ pub(super) fn columns<'a>(
     options: &SourceOptions,
 ) -> Result<(usize, Option<usize>), String> {
     let names: Vec<&str> = names.collect();
-    let there = if names.is_empty() { "there is none".into() } else { format!("there are {}", cut(&names.join(", "))) };
+    let there = if names.is_empty() {
+        "there are no columns".into()
+    } else {
+        format!("the columns are {}", cut(&names.join(", ")))
+    };
     let find = |wanted: &Option<String>, usual: &[&str], flag: &str| {
         let at = |name: &str| names.iter().position(|n| *n == name);
         match wanted {
@@ -173,7 +177,7 @@ pub(super) fn columns<'a>(
     };
     let image = find(&options.image_column, &IMAGE_COLUMNS, "--image-column")?.ok_or_else(|| {
         let usual = IMAGE_COLUMNS.join(", ");
-        format!("no column is called {usual}; {there}: name one with --image-column")
+        format!("no column has one of the usual names ({usual}); {there}: name one with --image-column")
     })?;
     if options.labels == Labels::Line {
         return Ok((image, None));

@@ -275,7 +275,7 @@ fn parse_records(header: &[u8]) -> Result<Records, Fault> {
             }
             b"size" => {
                 let size = str::from_utf8(value).ok().and_then(|text| text.parse().ok());
-                records.size = Some(size.ok_or_else(|| fault("the size in a PAX header is no number of bytes"))?);
+                records.size = Some(size.ok_or_else(|| fault("the size in a PAX header is not a number of bytes"))?);
             }
             _ => {}
         }
@@ -453,7 +453,7 @@ mod tests {
         assert_eq!(found, [("a".into(), Kind::File, vec![7; 512]), ("b".into(), Kind::File, vec![])]);
         let member = raw(EntryType::Regular, "a", b"");
         for (records, kind, words) in [
-            (&record("size", "1e3")[..], EntryType::XHeader, "is no number of bytes"),
+            (&record("size", "1e3")[..], EntryType::XHeader, "is not a number of bytes"),
             (&record("size", "18446744073709551615")[..], EntryType::XHeader, "claims 18446744073709551615 bytes"),
             (&record("size", "1")[..], EntryType::XGlobalHeader, "a global PAX header gives all members"),
             (&record("path", "x")[..], EntryType::XGlobalHeader, "a global PAX header gives all members"),

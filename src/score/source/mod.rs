@@ -38,14 +38,14 @@ pub(super) use place::Place;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Labels {
-    /// The label column of CSV, JSON lines and Parquet, and .cls members of tar archives, where there are such
+    /// The label column of CSV, JSON lines and Parquet, or the .cls members of tar archives, if there are any
     #[default]
     Given,
-    /// The name of the folder that the picture is in
+    /// The name of the folder that the image is in
     Folder,
-    /// The last word of each line of a text list, as ImageNet-LT writes them
+    /// The last word of each line of a text list, as in ImageNet-LT's lists
     Line,
-    /// Nowhere
+    /// True classes are not read
     None,
 }
 

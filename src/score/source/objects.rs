@@ -75,7 +75,7 @@ fn open(root: &str) -> Result<Arc<dyn ObjectStore>, String> {
     let known = ["s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "file"];
     if !known.contains(&url.scheme()) {
         return Err(format!(
-            "{}:// is no object store that nbn reads; s3://, gs://, az:// and file:// are",
+            "{}:// is not an object store that nbn reads; expected s3://, gs://, az:// or file://",
             url.scheme()
         ));
     }
@@ -134,7 +134,7 @@ impl Object {
         for segment in key.split('/') {
             match segment {
                 "." => {}
-                ".." if segments.pop().is_none() => return Err(fault(format!("it leaves {}", self.root))),
+                ".." if segments.pop().is_none() => return Err(fault(format!("it leads out of {}", self.root))),
                 ".." => {}
                 segment => segments.push(segment),
             }

@@ -79,7 +79,7 @@ impl Place {
             Self::File(path) => {
                 // A pipe might never end.
                 if !fs::metadata(path)?.is_file() {
-                    return Err(Fault::new("file_not_readable", "it is no regular file"));
+                    return Err(Fault::new("file_not_readable", "it is not a regular file"));
                 }
                 let mut bytes = Vec::new();
                 File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;

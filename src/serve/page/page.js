@@ -275,7 +275,7 @@ function show(card, reply, roundTrip) {
   put('.decision', abstains ? `abstain: ${result.reason}` : result.decision);
   part('.decision').classList.toggle('abstain', abstains);
   part('.scores').classList.toggle('plain', !calibrated);
-  put('.of-score', calibrated ? `calibrated, ${reply.prior} prior` : 'softmax: ranks classes, is no probability');
+  put('.of-score', calibrated ? `calibrated, ${reply.prior} prior` : 'softmax: ranks classes, not a probability');
   part('.of-softmax').hidden = !calibrated;
   part('.legend').hidden = !best;
   const before = new Map(card.result?.predictions.map((p) => [p.class_id, p]));

@@ -23,10 +23,10 @@ pub(crate) struct ServerInfo {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelInfo {
     pub(super) name: String,
-    /// The versions that answer.
+    /// The versions that are ready.
     pub(super) versions: Vec<String>,
     pub(super) platform: &'static str,
-    /// A request gives one of them.
+    /// The inputs, of which a request gives one.
     pub(super) inputs: Vec<TensorInfo>,
     pub(super) outputs: Vec<TensorInfo>,
 }
@@ -90,7 +90,7 @@ pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Valu
     })
 }
 
-/// How often, and how long in all.
+/// A count and the total time.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct CountAndTime {
@@ -111,7 +111,7 @@ pub(crate) struct InferStats {
     pub(super) compute_infer: CountAndTime,
     /// Scoring and encoding.
     pub(super) compute_output: CountAndTime,
-    /// There is no cache of answers.
+    /// Always 0: answers are not cached.
     pub(super) cache_hit: CountAndTime,
     pub(super) cache_miss: CountAndTime,
 }
@@ -123,7 +123,7 @@ pub(crate) struct BatchSizeStats {
     pub(super) batch_size: u64,
     pub(super) compute_input: CountAndTime,
     pub(super) compute_infer: CountAndTime,
-    /// Output is shaped by request, not by batch: the time is 0.
+    /// The time is always 0: outputs are made per request, not per batch.
     pub(super) compute_output: CountAndTime,
 }
 
@@ -133,11 +133,11 @@ pub(crate) struct BatchSizeStats {
 pub(crate) struct VersionStats {
     pub(super) name: String,
     pub(super) version: String,
-    /// Milliseconds since 1970; 0 when there was none.
+    /// When the last image was processed, in milliseconds since 1970; 0 if none was.
     pub(super) last_inference: u64,
-    /// Images.
+    /// Number of images.
     pub(super) inference_count: u64,
-    /// Runs of the network.
+    /// Number of runs of the network.
     pub(super) execution_count: u64,
     pub(super) inference_stats: InferStats,
     pub(super) batch_stats: Vec<BatchSizeStats>,

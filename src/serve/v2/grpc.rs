@@ -118,7 +118,7 @@ pub(crate) async fn method(
         "ModelInfer" => infer(&context, context.checked_message(bounds::check).await?).await.map(reply),
         "ModelStatistics" => statistics(app, &context.message().await?).map(reply),
         "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !app.administers => {
-            let detail = "the repository is spoken of on the admin listener (--admin-addr), over gRPC, too";
+            let detail = "the model repository is available only on the admin listener (--admin-addr), also over gRPC";
             Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
         }
         "RepositoryIndex" => Ok(reply(index(app, &context.message().await?))),
@@ -185,21 +185,21 @@ fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
 /// The one message of a unary call. Before it stand a byte that says whether it is compressed, and its length in four.
 fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
     let Some((&[compressed, length @ ..], message)) = body.split_first_chunk::<5>() else {
-        return Err(bad("the call has no message: expected five bytes in front of one"));
+        return Err(bad("the call has no message: expected five bytes and then a message"));
     };
     if compressed != 0 {
-        let detail = "the message is compressed, which this server does not take: send it as it is";
+        let detail = "the message is compressed, which this server does not accept: send it uncompressed";
         return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
     }
     let (announced, found) = (u32::from_be_bytes(length), message.len());
     if u32::try_from(found).ok() != Some(announced) {
-        return Err(bad(format!("the call announces one message of {announced} bytes, and has {found} bytes")));
+        return Err(bad(format!("the call announces one message of {announced} bytes, but has {found} bytes")));
     }
     Ok(body.slice(5..))
 }
 
 fn decode<Q: Message + Default>(message: Bytes) -> Result<Q, Problem> {
-    Q::decode(message).map_err(|error| bad(format!("the message does not fit: {error}")))
+    Q::decode(message).map_err(|error| bad(format!("the message is not valid: {error}")))
 }
 
 /// An answer with the status OK.
@@ -319,7 +319,9 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     let m::InferRequest { model_name, model_version, id, parameters, inputs, outputs, raw_input_contents } = request;
     if !raw_input_contents.is_empty() && raw_input_contents.len() != inputs.len() {
         let (raw, inputs) = (raw_input_contents.len(), inputs.len());
-        return Err(bad(format!("the request has {inputs} inputs and {raw} raw_input_contents")));
+        return Err(bad(format!(
+            "the request has {inputs} inputs but {raw} raw_input_contents: give one for each input"
+        )));
     }
     let mut raw = raw_input_contents.into_iter();
     let mut tensors = Vec::with_capacity(inputs.len());

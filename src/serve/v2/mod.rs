@@ -80,10 +80,9 @@ impl Output {
     }
 
     fn of(name: &str) -> Result<Self, Problem> {
-        Self::ALL
-            .into_iter()
-            .find(|output| output.name() == name)
-            .ok_or_else(|| bad(format!("no output is named {}; there are logits, probabilities and set", quoted(name))))
+        Self::ALL.into_iter().find(|output| output.name() == name).ok_or_else(|| {
+            bad(format!("no output is named {}; the outputs are logits, probabilities and set", quoted(name)))
+        })
     }
 }
 
@@ -114,7 +113,7 @@ struct Answer {
 /// Refuses an output that is `before` already: each takes memory for every class of every image.
 fn once(output: Output, before: &[Wanted]) -> Result<(), Problem> {
     if before.iter().any(|wanted| wanted.output == output) {
-        return Err(bad(format!("the output {} is asked for twice: name it once", output.name())));
+        return Err(bad(format!("the output {} is requested twice: name it once", output.name())));
     }
     Ok(())
 }
@@ -150,7 +149,7 @@ impl Call {
                 Some(number.ok_or_else(|| bad(format!("nbn_alpha is {}; expected a number", shown(alpha))))?);
         }
         if let Some(prior) = self.parameters.get("nbn_prior") {
-            let expected = "expected uniform, train, a list of numbers or an object from label to number";
+            let expected = "expected uniform, train, a list of numbers or an object that maps labels to numbers";
             let fail = |_| bad(format!("nbn_prior is {}; {expected}", shown(prior)));
             // gRPC's parameters are flat: a list or an object comes as its JSON.
             let prior: WirePrior = match prior.as_str().filter(|text| text.starts_with(['[', '{'])) {
@@ -294,7 +293,9 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
     }
     let shape = vec![seen.len(), classes];
     let data = match output {
-        _ if classification.is_some() => return Err(bad("the output set has no values to classify by")),
+        _ if classification.is_some() => {
+            return Err(bad("the output set has no scores, so it takes no classification parameter"));
+        }
         Output::Set => {
             let mut members = vec![false; seen.len() * classes];
             for ((_, scored), row) in seen.iter().zip(members.chunks_exact_mut(classes)) {

@@ -35,16 +35,16 @@ pub(crate) async fn server() -> Json<ServerInfo> {
     Json(describe::server())
 }
 
-/// Says that the process answers
+/// Says that the process is alive
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive"))))]
 pub(crate) async fn live() -> StatusCode {
     StatusCode::OK
 }
 
-/// Says whether requests should be sent here
+/// Says whether the server is ready for requests
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/ready", tag = "v2", responses(
     (status = 200, description = "Every model is loaded and warm"),
-    (status = "default", description = "503 while models are opened, and while draining", body = ErrorBody),
+    (status = "default", description = "503 while models are being loaded, and while the server shuts down", body = ErrorBody),
 )))]
 pub(crate) async fn ready(State(app): State<App>) -> Result<StatusCode, Problem> {
     app.ready().map(|()| StatusCode::OK)
@@ -95,9 +95,9 @@ with_and_without_version! {
 }
 
 with_and_without_version! {
-    /// Says whether a model answers
+    /// Says whether a model is ready
     model_ready model_ready_version "/v2/models/{model}/ready" "/v2/models/{model}/versions/{version}/ready" ModelReady,
-    "It answers",
+    "The model is ready",
     |app: &App, name: &str, version: Option<&str>| {
         let model = find(app, name, version)?;
         Ok(Json(ModelReady { name: model.name.clone(), ready: true }).into_response())
@@ -107,7 +107,7 @@ with_and_without_version! {
 with_and_without_version! {
     /// Counts and times since the model was loaded
     stats stats_version "/v2/models/{model}/stats" "/v2/models/{model}/versions/{version}/stats" Stats,
-    "As perf_analyzer reads them",
+    "The statistics, in the form that perf_analyzer reads",
     |app: &App, name: &str, version: Option<&str>| {
         let model = find(app, name, version)?;
         Ok(Json(Stats { model_stats: vec![describe::stats(&model)] }).into_response())
@@ -125,7 +125,7 @@ with_and_without_version! {
 
 /// Counts and times of every model
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/models/stats", tag = "v2", responses(
-    (status = 200, description = "As perf_analyzer reads them", body = Stats),
+    (status = 200, description = "The statistics, in the form that perf_analyzer reads", body = Stats),
 )))]
 pub(crate) async fn all_stats(State(app): State<App>) -> Json<Stats> {
     Json(Stats { model_stats: app.registry.models().iter().map(|model| describe::stats(model)).collect() })
@@ -136,7 +136,7 @@ pub(super) fn versions(app: &App, name: &str) -> Vec<String> {
     app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect()
 }
 
-/// Infers with the named model
+/// Runs the named model
 #[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/models/{model}/infer", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     request_body(content((WireInfer = "application/json"), (Vec<u8> = "application/octet-stream"))),
@@ -155,7 +155,7 @@ pub(crate) async fn infer(
     answer(&app, &notes, &model, None, request).await
 }
 
-/// Infers with the named model in that version
+/// Runs a version of the named model
 #[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "v2",
     params(
         ("model" = String, Path, description = "Name of the model"),
@@ -198,7 +198,7 @@ async fn answer(
 }
 
 fn unfit(error: serde_json::Error) -> Problem {
-    bad(format!("the JSON does not fit: {}", objects::reason(&error)))
+    bad(format!("the JSON is not valid: {}", objects::reason(&error)))
 }
 
 /// Which outputs follow the JSON as bytes.
@@ -340,10 +340,10 @@ pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Js
     Ok(Json(lines.filter(|line| !query.ready || line.state == "READY").collect()))
 }
 
-/// Loads a model, or loads it anew
+/// Loads a model, or loads it again
 ///
-/// The new state is warmed beside the old and swapped without a failed request. The model comes from the repository;
-/// parameters that would send one are refused.
+/// The new state is warmed up beside the old one, and replaces it without failing a request. The model comes from the
+/// repository; parameters that would upload one are refused.
 #[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     responses(
@@ -373,7 +373,7 @@ pub(crate) async fn load(
 
 /// Unloads a model
 ///
-/// Requests that it is at are still answered.
+/// Requests in progress are still answered.
 #[cfg_attr(feature = "openapi", utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "v2",
     params(("model" = String, Path, description = "Name of the model")),
     responses(

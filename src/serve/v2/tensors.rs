@@ -138,7 +138,7 @@ impl<'de> Deserialize<'de> for JsonData {
         match flat {
             Flat { floats, strings } if strings.is_empty() => Ok(Self::Floats(floats)),
             Flat { floats, strings } if floats.is_empty() => Ok(Self::Strings(strings)),
-            _ => Err(serde::de::Error::custom("data holds numbers and strings together")),
+            _ => Err(serde::de::Error::custom("data mixes numbers and strings")),
         }
     }
 }
@@ -172,7 +172,10 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
         "images" => ("FP32", format!("[N, 3, {side}, {side}]")),
         "image" => ("BYTES", "[N]".to_owned()),
         _ => {
-            return Err(bad(format!("no input is named {}; there are images (FP32) and image (BYTES)", quoted(&name))));
+            return Err(bad(format!(
+                "no input is named {}; the inputs are images (FP32) and image (BYTES)",
+                quoted(&name)
+            )));
         }
     };
     if datatype != expected_type {

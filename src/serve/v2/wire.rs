@@ -15,18 +15,18 @@ use super::tensors::JsonData;
 #[derive(Debug, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireInfer {
-    /// Echoed; at most 1,024 bytes.
+    /// Repeated in the answer; at most 1,024 bytes.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub(super) id: ClientId,
     /// `timeout` (µs), `nbn_top_k` (`classification` of every output that has scores), `nbn_alpha`, `nbn_prior`,
-    /// `binary_data_output`; others are ignored, `priority` among them: all wait in one queue.
+    /// `binary_data_output`; others are ignored, including `priority`, since there is one queue for all.
     #[serde(default, deserialize_with = "of_request")]
     pub(super) parameters: BTreeMap<String, Value>,
     /// One input: `images` or `image`.
     #[serde(deserialize_with = "objects::objects")]
     pub(super) inputs: Vec<WireInput>,
-    /// All there are when absent.
+    /// All outputs by default.
     #[serde(default, deserialize_with = "objects::objects")]
     pub(super) outputs: Vec<WireOutput>,
 }
@@ -152,7 +152,7 @@ pub(crate) struct WireInput {
     /// `binary_data_size`: the tensor's bytes after the JSON.
     #[serde(default, deserialize_with = "of_tensor")]
     pub(super) parameters: BTreeMap<String, Value>,
-    /// Numbers, nested or flat; for BYTES pictures in base64.
+    /// Numbers, nested or flat; for BYTES, images in base64.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<Vec<Value>>))]
     pub(super) data: Option<JsonData>,
@@ -164,13 +164,13 @@ impl fmt::Debug for WireInput {
     }
 }
 
-/// An output that is asked for.
+/// A requested output.
 #[derive(Debug, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct WireOutput {
     /// `logits`, `probabilities` or `set`.
     pub(super) name: String,
-    /// `classification` (the best so many as `value:index:label`), `binary_data`.
+    /// `classification` (how many of the best classes to give, as `value:index:label`), `binary_data`.
     #[serde(default, deserialize_with = "of_tensor")]
     pub(super) parameters: BTreeMap<String, Value>,
 }
@@ -213,7 +213,7 @@ pub(crate) enum WireData {
     Strings(Vec<String>),
 }
 
-/// A model that answers.
+/// A model that is ready.
 #[derive(Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct ModelReady {
@@ -221,11 +221,11 @@ pub(crate) struct ModelReady {
     pub(super) ready: bool,
 }
 
-/// Which lines of the index are wanted.
+/// Which lines of the index to give.
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub(crate) struct IndexQuery {
-    /// Only versions that answer.
+    /// Only versions that are ready.
     #[serde(default)]
     pub(super) ready: bool,
 }

@@ -31,7 +31,7 @@ pub(crate) fn refuse_foreign(path: &Path, kind: &str, is_own: impl Fn(&Path) -> 
     if fs::symlink_metadata(path).is_err() || is_own(path) {
         return Ok(());
     }
-    bail!("{} is no {kind}, and it would be overwritten: give another file, or move it", path.display())
+    bail!("{} is not a {kind}, and it would be overwritten: give another file, or move it", path.display())
 }
 
 /// Whether a file of logits and labels lies at `path`, as `nbn fold evaluate --logits` writes it.

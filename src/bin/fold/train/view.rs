@@ -23,7 +23,7 @@ impl View {
     pub(super) fn show(&mut self, event: &Event<'_>) {
         match event {
             Event::Start { epoch, step, steps, parameters } => {
-                eprintln!("learned     {parameters} values; {steps} steps an epoch");
+                eprintln!("learned     {parameters} values; {steps} steps per epoch");
                 if epoch + step > 0 {
                     eprintln!("resumed     after {epoch} epochs and {step} steps");
                 }

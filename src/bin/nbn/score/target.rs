@@ -202,7 +202,7 @@ pub(super) fn refuse_overwriting(mut written: Vec<Named>, read: &[Named]) -> any
     // Folders, patterns and lists may name it.
     if let Some(file) = written.iter().find(|file| has_picture_ending(&file.path) && file.path.is_file()) {
         bail!(
-            "{} {} is a picture by its name, which it would overwrite: give another file",
+            "{} {} has the name of an image file, which would be overwritten: give another file",
             file.role,
             file.path.display()
         );
