@@ -718,7 +718,7 @@ fn a_file_that_is_read_or_is_of_another_kind_is_not_written() {
         assert!(said.contains("overwr") && said.contains("give another file"), "{args:?}: {said}");
         assert_eq!(held(folder.path()), before, "{args:?}");
     }
-    let out = fold(&["evaluate", model, "--data", &as_data, "--form", "logits", "--report", &at("as-data")]);
+    let out = fold(&["evaluate", model, "--data", &as_data, "--data-format", "logits", "--report", &at("as-data")]);
     assert!(text(&out.stderr).contains("report.json is the same file as --data"), "{}", text(&out.stderr));
     assert_eq!(held(folder.path()), before);
     // Of its own kind it replaces what is there; also reports of a version that set no mark.

@@ -168,7 +168,7 @@ fn fold_replaces_nothing_but_bundles_and_compares_no_bundle_with_itself() {
     let [upper, other] = ["l.SAFETENSORS", "l.bin"].map(|name| folder.path().join(name));
     fs::write(&upper, "").unwrap();
     fs::write(&other, "").unwrap();
-    for logits in [&[upper.to_str().unwrap()][..], &[other.to_str().unwrap(), "--form", "logits"]] {
+    for logits in [&[upper.to_str().unwrap()][..], &[other.to_str().unwrap(), "--data-format", "logits"]] {
         let out = fold(&[&["evaluate", bundle, "--against", bundle, "--data"], logits].concat());
         assert_eq!(out.status.code(), Some(1));
         assert!(text(&out.stderr).contains("--against needs the images themselves"), "{}", text(&out.stderr));

@@ -16,6 +16,9 @@ use nbn::files::{Named, is_same, refuse_same};
 use target::{given, of_bundle, refuse_foreign};
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  nbn fold calibrate models/mine/1 --data held-out/ --training-data train/\n  nbn fold calibrate models/mine/1 --data photos/ --records runs/mine.calibration.json"
+)]
 pub(crate) struct Calibrate {
     /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
     bundle: PathBuf,
@@ -25,7 +28,7 @@ pub(crate) struct Calibrate {
     #[arg(long, value_name = "SET")]
     training_data: Option<PathBuf>,
     /// Format of the training images, if it is not recognised correctly
-    #[arg(long, requires = "training_data")]
+    #[arg(long = "training-data-format", alias = "training-form", value_name = "FORMAT", requires = "training_data")]
     training_form: Option<Form>,
     /// JSON file with the numbers of the images that were trained on, if that is not all of them
     #[arg(long, value_name = "FILE", requires = "training_data")]

@@ -18,7 +18,7 @@ pub(crate) struct Dataset {
     #[arg(long, value_name = "SET")]
     pub(crate) data: PathBuf,
     /// Format of the set, if it is not recognised correctly
-    #[arg(long)]
+    #[arg(long = "data-format", alias = "form", value_name = "FORMAT")]
     pub(crate) form: Option<Form>,
     /// JSON file with the numbers of the images to use, counted from 0: {"records": [0, 1, ...]}
     #[arg(long, value_name = "FILE")]

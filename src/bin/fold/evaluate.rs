@@ -17,6 +17,9 @@ const REPORT_JSON: &str = "report.json";
 const REPORT_HTML: &str = "report.html";
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  nbn fold evaluate models/mine/1 --data test/ --report report --card\n  nbn fold evaluate models/mine/2 --data test/ --against models/mine/1"
+)]
 pub(crate) struct Evaluate {
     /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
     bundle: PathBuf,

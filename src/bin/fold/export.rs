@@ -21,6 +21,9 @@ pub(crate) struct OverrideArgs {
 }
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  nbn fold export checkpoint.pth.tar --classes classes.csv --out models/mine/1\n  nbn fold export runs/mine.safetensors --out models/mine/2 --input-size 96"
+)]
 pub(crate) struct Export {
     /// Checkpoint: a file written by torch.save (.pth, .pth.tar, .pt), or a .safetensors file
     checkpoint: PathBuf,

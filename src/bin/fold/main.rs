@@ -41,6 +41,7 @@ enum Command {
     /// intervals and a report
     Evaluate(evaluate::Evaluate),
     /// Shows a checkpoint's or a bundle's layers, magnitudes and warnings
+    #[command(after_help = "Examples:\n  nbn fold inspect checkpoint.pth.tar\n  nbn fold inspect models/cifar10-lt/1")]
     Inspect {
         /// A checkpoint file, or a bundle's folder
         path: PathBuf,

@@ -53,12 +53,15 @@ mod with {
     const LDAM_DEFERRED: f64 = 0.8;
 
     #[derive(Args)]
+    #[command(
+        after_help = "Examples:\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors --resume"
+    )]
     pub(crate) struct Train {
         /// Class folders, a list of `path label` lines, or a benchmark's file or folder (CIFAR binary, IDX)
         #[arg(long, value_name = "SET", help_heading = "Images")]
         data: PathBuf,
         /// Format of the set, if it is not recognised correctly
-        #[arg(long, value_name = "FORM", help_heading = "Images")]
+        #[arg(long = "data-format", alias = "dataset", value_name = "FORMAT", help_heading = "Images")]
         dataset: Option<Form>,
         /// File with the names of the classes in the order of the logits, one per line
         #[arg(long, value_name = "FILE", help_heading = "Images")]

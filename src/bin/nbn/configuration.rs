@@ -111,6 +111,10 @@ fn printed(command: &clap::Command, matches: &ArgMatches) -> String {
     let mut out = String::new();
     for (long, arg) in flags(command).filter(|(long, _)| !NOT_IN_FILES.contains(long)) {
         let id = arg.get_id().as_str();
+        // What the manual does not list is shown only where it is given.
+        if arg.is_hide_set() && matches.value_source(id).is_none() {
+            continue;
+        }
         let values: Vec<String> = matches
             .get_raw(id)
             .map(|values| values.map(|value| value.to_string_lossy().into_owned()).collect())

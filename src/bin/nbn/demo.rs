@@ -20,6 +20,7 @@ const PICTURE: &str = "ship.jpg";
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
+#[command(after_help = "Examples:\n  nbn demo\n  nbn demo --no-browser --addr 127.0.0.1:9000")]
 pub(crate) struct Demo {
     /// Address to listen on [default: 127.0.0.1:8080, or any free port if that one is taken]
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]

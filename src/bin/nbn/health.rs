@@ -19,6 +19,7 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 const MOST: u64 = 4096;
 
 #[derive(Args)]
+#[command(after_help = "Examples:\n  nbn health\n  nbn health --addr 127.0.0.1:9000")]
 pub(crate) struct Health {
     /// Address of the server, with or without TLS; its certificate is not checked
     #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address)]

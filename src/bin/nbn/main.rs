@@ -30,6 +30,8 @@ const BAD_CONFIGURATION: u8 = 78;
 /// Serves image classifiers that were trained on long-tailed data.
 #[derive(Parser)]
 #[command(name = "nbn", version, long_version = long_version(), arg_required_else_help = true)]
+#[command(after_help = "The offline tool, fold, trains, exports, calibrates and evaluates: nbn fold --help.\n\
+    docs/ and README.md of the project explain all of it; a running server shows its interface at /docs.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -48,6 +50,7 @@ enum Command {
     /// Checks that a running server is ready, for container health checks
     Health(health::Health),
     /// Creates an API key, and the line for the server's key file
+    #[command(after_help = "Examples:\n  nbn key camera-1\n  nbn key deploy --admin")]
     Key {
         /// Name of the client that will use the key
         name: String,
@@ -59,12 +62,16 @@ enum Command {
         concurrency: Option<u32>,
     },
     /// Prints the HTTP interface's OpenAPI document
+    #[command(after_help = "Examples:\n  nbn openapi > openapi.yaml\n  nbn openapi --format json")]
     Openapi {
         /// Format of the document
         #[arg(long, default_value = "yaml")]
         format: DocumentFormat,
     },
     /// Prints a completion script for a shell
+    #[command(
+        after_help = "Examples:\n  nbn completions bash > ~/.local/share/bash-completion/completions/nbn\n  nbn completions zsh > ~/.zfunc/_nbn"
+    )]
     Completions {
         /// Shell that the script is for
         shell: clap_complete::Shell,
@@ -78,6 +85,7 @@ enum DocumentFormat {
 }
 
 #[derive(Args)]
+#[command(next_help_heading = "Networks and processors")]
 struct EngineArgs {
     /// Number of sessions that run in parallel [default: available processors / threads]
     #[arg(long, env = "NBN_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]

@@ -35,6 +35,9 @@ const INTERRUPTED: u8 = 130;
 const QUEUE: usize = 64;
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  nbn score --model models/cifar10-lt photos/ > rows.jsonl\n  nbn score --model models/mine --output-dir rows --resume 'photos/**/*.jpg'"
+)]
 pub(crate) struct Score {
     /// The bundle: models/NAME (its highest version) or models/NAME/VERSION
     #[arg(long)]

@@ -22,95 +22,105 @@ use crate::address::address;
 use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
 
 #[derive(Args)]
+#[command(
+    after_help = "Examples:\n  nbn serve --models models\n  nbn serve --addr 0.0.0.0:8080 --admin-addr 127.0.0.1:8081 --api-keys-file keys"
+)]
 pub(crate) struct Serve {
     /// Model repository: the folder that holds NAME/VERSION/manifest.json
-    #[arg(long, env = "NBN_MODELS", default_value = "models")]
+    #[arg(long, env = "NBN_MODELS", default_value = "models", help_heading = "Models")]
     models: PathBuf,
     /// Address to listen on for HTTP/1.1, HTTP/2 and gRPC
-    #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address)]
+    #[arg(long, env = "NBN_ADDR", default_value = DEFAULT_ADDR, value_parser = address, help_heading = "Addresses")]
     addr: SocketAddr,
     /// Second address with the same services, for gRPC clients that expect a separate port
-    #[arg(long, env = "NBN_GRPC_ADDR", value_parser = address)]
+    #[arg(long, env = "NBN_GRPC_ADDR", value_parser = address, help_heading = "Addresses")]
     pub(crate) grpc_addr: Option<SocketAddr>,
     /// Separate address for /metrics and for loading and unloading models, which the main address then no longer offers
-    #[arg(long, env = "NBN_ADMIN_ADDR", value_parser = address)]
+    #[arg(long, env = "NBN_ADMIN_ADDR", value_parser = address, help_heading = "Addresses")]
     admin_addr: Option<SocketAddr>,
     /// Allow loading and unloading models on the main address when there is no admin address and no key
-    #[arg(long, env = "NBN_CONTROL")]
+    #[arg(long, env = "NBN_CONTROL", help_heading = "Models")]
     control: bool,
     /// Model that /v1/classify uses if there are several
-    #[arg(long, env = "NBN_DEFAULT_MODEL")]
+    #[arg(long, env = "NBN_DEFAULT_MODEL", help_heading = "Models")]
     default_model: Option<String>,
     /// Versions of each model to serve: latest, all, or numbers separated by commas
-    #[arg(long, env = "NBN_VERSIONS", default_value_t)]
+    #[arg(long, env = "NBN_VERSIONS", default_value_t, help_heading = "Models")]
     versions: VersionPolicy,
     /// Refuse models that are not calibrated
-    #[arg(long, env = "NBN_REQUIRE_CALIBRATION")]
+    #[arg(long, env = "NBN_REQUIRE_CALIBRATION", help_heading = "Models")]
     require_calibration: bool,
     /// Class prior for requests that do not name one
-    #[arg(long, env = "NBN_PRIOR", default_value = "uniform")]
+    #[arg(long, env = "NBN_PRIOR", default_value = "uniform", help_heading = "Models")]
     prior: NamedPrior,
     /// Maximum number of images that wait for a worker, per model; beyond it, requests are answered with 503
-    #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Load")]
     queue: u32,
     /// Maximum number of images in one run of the network; auto measures at the first start which size is worthwhile
-    #[arg(long, env = "NBN_MAX_BATCH", default_value = "auto")]
+    #[arg(long, env = "NBN_MAX_BATCH", default_value = "auto", help_heading = "Load")]
     max_batch: BatchChoice,
     /// Maximum number of images in one request
-    #[arg(long, env = "NBN_MAX_IMAGES", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, env = "NBN_MAX_IMAGES", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000), help_heading = "Limits")]
     max_images: u32,
     /// Largest accepted request body, in MiB
-    #[arg(long, env = "NBN_MAX_BODY_MB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, env = "NBN_MAX_BODY_MB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "Limits")]
     pub(crate) max_body_mb: u32,
     /// Largest total size of the request bodies in memory, in MiB
-    #[arg(long, env = "NBN_MAX_BUFFERED_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, env = "NBN_MAX_BUFFERED_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Limits")]
     pub(crate) max_buffered_mb: u32,
     /// Seconds that a request may take
-    #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(long, env = "NBN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = "Limits")]
     timeout: u32,
     /// Seconds that a client has to send a request's head; for the first request, counted from the start of the
     /// connection
-    #[arg(long, env = "NBN_HEADER_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(long, env = "NBN_HEADER_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = "Limits")]
     header_timeout: u32,
     /// Seconds that a connection may stay idle between requests. Keep this longer than a load balancer's idle timeout,
     /// which is usually 60: otherwise the balancer sends requests on connections that the server has just closed
-    #[arg(long, env = "NBN_IDLE_TIMEOUT", default_value_t = 75, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    #[arg(long, env = "NBN_IDLE_TIMEOUT", default_value_t = 75, value_parser = clap::value_parser!(u32).range(1..=86_400), help_heading = "Limits")]
     idle_timeout: u32,
     /// Seconds that open requests have to finish after SIGTERM
-    #[arg(long, env = "NBN_DRAIN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    #[arg(long, env = "NBN_DRAIN_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600), help_heading = "Limits")]
     drain_timeout: u32,
     /// Maximum number of open connections
-    #[arg(long, env = "NBN_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, env = "NBN_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Limits")]
     max_connections: u32,
     /// File with one line per API key, `name sha256hex [concurrency=N] [admin]`; `nbn key` creates such lines
-    #[arg(long, env = "NBN_API_KEYS_FILE")]
+    #[arg(long, env = "NBN_API_KEYS_FILE", help_heading = "Access")]
     api_keys_file: Option<PathBuf>,
     /// The lines themselves, for use in the environment
-    #[arg(long, env = "NBN_API_KEYS", hide = true, hide_env_values = true, conflicts_with = "api_keys_file")]
+    #[arg(
+        long,
+        env = "NBN_API_KEYS",
+        hide = true,
+        hide_env_values = true,
+        conflicts_with = "api_keys_file",
+        help_heading = "Access"
+    )]
     api_keys: Option<String>,
     /// Maximum number of concurrent requests for each API key whose line sets no limit; 0 means no limit
-    #[arg(long, env = "NBN_KEY_CONCURRENCY", default_value_t = 0)]
+    #[arg(long, env = "NBN_KEY_CONCURRENCY", default_value_t = 0, help_heading = "Access")]
     key_concurrency: u32,
     /// Certificate chain in PEM, read again on SIGHUP
-    #[arg(long, env = "NBN_TLS_CERT")]
+    #[arg(long, env = "NBN_TLS_CERT", help_heading = "Access")]
     pub(crate) tls_cert: Option<PathBuf>,
     /// Private key of the certificate, in PEM
-    #[arg(long, env = "NBN_TLS_KEY")]
+    #[arg(long, env = "NBN_TLS_KEY", help_heading = "Access")]
     pub(crate) tls_key: Option<PathBuf>,
     /// Origin whose pages may send requests, such as https://example.org, or * for any; can be given more than once
-    #[arg(long, env = "NBN_CORS_ORIGIN", value_delimiter = ',')]
+    #[arg(long, env = "NBN_CORS_ORIGIN", value_delimiter = ',', help_heading = "Access")]
     pub(crate) cors_origin: Vec<String>,
     /// Log every request
-    #[arg(long, env = "NBN_ACCESS_LOG")]
+    #[arg(long, env = "NBN_ACCESS_LOG", help_heading = "Logs and traces")]
     access_log: bool,
     /// Send traces to an OpenTelemetry collector over gRPC, such as http://127.0.0.1:4317
-    #[arg(long, env = "NBN_OTLP")]
+    #[arg(long, env = "NBN_OTLP", help_heading = "Logs and traces")]
     pub(crate) otlp: Option<String>,
     /// TOML file whose keys are long flag names; flags and environment variables override it
-    #[arg(long, env = "NBN_CONFIG")]
+    #[arg(long, env = "NBN_CONFIG", help_heading = "Configuration")]
     pub(crate) config: Option<PathBuf>,
     /// Print every option and where it comes from, and exit
-    #[arg(long)]
+    #[arg(long, help_heading = "Configuration")]
     pub(crate) print_config: bool,
     #[command(flatten)]
     engine: EngineArgs,
