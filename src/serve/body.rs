@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
+use super::code::Code;
 use super::problem::{Detail, Problem};
 use super::{App, RequestLimits, cut, envelope, infer};
 
@@ -88,12 +89,12 @@ pub(crate) async fn read(
     let too_large = |size: &str| {
         let detail =
             format!("the body is {size}; this server accepts up to {limit} bytes: send less, or raise --max-body-mb");
-        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", detail).with_limit(limit as u64)
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::BodyTooLarge, detail).with_limit(limit as u64)
     };
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
         let coding = cut::shown(format_args!("{coding:?}"));
         let detail = format!("content-encoding {coding} is not accepted: send the body without encoding");
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::ContentEncoding, detail));
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if let Some(size) = announced.filter(|&size| size > limit as u64) {
@@ -106,7 +107,7 @@ pub(crate) async fn read(
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| {
             Problem::bad_request(
-                "body_broken",
+                Code::BodyBroken,
                 "the body ended before its announced length, or its transfer coding is broken",
             )
         })?;
@@ -159,12 +160,12 @@ pub(crate) async fn read_little(
 
 fn slow(limit: Duration) -> Problem {
     let detail = format!("the body did not arrive within {} s (--timeout)", limit.as_secs_f64());
-    Problem::new(StatusCode::REQUEST_TIMEOUT, "slow_body", detail).with_limit(limit.as_secs())
+    Problem::new(StatusCode::REQUEST_TIMEOUT, Code::SlowBody, detail).with_limit(limit.as_secs())
 }
 
 fn full() -> Problem {
     let detail = "the requests in progress fill the memory for request bodies (--max-buffered-mb): try again";
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "memory", detail).retry_in(Duration::from_secs(1))
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Memory, detail).retry_in(Duration::from_secs(1))
 }
 
 #[cfg(test)]
@@ -176,7 +177,7 @@ mod tests {
     /// Ends when the test's own thread, which also serves the future, has sent a word.
     async fn waits_for(word: mpsc::Receiver<()>) -> Result<&'static str, Problem> {
         word.recv_timeout(Duration::from_secs(10))
-            .map_err(|_| Problem::bad_request("blocked", "nobody else could run"))?;
+            .map_err(|_| Problem::bad_request(Code::Internal, "nobody else could run"))?;
         Ok("parsed")
     }
 

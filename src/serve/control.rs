@@ -8,6 +8,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, Uri};
 
 use super::App;
+use super::code::Code;
 use super::keys::Caller;
 use super::problem::Problem;
 use crate::registry::{IndexEntry, Registry, RegistryError, ServedModel};
@@ -28,7 +29,7 @@ impl Control {
         } else {
             "loading and unloading models needs an admin key, which has the word admin in its line of the key file"
         };
-        Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
+        Err(Problem::new(StatusCode::FORBIDDEN, Code::NotAdmin, detail))
     }
 }
 
@@ -58,7 +59,7 @@ impl Models {
         let done = tokio::task::spawn_blocking(move || work(&registry)).await;
         let failed = |error| {
             tracing::error!(%error, "loading or unloading a model failed");
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed to load the model")
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed to load the model")
         };
         done.map_err(failed)?.map_err(|error| Problem::from(&error))
     }

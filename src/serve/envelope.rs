@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 
 use super::App;
+use super::code::Code;
 use super::cut;
 use super::problem::{Problem, ProblemBody};
 use crate::classify::Timings;
@@ -150,7 +151,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     let status = response.status();
     let mut response = if let Some(problem) = problem_of(&response) {
         app.telemetry.rejected_by(&problem);
-        span.in_scope(|| tracing::debug!(%status, code = problem.code, detail = %problem.detail, "refused"));
+        span.in_scope(|| tracing::debug!(%status, code = problem.code.word(), detail = %problem.detail, "refused"));
         render(response, problem, protocol, instance, id.clone())
     } else {
         response
@@ -196,7 +197,7 @@ fn problem_of(response: &Response) -> Option<Problem> {
     }
     (status.is_client_error() || status.is_server_error()).then(|| {
         let detail = status.canonical_reason().unwrap_or("the request was refused");
-        Problem::new(status, "rejected", detail)
+        Problem::new(status, Code::Rejected, detail)
     })
 }
 
@@ -243,7 +244,7 @@ pub(crate) fn panicked(panic: Option<Box<dyn Any + Send + 'static>>) -> Problem 
         panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied())
     });
     tracing::error!(panic = text.unwrap_or("no message"), "a handler panicked");
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed; its log has the reason")
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed; its log has the reason")
 }
 
 /// The caller's span, by the W3C's Trace Context: `00-<32 hex>-<16 hex>-<2 hex>`; nothing when it is not of that form.

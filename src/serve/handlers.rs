@@ -9,6 +9,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use tokio::time::Instant;
 
+use super::code::Code;
 use super::envelope::Notes;
 use super::infer::{self, default_model, find};
 use super::problem::Problem;
@@ -205,7 +206,7 @@ pub(crate) async fn openapi() -> Response {
 pub(crate) async fn not_found() -> Problem {
     Problem::new(
         StatusCode::NOT_FOUND,
-        "not_found",
+        Code::NotFound,
         "there is nothing at this path; /openapi.yaml lists the paths that exist",
     )
 }
@@ -213,7 +214,7 @@ pub(crate) async fn not_found() -> Problem {
 pub(crate) async fn method_not_allowed() -> Problem {
     Problem::new(
         StatusCode::METHOD_NOT_ALLOWED,
-        "method_not_allowed",
+        Code::MethodNotAllowed,
         "this path does not accept that method; the header Allow lists those that it accepts",
     )
 }

@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use super::App;
+use super::code::Code;
 use super::cut::quoted;
 use super::envelope::Notes;
 use super::problem::{self, Problem};
@@ -28,7 +29,7 @@ pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<S
             app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect();
         let served = served.join(", ");
         return not_found(
-            "no_such_version",
+            Code::NoSuchVersion,
             format!("model {} has no version {}; the versions served are {served}", quoted(name), quoted(version)),
         );
     }
@@ -36,7 +37,7 @@ pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<S
         names if names.is_empty() => "none".to_owned(),
         names => names.join(", "),
     };
-    not_found("no_such_model", format!("no model is named {}; this server has {known}", quoted(name)))
+    not_found(Code::NoSuchModel, format!("no model is named {}; this server has {known}", quoted(name)))
 }
 
 /// The model for requests that name none.
@@ -57,7 +58,7 @@ pub(crate) fn default_model(app: &App) -> Result<Arc<ServedModel>, Problem> {
             format!("this server has several models and no default: use /v1/models/NAME/classify with one of {names}")
         }
     };
-    Err(Problem::new(StatusCode::NOT_FOUND, "no_default_model", detail))
+    Err(Problem::new(StatusCode::NOT_FOUND, Code::NoDefaultModel, detail))
 }
 
 /// When a request that begins now must be answered: after the server's `--timeout`, or the client's own when shorter.
@@ -143,17 +144,17 @@ pub(crate) fn late(app: &App) -> Problem {
         "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again \
          when the load is lower"
     );
-    Problem::new(StatusCode::GATEWAY_TIMEOUT, "deadline", detail).with_limit(seconds)
+    Problem::new(StatusCode::GATEWAY_TIMEOUT, Code::Deadline, detail).with_limit(seconds)
 }
 
 fn overflow() -> Problem {
     let detail = "the network's answer to this tensor is not finite, because values overflow in the network: send the \
                   pixels of an image, normalised by the mean and std of /v1/models/NAME";
-    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "overflow", detail)
+    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, Code::Overflow, detail)
 }
 
 /// A worker went away without an answer; it cannot, short of a bug.
 pub(crate) fn lost() -> Problem {
     tracing::error!("a worker gave no answer");
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server lost this image; try again")
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server lost this image; try again")
 }

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::body::{self, Held};
+use super::code::Code;
 use super::cut::{self, quoted};
 use super::objects;
 use super::options::Options;
@@ -59,7 +60,7 @@ pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Resu
             items.len(),
             limits.max_images
         );
-        let problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail);
+        let problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail);
         return Err(problem.with_limit(limits.max_images as u64));
     }
     Ok(Images { items, options, held })
@@ -70,7 +71,7 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
     let accepted = || format!("send {}, multipart/form-data or application/json", IMAGE_TYPES.join(", "));
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
         let detail = format!("the request has no content-type: {}", accepted());
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media_type", detail));
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail));
     };
     let text = value.to_str().unwrap_or_default();
     let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -78,19 +79,19 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
         return Ok(essence);
     }
     let detail = format!("content-type {} is not accepted: {}", quoted(text), accepted());
-    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media_type", detail))
+    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail))
 }
 
 fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
     let request: ClassifyRequest = objects::from_slice(bytes).map_err(|error| {
-        Problem::bad_request("bad_json", format!("the JSON body is not valid: {}", objects::reason(&error)))
+        Problem::bad_request(Code::BadJson, format!("the JSON body is not valid: {}", objects::reason(&error)))
     })?;
     if request.images.is_empty() {
-        return Err(Problem::bad_request("no_images", "the list `images` is empty: send at least one"));
+        return Err(Problem::bad_request(Code::NoImages, "the list `images` is empty: send at least one"));
     }
     let decode = |b64: &str| match STANDARD.decode(b64) {
         Ok(bytes) => Ok(Bytes::from(bytes)),
-        Err(error) => Err(Problem::bad_request("bad_base64", format!("`b64` is not standard base64: {error}"))),
+        Err(error) => Err(Problem::bad_request(Code::BadBase64, format!("`b64` is not standard base64: {error}"))),
     };
     let items = request.images.into_iter().map(|image| (image.id, decode(&image.b64))).collect();
     Ok((items, request.options.or(query)?))
@@ -99,7 +100,7 @@ fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
 async fn multipart(request: Request) -> Result<Items, Problem> {
     let broken = |reason: String| {
         let reason = cut::sentence(&reason);
-        Problem::bad_request("bad_multipart", format!("the multipart body is not valid: {reason}"))
+        Problem::bad_request(Code::BadMultipart, format!("the multipart body is not valid: {reason}"))
     };
     let mut request = request;
     // The body's size was checked when it was read.
@@ -110,14 +111,14 @@ async fn multipart(request: Request) -> Result<Items, Problem> {
         if part.name() != Some("image") {
             let name = quoted(part.name().unwrap_or_default());
             let detail = format!("multipart part {name} is unknown: name every part `image`");
-            return Err(Problem::bad_request("bad_multipart", detail));
+            return Err(Problem::bad_request(Code::BadMultipart, detail));
         }
         let id = part.file_name().map(|name| ClientId::try_new(name.to_owned())).transpose()?;
         let bytes = part.bytes().await.map_err(|error| broken(error.body_text()))?;
         items.push((id, Ok(bytes)));
     }
     if items.is_empty() {
-        return Err(Problem::bad_request("no_images", "the multipart body has no part named `image`"));
+        return Err(Problem::bad_request(Code::NoImages, "the multipart body has no part named `image`"));
     }
     Ok(items)
 }

@@ -175,16 +175,11 @@ impl Telemetry {
         self.rejected.get_or_create(&ReasonLabels { reason }).inc();
     }
 
-    /// Counts a refusal that says something of load, limits or keys; a client's mistakes stand in the requests' codes.
+    /// Counts a refusal that says something of load, limits or keys.
     pub(crate) fn rejected_by(&self, problem: &Problem) {
-        let reason = match problem.code {
-            "key_missing" | "key_unknown" | "not_admin" => "key",
-            "cross_site" => "cross_site",
-            code @ ("queue_full" | "too_late" | "deadline" | "slow_body" | "body_too_large" | "too_many_images"
-            | "key_concurrency" | "memory" | "draining" | "loading") => code,
-            _ => return,
-        };
-        self.rejected(reason);
+        if let Some(reason) = problem.code.counted() {
+            self.rejected(reason);
+        }
     }
 
     /// What a picture's way to its logits cost.

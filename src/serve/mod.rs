@@ -2,6 +2,7 @@
 
 mod activity;
 mod body;
+mod code;
 mod connections;
 mod control;
 mod cut;

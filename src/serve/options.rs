@@ -6,6 +6,7 @@ use std::fmt;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::code::Code;
 use super::cut::{self, quoted, shown};
 use super::objects;
 use super::problem::Problem;
@@ -203,7 +204,7 @@ impl Options {
         for (key, value) in form_pairs(query.unwrap_or_default()) {
             let bad = |what: &str| {
                 Problem::bad_request(
-                    "bad_option",
+                    Code::BadOption,
                     format!("query parameter {}={}: expected {what}", shown(&key), quoted(&value)),
                 )
             };
@@ -255,11 +256,11 @@ impl Options {
         };
         for (name, value) in [("top_k", options.top_k), ("max_set_size", options.max_set_size)] {
             if value == Some(0) {
-                return Err(Problem::bad_request("bad_option", format!("{name} is 0; it must be at least 1")));
+                return Err(Problem::bad_request(Code::BadOption, format!("{name} is 0; it must be at least 1")));
             }
         }
         if let Some(score) = options.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
-            return Err(Problem::bad_request("bad_option", format!("min_score is {score}; it must be from 0 to 1")));
+            return Err(Problem::bad_request(Code::BadOption, format!("min_score is {score}; it must be from 0 to 1")));
         }
         Ok(options)
     }
@@ -276,8 +277,9 @@ impl Options {
                 Some(Prior::from_labels(weights, &manifest.classes))
             }
         };
-        let prior =
-            prior.transpose().map_err(|error| Problem::bad_request("bad_option", cut::sentence(&error.to_string())))?;
+        let prior = prior
+            .transpose()
+            .map_err(|error| Problem::bad_request(Code::BadOption, cut::sentence(&error.to_string())))?;
         Ok(ScoreRequest {
             prior,
             alpha: self.alpha,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 
+use super::code::Code;
 use super::cut::quoted;
 use super::problem::Problem;
 
@@ -91,7 +92,7 @@ impl Origins {
                  set --api-keys-file",
                 quoted(host)
             );
-            return Err(Problem::new(StatusCode::FORBIDDEN, "cross_site", detail));
+            return Err(Problem::new(StatusCode::FORBIDDEN, Code::CrossSite, detail));
         }
         Ok(())
     }
@@ -109,7 +110,7 @@ fn foreign(seen: &str) -> Problem {
         "pages of other sites may not change what is served: {seen}; send the request from a program other than a \
          browser, or allow the page's origin with --cors-origin"
     );
-    Problem::new(StatusCode::FORBIDDEN, "cross_site", detail)
+    Problem::new(StatusCode::FORBIDDEN, Code::CrossSite, detail)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use super::code::Code;
 use super::cut;
 use crate::classify::{ClassifyError, ScoreError};
 use crate::engine::Refused;
@@ -17,7 +18,7 @@ use crate::registry::RegistryError;
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
     pub(crate) status: StatusCode,
-    pub(crate) code: &'static str,
+    pub(crate) code: Code,
     pub(crate) detail: Detail,
     pub(crate) limit: Option<u64>,
     pub(crate) retry_after: Option<Duration>,
@@ -66,7 +67,8 @@ pub(crate) struct ProblemBody {
     /// Path of the request; only its beginning if it is long.
     pub(crate) instance: String,
     /// The kind of error, stable across releases.
-    pub(crate) code: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub(crate) code: Code,
     /// The id in the server's log, also in the header `x-request-id`.
     pub(crate) request_id: String,
     /// The limit that was exceeded, if there is one.
@@ -75,18 +77,18 @@ pub(crate) struct ProblemBody {
 }
 
 impl Problem {
-    pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+    pub(crate) fn new(status: StatusCode, code: Code, detail: impl Into<String>) -> Self {
         Self { status, code, detail: Detail::new(detail), limit: None, retry_after: None }
     }
 
-    pub(crate) fn bad_request(code: &'static str, detail: impl Into<String>) -> Self {
+    pub(crate) fn bad_request(code: Code, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, code, detail)
     }
 
     /// The request needs what this build leaves out.
     #[cfg(any(not(feature = "grpc"), not(feature = "swagger-ui")))]
     pub(crate) fn missing(missing: &crate::features::Missing) -> Self {
-        Self::new(StatusCode::NOT_IMPLEMENTED, "feature_missing", missing.to_string())
+        Self::new(StatusCode::NOT_IMPLEMENTED, Code::FeatureMissing, missing.to_string())
     }
 
     pub(crate) fn with_limit(mut self, limit: u64) -> Self {
@@ -103,18 +105,22 @@ impl Problem {
 impl From<&ClassifyError> for Problem {
     fn from(error: &ClassifyError) -> Self {
         if let ClassifyError::Deadline = error {
-            return Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline", "the deadline passed while the image waited");
+            return Self::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                Code::Deadline,
+                "the deadline passed while the image waited",
+            );
         }
         if let ClassifyError::Tensor { .. } = error {
-            return Self::bad_request("bad_tensor", error.to_string());
+            return Self::bad_request(Code::BadTensor, error.to_string());
         }
         let ClassifyError::Image(image) = error else {
             // The client gets a sentence, the log the chain.
             tracing::error!(%error, "classification failed");
             let detail = "the server failed on this image; its log has the reason under the request id";
-            return Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", detail);
+            return Self::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, detail);
         };
-        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, image.code(), image.to_string());
+        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::of_image(image), image.to_string());
         match image {
             DecodeError::Empty => Self { status: StatusCode::BAD_REQUEST, ..problem },
             DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {
@@ -133,7 +139,7 @@ impl From<&ClassifyError> for Problem {
 
 impl From<ScoreError> for Problem {
     fn from(error: ScoreError) -> Self {
-        Self::bad_request("bad_option", cut::sentence(&error.to_string()))
+        Self::bad_request(Code::BadOption, cut::sentence(&error.to_string()))
     }
 }
 
@@ -142,20 +148,20 @@ impl From<Refused> for Problem {
         match refused {
             Refused::Full { retry_after } => {
                 let detail = "the queue of waiting images is full: try again after the time in Retry-After";
-                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "queue_full", detail);
+                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::QueueFull, detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }
             Refused::TooSlow { retry_after } => {
                 let detail = "the images already waiting will take longer than this request may: try again after the \
                               time in Retry-After, or allow more time";
-                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "too_late", detail);
+                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::TooLate, detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }
             Refused::TooMany { capacity, .. } => {
                 let detail = format!("{refused}: send fewer at a time, or raise --queue");
-                Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail).with_limit(capacity as u64)
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail).with_limit(capacity as u64)
             }
-            Refused::Late => Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline", refused.to_string()),
+            Refused::Late => Self::new(StatusCode::GATEWAY_TIMEOUT, Code::Deadline, refused.to_string()),
             Refused::Closed => draining(),
         }
     }
@@ -166,21 +172,21 @@ impl From<&RegistryError> for Problem {
         match error {
             RegistryError::Closing => draining(),
             RegistryError::NoModel(_) | RegistryError::NotLoaded(_) => {
-                Self::new(StatusCode::NOT_FOUND, "no_such_model", cut::sentence(&error.to_string()))
+                Self::new(StatusCode::NOT_FOUND, Code::NoSuchModel, cut::sentence(&error.to_string()))
             }
             // The reason stands in the index, which whoever may control the repository may read, and in the log.
-            _ => Self::bad_request("load_failed", "the model cannot be loaded; /v2/repository/index says why"),
+            _ => Self::bad_request(Code::LoadFailed, "the model cannot be loaded; /v2/repository/index says why"),
         }
     }
 }
 
 pub(crate) fn loading() -> Problem {
     let detail = "the server is still opening its models: try again";
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "loading", detail).retry_in(Duration::from_secs(1))
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Loading, detail).retry_in(Duration::from_secs(1))
 }
 
 pub(crate) fn draining() -> Problem {
-    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "draining", "the server is shutting down");
+    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Draining, "the server is shutting down");
     Problem { retry_after: Some(Duration::from_secs(5)), ..problem }
 }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::code::Code;
 use super::objects;
 use super::options::{Include, Options, WireSetRung, WireSetScore};
 use super::problem::Problem;
@@ -49,7 +50,7 @@ pub(crate) struct ClientId(String);
 
 impl ClientId {
     pub(crate) fn try_new(id: String) -> Result<Self, Problem> {
-        Self::try_from(id).map_err(|reason| Problem::bad_request("long_id", reason))
+        Self::try_from(id).map_err(|reason| Problem::bad_request(Code::LongId, reason))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -362,8 +363,11 @@ impl ImageResult {
     }
 
     pub(crate) fn failed(id: Option<ClientId>, problem: Problem) -> Self {
-        let error =
-            ImageError { status: problem.status.as_u16(), code: problem.code.into(), detail: problem.detail.into() };
+        let error = ImageError {
+            status: problem.status.as_u16(),
+            code: problem.code.word().into(),
+            detail: problem.detail.into(),
+        };
         Self {
             id,
             predictions: None,
@@ -479,7 +483,7 @@ impl ModelCard {
     pub(crate) fn of(model: &ServedModel) -> Result<Self, Problem> {
         let failed = |error: serde_json::Error| {
             tracing::error!(%error, "the card cannot be written as JSON");
-            Problem::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, "internal", "the card cannot be written")
+            Problem::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the card cannot be written")
         };
         let calibration = model.scorer.calibration();
         Ok(Self {

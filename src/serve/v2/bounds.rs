@@ -4,6 +4,7 @@ use axum::http::StatusCode;
 use bytes::{Buf, Bytes};
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
+use super::super::code::Code;
 use super::{Problem, bad};
 
 /// Parts of a request, in all.
@@ -23,7 +24,7 @@ pub(super) fn check(message: Bytes) -> Result<(), Problem> {
     count(message, REQUEST, &mut left).map_err(|beyond| match beyond {
         Beyond::Parts => {
             let detail = format!("the message has more than {MAX_PARTS} parts: send fewer images at a time");
-            Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_images", detail).with_limit(MAX_PARTS as u64)
+            Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail).with_limit(MAX_PARTS as u64)
         }
         Beyond::Shape => bad("an input's shape has hundreds of dimensions; expected [N, 3, H, W] or [N]"),
     })

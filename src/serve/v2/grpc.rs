@@ -11,11 +11,12 @@ use futures_util::{future, stream};
 use prost::Message;
 use serde_json::Value;
 use tokio::time::Instant;
+use tonic::Status;
 use tonic::codec::{Codec, EncodeBody, SingleMessageCompressionOverride};
-use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
 use super::super::body::{self, BodyMemory, Held};
+use super::super::code::Code;
 use super::super::control::Control;
 use super::super::cut::{quoted, shown};
 use super::super::keys::Caller;
@@ -30,17 +31,19 @@ use super::{Answer, App, Call, IndexLine, Notes, Output, Problem, Wanted, bad, f
 /// A problem as gRPC says it.
 pub(crate) fn refusal(problem: &Problem) -> Response {
     let code = match problem.status {
-        StatusCode::UNAUTHORIZED => Code::Unauthenticated,
-        StatusCode::FORBIDDEN => Code::PermissionDenied,
-        StatusCode::NOT_FOUND if ["no_such_method", "not_found"].contains(&problem.code) => Code::Unimplemented,
-        StatusCode::NOT_FOUND => Code::NotFound,
-        StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => Code::DeadlineExceeded,
-        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
-        StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::Unimplemented,
-        StatusCode::SERVICE_UNAVAILABLE if problem.code == "memory" => Code::ResourceExhausted,
-        StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
-        status if status.is_client_error() => Code::InvalidArgument,
-        _ => Code::Internal,
+        StatusCode::UNAUTHORIZED => tonic::Code::Unauthenticated,
+        StatusCode::FORBIDDEN => tonic::Code::PermissionDenied,
+        StatusCode::NOT_FOUND if [Code::NoSuchMethod, Code::NotFound].contains(&problem.code) => {
+            tonic::Code::Unimplemented
+        }
+        StatusCode::NOT_FOUND => tonic::Code::NotFound,
+        StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => tonic::Code::DeadlineExceeded,
+        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => tonic::Code::ResourceExhausted,
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => tonic::Code::Unimplemented,
+        StatusCode::SERVICE_UNAVAILABLE if problem.code == Code::Memory => tonic::Code::ResourceExhausted,
+        StatusCode::SERVICE_UNAVAILABLE => tonic::Code::Unavailable,
+        status if status.is_client_error() => tonic::Code::InvalidArgument,
+        _ => tonic::Code::Internal,
     };
     Status::new(code, problem.detail.to_string()).into_http()
 }
@@ -119,7 +122,7 @@ pub(crate) async fn method(
         "ModelStatistics" => statistics(app, &context.message().await?).map(reply),
         "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !app.administers => {
             let detail = "the model repository is available only on the admin listener (--admin-addr), also over gRPC";
-            Err(Problem::new(StatusCode::FORBIDDEN, "not_admin", detail))
+            Err(Problem::new(StatusCode::FORBIDDEN, Code::NotAdmin, detail))
         }
         "RepositoryIndex" => Ok(reply(index(app, &context.message().await?))),
         "RepositoryModelLoad" => {
@@ -164,13 +167,13 @@ pub(crate) async fn health(
     if !own && ready && app.registry.get(&request.service, None).is_none() {
         // Without the names that there are: a key is needed to learn them.
         let detail = format!("no model is named {}", quoted(&request.service));
-        return Err(Problem::new(StatusCode::NOT_FOUND, "no_such_model", detail));
+        return Err(Problem::new(StatusCode::NOT_FOUND, Code::NoSuchModel, detail));
     }
     Ok(reply(m::Health { status: if ready { SERVING } else { NOT_SERVING } }))
 }
 
 fn no_such_method(method: &str) -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "no_such_method", format!("this server has no method {}", shown(method)))
+    Problem::new(StatusCode::NOT_FOUND, Code::NoSuchMethod, format!("this server has no method {}", shown(method)))
 }
 
 fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
@@ -179,7 +182,7 @@ fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
     }
     let given = headers.get(header::CONTENT_TYPE).map_or_else(|| "none".into(), |v| shown(format_args!("{v:?}")));
     let detail = format!("the content-type of a gRPC call is application/grpc; this request's is {given}");
-    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media_type", detail))
+    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail))
 }
 
 /// The one message of a unary call. Before it stand a byte that says whether it is compressed, and its length in four.
@@ -189,7 +192,7 @@ fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
     };
     if compressed != 0 {
         let detail = "the message is compressed, which this server does not accept: send it uncompressed";
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::ContentEncoding, detail));
     }
     let (announced, found) = (u32::from_be_bytes(length), message.len());
     if u32::try_from(found).ok() != Some(announced) {

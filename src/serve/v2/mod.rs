@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::body;
+use super::code::Code;
 use super::cut::{quoted, shown};
 use super::envelope::Notes;
 use super::infer::{self, find};
@@ -119,7 +120,7 @@ fn once(output: Output, before: &[Wanted]) -> Result<(), Problem> {
 }
 
 fn bad(detail: impl Into<String>) -> Problem {
-    Problem::bad_request("bad_request", detail)
+    Problem::bad_request(Code::BadRequest, detail)
 }
 
 /// The parameter of that name: so many of the best classes; 0 is none.

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 
 use super::super::body::{self, Held};
+use super::super::code::Code;
 use super::super::control::Control;
 use super::super::cut::shown;
 use super::super::objects;
@@ -310,7 +311,7 @@ fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
     }
     let mut body = serde_json::to_vec(&reply).map_err(|error| {
         tracing::error!(%error, "an answer cannot be written as JSON");
-        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the server failed to write the answer")
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed to write the answer")
     })?;
     let length = HeaderValue::from(body.len());
     body.extend_from_slice(&after);

@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::super::code::Code;
 use super::super::cut::{quoted, shown};
 use super::super::objects;
 use super::{Problem, bad};
@@ -197,7 +198,7 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
              --max-images"
         );
         let status = axum::http::StatusCode::PAYLOAD_TOO_LARGE;
-        return Err(Problem::new(status, "too_many_images", detail).with_limit(limit as u64));
+        return Err(Problem::new(status, Code::TooManyImages, detail).with_limit(limit as u64));
     }
     if name == "image" {
         let elements = match data {
