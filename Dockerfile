@@ -15,14 +15,14 @@ COPY benches/*.rs benches/
 COPY tests/it tests/it
 # ONNX Runtime's library comes from the build script; it is put beside the program, where it is looked for first.
 ENV XDG_CACHE_HOME=/cache
-RUN cargo build --release --locked --no-default-features --features full --bin nbn \
+RUN cargo build --profile dist --locked --no-default-features --features full --bin nbn \
  && mkdir /out \
- && cp target/release/nbn /out/ \
+ && cp target/dist/nbn /out/ \
  && cp /cache/nbn/onnxruntime-*/libonnxruntime.so.* /out/libonnxruntime.so
 
 FROM build AS build-cuda
-RUN cargo build --release --locked --no-default-features --features full,cuda --bin nbn \
- && cp target/release/nbn /out/
+RUN cargo build --profile dist --locked --no-default-features --features full,cuda --bin nbn \
+ && cp target/dist/nbn /out/
 
 # ONNX Runtime with its CUDA 12 provider, and NVIDIA's libraries that it loads, out of their Python wheels.
 FROM debian:bookworm-slim AS cuda-libraries
@@ -52,8 +52,8 @@ COPY benches/*.rs benches/
 COPY tests/it tests/it
 RUN cargo cyclonedx --format json --spec-version 1.5 --no-default-features --features full --no-build-deps --override-filename sbom.cdx
 
-FROM debian:bookworm-slim AS base
-# Certificates for object stores and OTLP.
+# What an image has beside the program: certificates for object stores and OTLP, the model, the list of crates.
+FROM debian:bookworm-slim AS system
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libstdc++6 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
@@ -61,8 +61,14 @@ COPY models /models
 COPY --from=sbom /src/sbom.cdx.json /usr/share/doc/nbn/sbom.cdx.json
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
 RUN install -d -m 1777 /cache
+
+FROM system AS cuda
+COPY --from=cuda-libraries /libraries /opt/nbn
+COPY --from=build-cuda /out/nbn /opt/nbn/nbn
+# The provider finds NVIDIA's libraries here; the driver's own come from the container runtime.
+ENV LD_LIBRARY_PATH=/opt/nbn NBN_DEVICE=auto NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # So that `docker exec NAME nbn …` finds it.
-ENV PATH="/opt/nbn:$PATH"
+ENV PATH=/opt/nbn:/usr/bin:/bin
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
 LABEL org.opencontainers.image.title="nbn" \
       org.opencontainers.image.description="Serves image classifiers trained on long-tailed data, with calibrated scores" \
@@ -75,11 +81,25 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/op
 ENTRYPOINT ["/opt/nbn/nbn"]
 CMD ["serve"]
 
-FROM base AS cuda
-COPY --from=cuda-libraries /libraries /opt/nbn
-COPY --from=build-cuda /out/nbn /opt/nbn/nbn
-# The provider finds NVIDIA's libraries here; the driver's own come from the container runtime.
-ENV LD_LIBRARY_PATH=/opt/nbn NBN_DEVICE=auto NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-
-FROM base AS cpu
+# Of Debian, only the files that the program and ONNX Runtime load, the certificates, and of the packages that they come
+# from the records and the terms. There is no shell.
+FROM system AS cpu-files
 COPY --from=build /out /opt/nbn
+COPY release/root /usr/local/bin/root
+RUN root /root-of-cpu /opt/nbn/nbn /opt/nbn/libonnxruntime.so
+
+FROM scratch AS cpu
+COPY --from=cpu-files /root-of-cpu /
+# So that `docker exec NAME nbn …` finds it.
+ENV PATH=/opt/nbn:/usr/bin:/bin
+ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
+LABEL org.opencontainers.image.title="nbn" \
+      org.opencontainers.image.description="Serves image classifiers trained on long-tailed data, with calibrated scores" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="MIT OR Apache-2.0"
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/nbn/nbn", "health"]
+ENTRYPOINT ["/opt/nbn/nbn"]
+CMD ["serve"]
