@@ -62,11 +62,8 @@ COPY --from=sbom /src/sbom.cdx.json /usr/share/doc/nbn/sbom.cdx.json
 # Optimised networks. Writable by whatever user the container is run as, and so is a tmpfs or a volume mounted there.
 RUN install -d -m 1777 /cache
 
-FROM system AS cuda
-COPY --from=cuda-libraries /libraries /opt/nbn
-COPY --from=build-cuda /out/nbn /opt/nbn/nbn
-# The provider finds NVIDIA's libraries here; the driver's own come from the container runtime.
-ENV LD_LIBRARY_PATH=/opt/nbn NBN_DEVICE=auto NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# What both images are started with.
+FROM scratch AS settings
 # So that `docker exec NAME nbn …` finds it.
 ENV PATH=/opt/nbn:/usr/bin:/bin
 ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
@@ -80,6 +77,13 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/nbn/nbn", "health"]
 ENTRYPOINT ["/opt/nbn/nbn"]
 CMD ["serve"]
+
+FROM settings AS cuda
+COPY --from=system / /
+COPY --from=cuda-libraries /libraries /opt/nbn
+COPY --from=build-cuda /out/nbn /opt/nbn/nbn
+# The provider finds NVIDIA's libraries here; the driver's own come from the container runtime.
+ENV LD_LIBRARY_PATH=/opt/nbn NBN_DEVICE=auto NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # Of Debian, only the files that the program and ONNX Runtime load, the certificates, and of the packages that they come
 # from the records and the terms. There is no shell.
@@ -88,18 +92,5 @@ COPY --from=build /out /opt/nbn
 COPY release/root /usr/local/bin/root
 RUN root /root-of-cpu /opt/nbn/nbn /opt/nbn/libonnxruntime.so
 
-FROM scratch AS cpu
+FROM settings AS cpu
 COPY --from=cpu-files /root-of-cpu /
-# So that `docker exec NAME nbn …` finds it.
-ENV PATH=/opt/nbn:/usr/bin:/bin
-ENV NBN_ADDR=0.0.0.0:8080 NBN_MODELS=/models NBN_CACHE=/cache
-LABEL org.opencontainers.image.title="nbn" \
-      org.opencontainers.image.description="Serves image classifiers trained on long-tailed data, with calibrated scores" \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="MIT OR Apache-2.0"
-USER 10001:10001
-EXPOSE 8080
-STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/nbn/nbn", "health"]
-ENTRYPOINT ["/opt/nbn/nbn"]
-CMD ["serve"]
