@@ -153,6 +153,13 @@ pub fn foreign(folder: &Path, own: &[&str]) -> Vec<String> {
     foreign
 }
 
+/// The folder `nbn` in the user's cache folder, when the environment names one.
+pub fn cache_folder() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).or_else(|| set("LOCALAPPDATA"));
+    Some(cache?.join("nbn"))
+}
+
 /// Flushes the names in `folder` to the disk, so that they outlive a power cut. Not every system can: then nothing happens.
 pub fn sync_folder(folder: &Path) {
     let _ = File::open(folder).and_then(|folder| folder.sync_all());

@@ -35,12 +35,10 @@ impl Shipped {
     /// # Errors
     /// When a file cannot be written.
     pub fn place() -> io::Result<Self> {
-        let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).or_else(|| set("LOCALAPPDATA"));
         let every: Vec<u8> =
             BUNDLE_FILES.iter().chain(PICTURES).flat_map(|(_, content)| content.iter().copied()).collect();
-        let name = format!("nbn/shipped-{}", &sha256_hex(&every)[..12]);
-        let folder = cache.unwrap_or_else(env::temp_dir).join(name);
+        let name = format!("shipped-{}", &sha256_hex(&every)[..12]);
+        let folder = files::cache_folder().unwrap_or_else(|| env::temp_dir().join("nbn")).join(name);
         for (below, contents) in [(BUNDLE, BUNDLE_FILES), ("pictures", PICTURES)] {
             let below = folder.join(below);
             fs::create_dir_all(&below)?;

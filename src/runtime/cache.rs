@@ -52,9 +52,7 @@ impl NetworkCache {
 
     /// `nbn/networks` in the user's cache folder, if the environment names one.
     pub fn default_folder() -> Option<PathBuf> {
-        let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
-        Some(base.join("nbn/networks"))
+        Some(crate::files::cache_folder()?.join("networks"))
     }
 
     /// Opens `sessions` sessions over `network` on the processor, and hands each to `opened` before the next is opened. `read`

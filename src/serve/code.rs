@@ -2,14 +2,14 @@
 
 use serde::{Serialize, Serializer};
 
-use crate::pixels::DecodeError;
-
 macro_rules! codes {
     ($($(#[$built:meta])* $name:ident = $word:literal,)*) => {
         /// What an error's `code` says. It steers what is counted and gRPC's status.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Code {
             $($(#[$built])* $name,)*
+            /// Why an image cannot be decoded, by `DecodeError`'s own word.
+            Image(&'static str),
         }
 
         impl Code {
@@ -17,6 +17,7 @@ macro_rules! codes {
             pub(crate) fn word(self) -> &'static str {
                 match self {
                     $($(#[$built])* Self::$name => $word,)*
+                    Self::Image(word) => word,
                 }
             }
         }
@@ -34,10 +35,8 @@ codes! {
     BodyTooLarge = "body_too_large",
     ContentEncoding = "content_encoding",
     CrossSite = "cross_site",
-    DamagedImage = "damaged_image",
     Deadline = "deadline",
     Draining = "draining",
-    EmptyImage = "empty_image",
     #[cfg(any(not(feature = "grpc"), not(feature = "swagger-ui")))]
     FeatureMissing = "feature_missing",
     Internal = "internal",
@@ -52,7 +51,6 @@ codes! {
     MethodNotAllowed = "method_not_allowed",
     NoDefaultModel = "no_default_model",
     NoImages = "no_images",
-    NoPixels = "no_pixels",
     #[cfg(feature = "grpc")]
     NoSuchMethod = "no_such_method",
     NoSuchModel = "no_such_model",
@@ -63,32 +61,11 @@ codes! {
     QueueFull = "queue_full",
     Rejected = "rejected",
     SlowBody = "slow_body",
-    Stopped = "stopped",
     TooLate = "too_late",
-    TooManyBytes = "too_many_bytes",
     TooManyImages = "too_many_images",
-    TooManyPixels = "too_many_pixels",
-    TooManyScans = "too_many_scans",
-    UnknownFormat = "unknown_format",
-    UnsupportedImage = "unsupported_image",
 }
 
 impl Code {
-    /// Why an image could not be decoded.
-    pub(crate) fn of_image(error: &DecodeError) -> Self {
-        match error {
-            DecodeError::Empty => Self::EmptyImage,
-            DecodeError::UnknownFormat => Self::UnknownFormat,
-            DecodeError::NoPixels { .. } => Self::NoPixels,
-            DecodeError::TooManyScans { .. } => Self::TooManyScans,
-            DecodeError::Unsupported { .. } => Self::UnsupportedImage,
-            DecodeError::Stopped => Self::Stopped,
-            DecodeError::TooManyPixels { .. } => Self::TooManyPixels,
-            DecodeError::TooManyBytes { .. } | DecodeError::TooMuchMemory => Self::TooManyBytes,
-            DecodeError::Damaged { .. } => Self::DamagedImage,
-        }
-    }
-
     /// The reason under which the metrics count a refusal that says something of load, limits or keys; none for a client's
     /// mistakes, which the requests' statuses count.
     pub(crate) fn counted(self) -> Option<&'static str> {

@@ -120,7 +120,7 @@ impl From<&ClassifyError> for Problem {
             let detail = "the server failed on this image; its log has the reason under the request id";
             return Self::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, detail);
         };
-        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::of_image(image), image.to_string());
+        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::Image(image.code()), image.to_string());
         match image {
             DecodeError::Empty => Self { status: StatusCode::BAD_REQUEST, ..problem },
             DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {

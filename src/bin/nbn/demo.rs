@@ -12,6 +12,7 @@ use nbn::shipped::Shipped;
 use serde_json::Value;
 
 use crate::address::address;
+use crate::health::is_ready;
 use crate::{Cli, DEFAULT_ADDR, serve};
 
 /// The picture that is posted.
@@ -62,12 +63,12 @@ fn free_address(wanted: Option<SocketAddr>) -> anyhow::Result<SocketAddr> {
 /// Waits for the server, posts a picture to it, and says what can be done next.
 fn greet(addr: SocketAddr, shipped: &Shipped, browser: bool) -> anyhow::Result<()> {
     let began = Instant::now();
-    while !ask(addr, "GET /readyz", &[]).is_ok_and(|(status, _)| status == 200) {
+    while !is_ready(addr) {
         ensure!(began.elapsed() < PATIENCE, "the server at {addr} is not ready after {} s", PATIENCE.as_secs());
         thread::sleep(Duration::from_millis(20));
     }
     let picture = shipped.pictures().join(PICTURE);
-    let (status, body) = ask(addr, "POST /v1/classify?top_k=3", &std::fs::read(&picture)?)?;
+    let (status, body) = classify(addr, &std::fs::read(&picture)?)?;
     let answer: Value = serde_json::from_slice(&body).context("the answer is not JSON")?;
     ensure!(status == 200, "the server answered {status}: {}", answer["detail"]);
     let mut out = io::stdout().lock();
@@ -96,15 +97,15 @@ fn greet(addr: SocketAddr, shipped: &Shipped, browser: bool) -> anyhow::Result<(
     Ok(())
 }
 
-/// One request over a connection of its own: status and body of the answer.
-fn ask(addr: SocketAddr, line: &str, body: &[u8]) -> anyhow::Result<(u16, Vec<u8>)> {
+/// Posts a picture over a connection of its own: status and body of the answer.
+fn classify(addr: SocketAddr, picture: &[u8]) -> anyhow::Result<(u16, Vec<u8>)> {
     let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(1))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let head = format!(
-        "{line} HTTP/1.0\r\nhost: {addr}\r\ncontent-type: image/jpeg\r\ncontent-length: {}\r\n\r\n",
-        body.len()
+        "POST /v1/classify?top_k=3 HTTP/1.0\r\nhost: {addr}\r\ncontent-type: image/jpeg\r\ncontent-length: {}\r\n\r\n",
+        picture.len()
     );
-    stream.write_all(&[head.as_bytes(), body].concat())?;
+    stream.write_all(&[head.as_bytes(), picture].concat())?;
     let mut reply = Vec::new();
     stream.read_to_end(&mut reply)?;
     let end = reply.windows(4).position(|four| four == b"\r\n\r\n").context("the answer has no head")?;

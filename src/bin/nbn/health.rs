@@ -42,6 +42,12 @@ pub(crate) fn health(args: &Health) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether a server without TLS at `target` answers that it is ready.
+pub(crate) fn is_ready(target: SocketAddr) -> bool {
+    let reply = connect(target).and_then(|stream| ask(stream, target));
+    reply.is_ok_and(|reply| reply.split_whitespace().nth(1) == Some("200"))
+}
+
 fn connect(target: SocketAddr) -> anyhow::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&target, TIMEOUT).with_context(|| format!("no server at {target}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;

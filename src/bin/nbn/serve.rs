@@ -115,7 +115,7 @@ pub(crate) struct Serve {
     access_log: bool,
     /// Send traces to an OpenTelemetry collector over gRPC, such as http://127.0.0.1:4317
     #[arg(long, env = "NBN_OTLP", help_heading = "Logs and traces")]
-    pub(crate) otlp: Option<String>,
+    otlp: Option<String>,
     /// TOML file whose keys are long flag names; flags and environment variables override it
     #[arg(long, env = "NBN_CONFIG", help_heading = "Configuration")]
     pub(crate) config: Option<PathBuf>,
