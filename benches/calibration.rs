@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nbn::bundle::{BoundCalibration, Bundle, Class, Manifest, TrainingOverlap};
-use nbn::calibrate::{Kappa, Options, calibrate};
+use nbn::calibrate::{CalibrateOptions, Kappa, calibrate};
 use nbn::classify::{ScoreRequest, Scorer};
 use nbn::data::LabelledLogits;
 use nbn::scores::{Logits, Prior};
@@ -54,9 +54,15 @@ fn logits(classes: usize, images: usize) -> anyhow::Result<LabelledLogits> {
     LabelledLogits::try_new(classes, values, labels).map_err(anyhow::Error::msg)
 }
 
-fn options() -> Options {
+fn options() -> CalibrateOptions {
     let command = String::new();
-    Options { kappa: Some(Kappa::Learned), rung: None, seed: 0, training_overlap: TrainingOverlap::NotChecked, command }
+    CalibrateOptions {
+        kappa: Some(Kappa::Learned),
+        rung: None,
+        seed: 0,
+        training_overlap: TrainingOverlap::NotChecked,
+        command,
+    }
 }
 
 fn serving(shipped: &Manifest, classes: usize) -> anyhow::Result<()> {

@@ -15,10 +15,10 @@ use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::batch::{Source, SourceOptions};
 use crate::bundle::{BoundCalibration, Calibration, Manifest, inputs_sha256, train_prior};
 use crate::classify::{Classifier, ClassifyError, Input, ScoreRequest, Scorer};
 use crate::fold::Checkpoint;
-use crate::score::{Source, SourceOptions};
 use crate::scores::{Logits, Prior};
 
 /// As in the programs: decoding is ended when it takes more memory than it may.

@@ -30,6 +30,8 @@ pub mod features;
 pub mod files;
 #[cfg(any(feature = "serve", feature = "fold"))]
 mod gzip;
+#[cfg(any(feature = "serve", feature = "fold"))]
+pub mod listing;
 pub mod memory;
 pub mod pixels;
 pub mod runtime;
@@ -37,6 +39,8 @@ pub mod scores;
 pub mod stop;
 pub mod telemetry;
 
+#[cfg(feature = "serve")]
+pub mod batch;
 #[cfg(feature = "fold")]
 pub mod calibrate;
 #[cfg(feature = "fold")]
@@ -51,8 +55,6 @@ pub mod fold;
 pub mod metrics;
 #[cfg(feature = "serve")]
 pub mod registry;
-#[cfg(feature = "serve")]
-pub mod score;
 #[cfg(feature = "serve")]
 pub mod serve;
 #[cfg(feature = "serve")]

@@ -101,6 +101,8 @@ pub struct ClassCalibration {
 
 /// How well founded a class's calibration is.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = CalibrationStatus))]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
     /// Enough calibration images for a map of its own.

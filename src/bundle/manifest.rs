@@ -1,5 +1,7 @@
 //! `manifest.json`: what a network expects, answers with, and was made from.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -54,6 +56,7 @@ pub struct Class {
 
 /// The class groups of long-tailed recognition, by training images per class.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Group {
     /// More than 100 training images.
@@ -124,8 +127,8 @@ pub enum Exif {
 pub struct FoldReport {
     /// Program and version.
     pub by: String,
-    /// `linear`, `lr-affine` or `lr-plain`.
-    pub head: String,
+    /// What the network ends in.
+    pub head: Head,
     /// κ: how much of the training prior the loss took out of the logits, where the checkpoint says so; 0 none, 1 all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kappa: Option<f64>,
@@ -139,6 +142,28 @@ pub struct FoldReport {
     pub batch_norms_merged: usize,
     /// The comparison of the folded network with the unfolded checkpoint.
     pub proof: Proof,
+}
+
+/// What a network ends in.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Head {
+    /// A linear layer.
+    Linear,
+    /// Logit rectification: a linear layer and a BatchNorm over the logits, with weight and bias.
+    LrAffine,
+    /// Logit rectification without weight and bias.
+    LrPlain,
+}
+
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Linear => "linear",
+            Self::LrAffine => "lr-affine",
+            Self::LrPlain => "lr-plain",
+        })
+    }
 }
 
 /// An acting element of `scale_factor`.
@@ -328,7 +353,6 @@ pub(super) fn cut(text: &str) -> String {
 impl FoldReport {
     fn check(&self) -> Result<(), ManifestError> {
         check_name("fold.by", &self.by)?;
-        check_name("fold.head", &self.head)?;
         self.normalized_layers.iter().try_for_each(|layer| check_name("a name in fold.normalized_layers", layer))?;
         self.kappa.map_or(Ok(()), check_kappa)?;
         if !(1..=100).contains(&self.experts) {

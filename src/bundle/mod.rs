@@ -25,8 +25,8 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, Exif, FileDigest, FoldReport, Group, Manifest, ManifestError, OutputProof, Preprocessing, Proof,
-    SCHEMA_VERSION, check_classes, check_kappa,
+    Alpha, Class, Exif, FileDigest, FoldReport, Group, Head, Manifest, ManifestError, OutputProof, Preprocessing,
+    Proof, SCHEMA_VERSION, check_classes, check_kappa,
 };
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 

@@ -11,8 +11,8 @@ mod optimize;
 use std::time::SystemTime;
 
 use crate::bundle::{
-    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest, Rung,
-    SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
+    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, Head, KappaSource, Manifest,
+    Rung, SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
 };
 use crate::data::LabelledLogits;
 use crate::metrics;
@@ -33,7 +33,7 @@ const LEAST_FITTED: u64 = 10;
 
 /// How to calibrate.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct CalibrateOptions {
     /// Whether the prior was taken out of the logits. When absent, what the checkpoint says of its loss; learned where that
     /// says nothing or a logit-rectification head stands behind it.
     pub kappa: Option<Kappa>,
@@ -93,7 +93,7 @@ pub enum CalibrateError {
 pub fn calibrate(
     logits: &LabelledLogits,
     manifest: &Manifest,
-    options: &Options,
+    options: &CalibrateOptions,
     progress: &dyn Fn(&str),
 ) -> Result<Calibration, CalibrateError> {
     let train = train_prior(&manifest.classes).ok_or_else(|| {
@@ -126,7 +126,7 @@ pub fn calibrate(
     let cross_validate = |kappa: Kappa, highest: Rung| {
         CrossValidation::run(logits, options.seed, &|rows| problem(kappa, rows), highest, progress)
     };
-    let known = manifest.fold.kappa.filter(|_| manifest.fold.head == "linear");
+    let known = manifest.fold.kappa.filter(|_| manifest.fold.head == Head::Linear);
     let (asked, source) = match (options.kappa, known) {
         (Some(kappa), _) => (kappa, KappaSource::Given),
         (None, Some(kappa)) => (Kappa::Fixed(kappa), KappaSource::Checkpoint),
@@ -208,7 +208,7 @@ fn status(support: u64, rung: Rung) -> Status {
     }
 }
 
-fn report(logits: &LabelledLogits, options: &Options, validation: &CrossValidation, rung: Rung) -> FitReport {
+fn report(logits: &LabelledLogits, options: &CalibrateOptions, validation: &CrossValidation, rung: Rung) -> FitReport {
     let mut confidence = Vec::with_capacity(logits.len());
     let mut hits = Vec::with_capacity(logits.len());
     let (mut nll, mut flips) = (0.0, 0);

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::DataError;
 use crate::bundle::Exif;
 use crate::gzip::Gunzip;
-use crate::pixels::{DecodeLimits, Picture, RgbImage, decode, has_picture_ending};
+use crate::listing::{labelled, walk};
+use crate::pixels::{DecodeLimits, Picture, RgbImage, decode};
 use crate::stop::Stop;
 
 const CIFAR_SIDE: usize = 32;
@@ -217,7 +218,15 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
             unknown.push(name);
             continue;
         };
-        walk(&class, label as u32, &mut set)?;
+        let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
+        let mut shut = None;
+        let mut picture = |path| set.items.push(Item::File(path));
+        walk(&class, &mut picture, &mut |path, cause| shut = shut.take().or(Some(read(&path, cause))))
+            .map_err(|cause| read(&class, cause))?;
+        if let Some(error) = shut {
+            return Err(error);
+        }
+        set.labels.resize(set.items.len(), label as u32);
     }
     if let Some(first) = unknown.first() {
         let reason = format!(
@@ -234,18 +243,6 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     Ok(set)
 }
 
-fn walk(folder: &Path, label: u32, set: &mut LabelledImages) -> Result<(), DataError> {
-    for path in entries(folder)? {
-        if path.is_dir() && !path.is_symlink() {
-            walk(&path, label, set)?;
-        } else if has_picture_ending(&path) {
-            set.items.push(Item::File(path));
-            set.labels.push(label);
-        }
-    }
-    Ok(())
-}
-
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
     let fail = |cause| DataError::Read { path: folder.to_owned(), cause };
     let mut entries: Vec<PathBuf> =
@@ -255,23 +252,15 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 }
 
 fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
-    let text = String::from_utf8(read(path)?)
-        .map_err(|_| content(path, "is not UTF-8 text: a list has one `path label` per line"))?;
+    let text = text(path, LIST)?;
     let index: HashMap<&str, usize> = labels.iter().enumerate().map(|(k, l)| (l.as_str(), k)).collect();
     let base = path.parent().unwrap_or(Path::new("."));
     let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
     for (n, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let wrong = |reason: String| content(path, &format!("line {}: {reason}", n + 1));
-        // Names may hold spaces: the longest label at the end of the line counts.
-        let named = line.match_indices([' ', '\t']).find_map(|(at, _)| {
-            let label = line[at..].trim();
-            index.get(label).map(|k| (line[..at].trim(), *k))
-        });
-        let numbered = || {
-            let (file, label) = line.trim().rsplit_once([' ', '\t'])?;
-            Some((file.trim(), label.parse().ok()?))
-        };
-        let Some((file, label)) = named.or_else(numbered) else {
+        let parts = labelled(line, |label| index.contains_key(label));
+        let numbered = |label: &str| index.get(label).copied().or_else(|| label.parse().ok());
+        let Some((file, label)) = parts.and_then(|(file, label)| Some((file, numbered(label)?))) else {
             return Err(wrong(format!("{line:?}: expected a path, a space, and a class's label or index")));
         };
         if label >= labels.len() {
@@ -371,6 +360,18 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, DataError> {
     let mut bytes = Vec::new();
     File::open(path).map_err(fail)?.read_to_end(&mut bytes).map_err(fail)?;
     Ok(bytes)
+}
+
+/// What a list is.
+pub(super) const LIST: &str = "a list has one `path label` per line";
+
+/// The text of a file, without a byte order mark.
+pub(super) fn text(path: &Path, what: &str) -> Result<String, DataError> {
+    let text = String::from_utf8(read(path)?).map_err(|_| content(path, &format!("is not UTF-8 text: {what}")))?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_owned(),
+        None => text,
+    })
 }
 
 pub(super) fn content(path: &Path, reason: &str) -> DataError {

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use fastrand::Rng;
 
-use super::source::{content, read};
+use super::source::{LIST, content, text};
 use super::{DataError, Form, LabelledImages};
+use crate::listing::labelled;
 
 /// Files beside a benchmark's own that name its classes.
 const NAMES: [&str; 3] = ["classes.txt", "batches.meta.txt", "fine_label_names.txt"];
@@ -72,15 +73,8 @@ fn benchmark(path: &Path) -> (PathBuf, Option<PathBuf>) {
 }
 
 fn names(file: &Path) -> Result<Vec<String>, DataError> {
-    let text =
-        String::from_utf8(read(file)?).map_err(|_| content(file, "is not UTF-8 text: expected one label per line"))?;
-    let labels: Vec<String> = text
-        .trim_start_matches('\u{feff}')
-        .lines()
-        .map(str::trim)
-        .filter(|l| !l.is_empty())
-        .map(str::to_owned)
-        .collect();
+    let text = text(file, "expected one label per line")?;
+    let labels: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
     let mut seen = BTreeSet::new();
     match labels.iter().find(|label| !seen.insert(*label)) {
         Some(twice) => Err(content(file, &format!("names the class {twice:?} twice; labels must differ"))),
@@ -104,14 +98,13 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
             Ok(labels)
         }
         Form::List => {
-            let text = String::from_utf8(read(path)?)
-                .map_err(|_| content(path, "is not UTF-8 text: a list has one `path label` per line"))?;
+            let text = text(path, LIST)?;
             let base = path.parent().unwrap_or(Path::new("."));
             let mut found = BTreeSet::new();
-            for (n, line) in text.lines().map(str::trim).enumerate() {
-                let Some((file, label)) = line.rsplit_once([' ', '\t']) else { continue };
+            for (n, line) in text.lines().enumerate() {
+                let Some((file, label)) = labelled(line, |_| false) else { continue };
                 // A second space belongs to the file's name or to the class's.
-                if file.contains([' ', '\t']) && !base.join(file.trim()).is_file() {
+                if file.contains(char::is_whitespace) && !base.join(file).is_file() {
                     let reason = format!(
                         "line {}: {file:?} is not a file; if names of classes contain spaces, give the names with \
                          --classes",

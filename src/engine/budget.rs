@@ -23,7 +23,7 @@ struct State {
 pub(super) struct Worker(Arc<Budget>);
 
 /// A place that is held; dropping it frees it.
-pub struct Place<'a>(&'a Budget);
+pub struct Permit<'a>(&'a Budget);
 
 impl Budget {
     /// `places` workers may be at work at once; at least one.
@@ -36,7 +36,7 @@ impl Budget {
     }
 
     /// Waits for a place.
-    pub fn take(&self) -> Place<'_> {
+    pub fn take(&self) -> Permit<'_> {
         let mut state = self.lock();
         while state.free == 0 {
             state.waiting += 1;
@@ -44,7 +44,7 @@ impl Budget {
             state.waiting -= 1;
         }
         state.free -= 1;
-        Place(self)
+        Permit(self)
     }
 
     /// Counts one more worker thread.
@@ -89,7 +89,7 @@ impl Drop for Worker {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.free += 1;

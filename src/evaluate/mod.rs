@@ -31,7 +31,7 @@ const PAIRS: usize = 20;
 
 /// How to evaluate.
 #[derive(Debug, Clone, Copy)]
-pub struct Options {
+pub struct EvaluateOptions {
     /// Level of the prediction sets.
     pub alpha: f64,
     /// Resamples for intervals and null bands.
@@ -71,7 +71,7 @@ pub fn evaluate(
     bundle: &Bundle,
     logits: &LabelledLogits,
     data: &str,
-    options: &Options,
+    options: &EvaluateOptions,
     progress: &dyn Fn(&str),
 ) -> Result<Evaluation, EvaluateError> {
     let classes = &bundle.manifest.classes;
@@ -117,7 +117,7 @@ pub fn compare(
     first_logits: &LabelledLogits,
     second: &Bundle,
     second_logits: &LabelledLogits,
-    options: &Options,
+    options: &EvaluateOptions,
 ) -> Result<Comparison, EvaluateError> {
     if first_logits.labels() != second_logits.labels() {
         return Err(EvaluateError::OtherImages(first_logits.len(), second_logits.len()));
@@ -165,7 +165,12 @@ fn priors_of(bundle: &Bundle) -> Vec<Prior> {
     priors
 }
 
-fn score(bundle: &Bundle, logits: &LabelledLogits, prior: Prior, options: &Options) -> Result<Scored, EvaluateError> {
+fn score(
+    bundle: &Bundle,
+    logits: &LabelledLogits,
+    prior: Prior,
+    options: &EvaluateOptions,
+) -> Result<Scored, EvaluateError> {
     let k = logits.classes();
     let uniform = || vec![1.0 / k as f64; k];
     let target = match prior {
@@ -197,7 +202,7 @@ fn calibrated(
     bundle: &Bundle,
     logits: &LabelledLogits,
     prior: &Prior,
-    options: &Options,
+    options: &EvaluateOptions,
 ) -> Result<(Vec<f64>, [SetHits; 2]), EvaluateError> {
     let scorer = Scorer::new(Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
     let rule = |set_score| {
@@ -227,9 +232,14 @@ fn calibrated(
     Ok((p, sets))
 }
 
-fn of_subject(subject: &Subject<'_>, weights: &Weights, slices: &[Slice], options: &Options) -> Vec<SliceFigures> {
+fn of_subject(
+    subject: &Subject<'_>,
+    weights: &Weights,
+    slices: &[Slice],
+    options: &EvaluateOptions,
+) -> Vec<SliceFigures> {
     let rows = subject.rows;
-    let Options { resamples, seed, .. } = *options;
+    let EvaluateOptions { resamples, seed, .. } = *options;
     let classwise = measure::classwise_affordable(rows, resamples);
     let values = measure::measure(subject, weights, slices, None, true);
     let resampled = measure::bootstrap(resamples, seed, rows.labels(), rows.classes(), weights, |w| {

@@ -140,7 +140,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         preprocessing,
         fold: FoldReport {
             by: format!("fold {}", env!("CARGO_PKG_VERSION")),
-            head: network.head.into(),
+            head: network.head,
             kappa,
             experts: network.experts,
             normalized_layers: network.normalized_layers,

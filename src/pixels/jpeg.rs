@@ -5,8 +5,8 @@ use image::RgbImage;
 use image::metadata::Orientation;
 use mozjpeg::{ColorSpace, Decompress, Marker};
 
-use super::decode::{DecodeError, DecodeLimits, Stored};
 use super::input::{Watch, Watched};
+use super::limits::{DecodeError, DecodeLimits, Stored};
 use crate::bundle::Exif;
 
 /// Where cameras write how they were held.

@@ -4,13 +4,15 @@ mod decode;
 mod gif;
 mod input;
 mod jpeg;
+mod limits;
 mod picture;
 mod resize;
 mod tiff;
 mod webp;
 
-pub use decode::{DecodeError, DecodeLimits, decode};
+pub use decode::decode;
 pub use image::RgbImage;
+pub use limits::{DecodeError, DecodeLimits};
 pub use picture::{Picture, PictureError, TensorBatch, TensorLength};
 #[cfg(feature = "train")]
 pub(crate) use resize::{shorter_side_then_centre_crop, stretch};

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::decode::DecodeError;
+use super::limits::DecodeError;
 
 /// Fields of an image; a classic TIFF cannot say that it has more.
 const MOST_FIELDS: u64 = 65_535;

@@ -1,7 +1,7 @@
 //! What the WebP decoder does not check by itself: it takes memory for a chunk as long as the chunk says it is, and decodes
 //! a lossy frame to its end before it compares the frame's size with the canvas's.
 
-use super::decode::DecodeError;
+use super::limits::DecodeError;
 
 /// Bytes of a file's head, of a chunk's, and of what stands before the chunks of an animation's frame.
 const FILE_HEAD: usize = 12;

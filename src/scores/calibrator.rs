@@ -1,5 +1,7 @@
 //! Logits → calibrated probabilities under a stated class prior.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Logits, Probabilities};
 use crate::bundle::{Calibration, Class};
 
@@ -13,6 +15,26 @@ pub enum Prior {
     Train,
     /// The caller's own, one entry per class, above 0, summing to 1.
     Custom(Vec<f64>),
+}
+
+/// A prior with a name.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum NamedPrior {
+    /// Every class is equally frequent
+    Uniform,
+    /// Classes are as frequent as in training
+    Train,
+}
+
+impl From<NamedPrior> for Prior {
+    fn from(prior: NamedPrior) -> Self {
+        match prior {
+            NamedPrior::Uniform => Self::Uniform,
+            NamedPrior::Train => Self::Train,
+        }
+    }
 }
 
 /// Why a prior was refused.

@@ -3,7 +3,7 @@
 mod calibrator;
 mod sets;
 
-pub use calibrator::{Calibrator, Offsets, Prior, PriorError};
+pub use calibrator::{Calibrator, NamedPrior, Offsets, Prior, PriorError};
 pub use sets::{ClassMix, PredictionSet, SetError, SetRequest, SetRule, SetRung, SetScore};
 
 /// A network's answer for one picture: one finite value per class.

@@ -3,11 +3,15 @@
 //! Split conformal prediction: with n calibration scores, the threshold at rank ⌈(n+1)(1−α)⌉ gives sets that hold the
 //! true class with a probability of at least 1−α for images drawn like the calibration images.
 
+use serde::{Deserialize, Serialize};
+
 use super::Probabilities;
 use crate::bundle::{Class, Group, MixThresholds, ScoreTable, SetTables, Thresholds};
 
-/// What is compared with the threshold. Both take probabilities under the training prior.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+/// What a prediction set's threshold is compared with: made from probabilities under the training prior.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
 pub enum SetScore {
     /// −p/π_train, adjusted by prevalence: rare classes get into sets more easily, which raises the mean coverage per
     /// class.
@@ -36,8 +40,10 @@ impl SetScore {
     }
 }
 
-/// For whom the coverage holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, clap::ValueEnum)]
+/// Images over which the coverage of prediction sets holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
 pub enum SetRung {
     /// Over all images.
     #[default]

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::code::Code;
 use super::problem::{Detail, Problem};
-use super::{App, RequestLimits, cut, envelope, infer};
+use super::{App, RequestLimits, cut, infer, problem};
 
 /// Bytes that are accounted for at a time.
 const BLOCK: usize = 64 << 10;
@@ -64,7 +64,7 @@ impl Parsers {
             let _place = place;
             runtime.block_on(work)
         });
-        done.await.unwrap_or_else(|error| Err(envelope::panicked(error.try_into_panic().ok())))
+        done.await.unwrap_or_else(|error| Err(problem::panicked(error.try_into_panic().ok())))
     }
 }
 
@@ -89,12 +89,12 @@ pub(crate) async fn read(
     let too_large = |size: &str| {
         let detail =
             format!("the body is {size}; this server accepts up to {limit} bytes: send less, or raise --max-body-mb");
-        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::BodyTooLarge, detail).with_limit(limit as u64)
+        Problem::new(Code::BodyTooLarge, detail).with_limit(limit as u64)
     };
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
         let coding = cut::shown(format_args!("{coding:?}"));
         let detail = format!("content-encoding {coding} is not accepted: send the body without encoding");
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::ContentEncoding, detail));
+        return Err(Problem::new(Code::ContentEncoding, detail));
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if let Some(size) = announced.filter(|&size| size > limit as u64) {
@@ -106,7 +106,7 @@ pub(crate) async fn read(
         let frame = timeout_at(deadline, body.frame()).await.map_err(|_| slow(limits.timeout))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| {
-            Problem::bad_request(
+            Problem::new(
                 Code::BodyBroken,
                 "the body ended before its announced length, or its transfer coding is broken",
             )
@@ -148,7 +148,7 @@ pub(crate) async fn read_little(
 ) -> Result<Held, Problem> {
     let most = limits.max_body_bytes.min(most);
     let limits = RequestLimits { max_body_bytes: most, ..*limits };
-    read(body, headers, &limits, memory, deadline).await.map_err(|problem| match problem.status {
+    read(body, headers, &limits, memory, deadline).await.map_err(|problem| match problem.status() {
         // No flag raises this.
         StatusCode::PAYLOAD_TOO_LARGE => Problem {
             detail: Detail::new(format!("the body is too large; a request of this kind has at most {most} bytes")),
@@ -160,12 +160,12 @@ pub(crate) async fn read_little(
 
 fn slow(limit: Duration) -> Problem {
     let detail = format!("the body did not arrive within {} s (--timeout)", limit.as_secs_f64());
-    Problem::new(StatusCode::REQUEST_TIMEOUT, Code::SlowBody, detail).with_limit(limit.as_secs())
+    Problem::new(Code::SlowBody, detail).with_limit(limit.as_secs())
 }
 
 fn full() -> Problem {
     let detail = "the requests in progress fill the memory for request bodies (--max-buffered-mb): try again";
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Memory, detail).retry_in(Duration::from_secs(1))
+    Problem::new(Code::Memory, detail).retry_in(Duration::from_secs(1))
 }
 
 #[cfg(test)]
@@ -177,7 +177,7 @@ mod tests {
     /// Ends when the test's own thread, which also serves the future, has sent a word.
     async fn waits_for(word: mpsc::Receiver<()>) -> Result<&'static str, Problem> {
         word.recv_timeout(Duration::from_secs(10))
-            .map_err(|_| Problem::bad_request(Code::Internal, "nobody else could run"))?;
+            .map_err(|_| Problem::new(Code::Internal, "nobody else could run"))?;
         Ok("parsed")
     }
 
@@ -220,7 +220,7 @@ mod tests {
         let parsers = Parsers(Arc::new(Semaphore::new(1)));
         for _ in 0..2 {
             let failed = parsers.run::<(), _>(LARGE, async { panic!("on purpose") }).await.unwrap_err();
-            assert_eq!(failed.status, StatusCode::INTERNAL_SERVER_ERROR);
+            assert_eq!(failed.status(), StatusCode::INTERNAL_SERVER_ERROR);
             assert!(!failed.detail.to_string().contains("on purpose"));
         }
     }

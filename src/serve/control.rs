@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, Uri};
 
 use super::App;
 use super::code::Code;
@@ -29,7 +29,7 @@ impl Control {
         } else {
             "loading and unloading models needs an admin key, which has the word admin in its line of the key file"
         };
-        Err(Problem::new(StatusCode::FORBIDDEN, Code::NotAdmin, detail))
+        Err(Problem::new(Code::NotAdmin, detail))
     }
 }
 
@@ -59,7 +59,7 @@ impl Models {
         let done = tokio::task::spawn_blocking(move || work(&registry)).await;
         let failed = |error| {
             tracing::error!(%error, "loading or unloading a model failed");
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed to load the model")
+            Problem::new(Code::Internal, "the server failed to load the model")
         };
         done.map_err(failed)?.map_err(|error| Problem::from(&error))
     }

@@ -3,8 +3,7 @@
 
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -16,8 +15,8 @@ use tracing::Instrument;
 use super::App;
 use super::code::Code;
 use super::cut;
-use super::problem::{Problem, ProblemBody};
-use crate::classify::Timings;
+use super::notes::Notes;
+use super::problem::{Problem, ProblemBody, panicked};
 use crate::telemetry::{Ids, join};
 
 /// Header that names a request in answers and logs.
@@ -26,59 +25,6 @@ const TRACEPARENT: &str = "traceparent";
 const SERVER_TIMING: &str = "server-timing";
 /// Bytes of a path in the log and in errors.
 const MAX_PATH: usize = 256;
-
-/// What handlers tell of a request for its metrics and headers.
-#[derive(Clone, Default)]
-pub(crate) struct Notes(Arc<Mutex<Noted>>);
-
-#[derive(Default)]
-struct Noted {
-    model: String,
-    slowest: Timings,
-    calibrate: Duration,
-    inferred: bool,
-}
-
-impl Notes {
-    fn with<T>(&self, look: impl FnOnce(&mut Noted) -> T) -> T {
-        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The loaded model that answers.
-    pub(crate) fn model(&self, name: &str) {
-        self.with(|noted| name.clone_into(&mut noted.model));
-    }
-
-    /// An image's way. Of several images, the slowest of each stage is told.
-    pub(crate) fn image(&self, timings: &Timings, calibrate: Duration) {
-        self.with(|noted| {
-            noted.inferred = true;
-            let slowest = &mut noted.slowest;
-            slowest.queue = slowest.queue.max(timings.queue);
-            slowest.decode = slowest.decode.max(timings.decode);
-            slowest.preprocess = slowest.preprocess.max(timings.preprocess);
-            slowest.infer = slowest.infer.max(timings.infer);
-            noted.calibrate = noted.calibrate.max(calibrate);
-        });
-    }
-
-    fn server_timing(&self) -> Option<HeaderValue> {
-        self.with(|noted| {
-            let Timings { queue, decode, preprocess, infer, .. } = noted.slowest;
-            let calibrate = noted.calibrate;
-            let ms = |time: Duration| time.as_secs_f64() * 1e3;
-            let text = format!(
-                "queue;dur={:.3}, decode;dur={:.3}, preprocess;dur={:.3}, infer;dur={:.3}, calibrate;dur={:.3}",
-                ms(queue),
-                ms(decode),
-                ms(preprocess),
-                ms(infer),
-                ms(calibrate)
-            );
-            noted.inferred.then(|| HeaderValue::from_str(&text).ok()).flatten()
-        })
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Protocol {
@@ -162,10 +108,10 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     }
     let took = began.elapsed();
     let code = code(&response, protocol);
-    app.telemetry.request(protocol.name(), &notes.with(|n| n.model.clone()), code, took);
+    app.telemetry.request(protocol.name(), &notes.model_name(), code, took);
     if app.access_log {
         let ms = took.as_secs_f64() * 1e3;
-        span.in_scope(|| tracing::info!(code, ms, model = notes.with(|n| n.model.clone()), "{method}"));
+        span.in_scope(|| tracing::info!(code, ms, model = notes.model_name(), "{method}"));
     }
     let headers = response.headers_mut();
     let traceparent = format!("00-{trace}-{span_id}-{:02x}", u8::from(sampled));
@@ -197,7 +143,7 @@ fn problem_of(response: &Response) -> Option<Problem> {
     }
     (status.is_client_error() || status.is_server_error()).then(|| {
         let detail = status.canonical_reason().unwrap_or("the request was refused");
-        Problem::new(status, Code::Rejected, detail)
+        Problem::new(Code::Rejected(status), detail)
     })
 }
 
@@ -214,10 +160,11 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
     if let Some(wait) = wait {
         parts.headers.insert(header::RETRY_AFTER, wait);
     }
-    if problem.status == StatusCode::UNAUTHORIZED {
+    if problem.status() == StatusCode::UNAUTHORIZED {
         parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    let Problem { status, code, detail, limit, .. } = problem;
+    let Problem { code, detail, limit, .. } = problem;
+    let status = code.status();
     parts.headers.remove(header::CONTENT_LENGTH);
     let (content_type, body) = if protocol == Protocol::V2 {
         ("application/json", serde_json::to_vec(&super::v2::ErrorBody { error: detail.into() }))
@@ -235,16 +182,6 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
 /// For a layer outside of the router's handlers.
 pub(crate) fn from_panic(panic: Box<dyn Any + Send + 'static>) -> Response {
     panicked(Some(panic)).into_response()
-}
-
-/// Work for a request panicked, or was dropped without one.
-pub(crate) fn panicked(panic: Option<Box<dyn Any + Send + 'static>>) -> Problem {
-    let panic = panic.as_ref();
-    let text = panic.and_then(|panic| {
-        panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied())
-    });
-    tracing::error!(panic = text.unwrap_or("no message"), "a handler panicked");
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed; its log has the reason")
 }
 
 /// The caller's span, by the W3C's Trace Context: `00-<32 hex>-<16 hex>-<2 hex>`; nothing when it is not of that form.

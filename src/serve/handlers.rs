@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use tokio::time::Instant;
 
 use super::code::Code;
-use super::envelope::Notes;
+use super::document::OPENAPI_YAML;
 use super::infer::{self, default_model, find};
+use super::notes::Notes;
 use super::problem::Problem;
 use super::wire::{ClassifyReply, ImageResult, ModelCard, ModelList, ModelSummary};
-use super::{App, input, metrics, openapi};
+use super::{App, input, prometheus};
 #[cfg(feature = "openapi")]
 use super::{options::QueryOptions, problem::ProblemBody, wire::ClassifyRequest};
 use crate::classify::Input;
@@ -192,7 +193,7 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<&'static str, Proble
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
 )))]
 pub(crate) async fn metrics(State(app): State<App>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.telemetry.text(&app.registry)).into_response()
+    ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], app.telemetry.text(&app.registry)).into_response()
 }
 
 /// This document
@@ -200,20 +201,15 @@ pub(crate) async fn metrics(State(app): State<App>) -> Response {
     (status = 200, description = "OpenAPI 3.1", body = String, content_type = "application/yaml"),
 )))]
 pub(crate) async fn openapi() -> Response {
-    ([(header::CONTENT_TYPE, "application/yaml")], openapi::document()).into_response()
+    ([(header::CONTENT_TYPE, "application/yaml")], OPENAPI_YAML).into_response()
 }
 
 pub(crate) async fn not_found() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        Code::NotFound,
-        "there is nothing at this path; /openapi.yaml lists the paths that exist",
-    )
+    Problem::new(Code::NotFound, "there is nothing at this path; /openapi.yaml lists the paths that exist")
 }
 
 pub(crate) async fn method_not_allowed() -> Problem {
     Problem::new(
-        StatusCode::METHOD_NOT_ALLOWED,
         Code::MethodNotAllowed,
         "this path does not accept that method; the header Allow lists those that it accepts",
     )

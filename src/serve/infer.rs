@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::HeaderMap;
 use tokio::time::{Instant, timeout_at};
 
 use super::App;
 use super::code::Code;
 use super::cut::quoted;
-use super::envelope::Notes;
+use super::notes::Notes;
 use super::problem::{self, Problem};
 use crate::classify::{ClassifyError, Input, Prediction, ScoreRule, Scored};
 use crate::registry::ServedModel;
@@ -23,21 +23,20 @@ pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<S
     if !app.registry.is_filled() {
         return Err(problem::loading());
     }
-    let not_found = |code, detail| Err(Problem::new(StatusCode::NOT_FOUND, code, detail));
     if let Some(version) = version.filter(|_| app.registry.get(name, None).is_some()) {
         let served: Vec<String> =
             app.registry.models().iter().filter(|m| m.name == name).map(|m| m.version.clone()).collect();
         let served = served.join(", ");
-        return not_found(
+        return Err(Problem::new(
             Code::NoSuchVersion,
             format!("model {} has no version {}; the versions served are {served}", quoted(name), quoted(version)),
-        );
+        ));
     }
     let known = match app.registry.names() {
         names if names.is_empty() => "none".to_owned(),
         names => names.join(", "),
     };
-    not_found(Code::NoSuchModel, format!("no model is named {}; this server has {known}", quoted(name)))
+    Err(Problem::new(Code::NoSuchModel, format!("no model is named {}; this server has {known}", quoted(name))))
 }
 
 /// The model for requests that name none.
@@ -58,7 +57,7 @@ pub(crate) fn default_model(app: &App) -> Result<Arc<ServedModel>, Problem> {
             format!("this server has several models and no default: use /v1/models/NAME/classify with one of {names}")
         }
     };
-    Err(Problem::new(StatusCode::NOT_FOUND, Code::NoDefaultModel, detail))
+    Err(Problem::new(Code::NoDefaultModel, detail))
 }
 
 /// When a request that begins now must be answered: after the server's `--timeout`, or the client's own when shorter.
@@ -144,17 +143,17 @@ pub(crate) fn late(app: &App) -> Problem {
         "no answer within the request's deadline, at most {seconds} s (--timeout): send fewer images, or try again \
          when the load is lower"
     );
-    Problem::new(StatusCode::GATEWAY_TIMEOUT, Code::Deadline, detail).with_limit(seconds)
+    Problem::new(Code::Deadline, detail).with_limit(seconds)
 }
 
 fn overflow() -> Problem {
     let detail = "the network's answer to this tensor is not finite, because values overflow in the network: send the \
                   pixels of an image, normalised by the mean and std of /v1/models/NAME";
-    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, Code::Overflow, detail)
+    Problem::new(Code::Overflow, detail)
 }
 
 /// A worker went away without an answer; it cannot, short of a bug.
 pub(crate) fn lost() -> Problem {
     tracing::error!("a worker gave no answer");
-    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server lost this image; try again")
+    Problem::new(Code::Internal, "the server lost this image; try again")
 }

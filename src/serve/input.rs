@@ -2,7 +2,7 @@
 
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Multipart, Request};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::time::Instant;
@@ -12,7 +12,7 @@ use super::body::{self, Held};
 use super::code::Code;
 use super::cut::{self, quoted};
 use super::objects;
-use super::options::Options;
+use super::options::RequestOptions;
 use super::problem::Problem;
 use super::wire::{ClassifyRequest, ClientId};
 
@@ -24,7 +24,7 @@ pub(crate) struct Images {
     /// Id and encoded bytes, in order; not empty. A part that could not be read is its own problem.
     pub(crate) items: Items,
     /// From the query and the JSON body.
-    pub(crate) options: Options,
+    pub(crate) options: RequestOptions,
     /// The body that the images lie in.
     pub(crate) held: Held,
 }
@@ -34,7 +34,7 @@ type Items = Vec<(Option<ClientId>, Result<Bytes, Problem>)>;
 /// Reads a body within the limits.
 pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Result<Images, Problem> {
     let limits = &app.limits;
-    let query = Options::from_query(request.uri().query())?;
+    let query = RequestOptions::from_query(request.uri().query())?;
     let media_type = media_type(request.headers())?;
     let (parts, body) = request.into_parts();
     let held = body::read(body, &parts.headers, limits, &app.memory, deadline).await?;
@@ -49,10 +49,10 @@ pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Resu
         }
         "multipart/form-data" => {
             let request = Request::from_parts(parts, Body::from(held.bytes.clone()));
-            let parsed = async move { Ok((multipart(request).await?, query.or(Options::default())?, held)) };
+            let parsed = async move { Ok((multipart(request).await?, query.or(RequestOptions::default())?, held)) };
             body::parse(app, size, deadline, parsed).await?
         }
-        _ => (vec![(None, Ok(held.bytes.clone()))], query.or(Options::default())?, held),
+        _ => (vec![(None, Ok(held.bytes.clone()))], query.or(RequestOptions::default())?, held),
     };
     if items.len() > limits.max_images {
         let detail = format!(
@@ -60,7 +60,7 @@ pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Resu
             items.len(),
             limits.max_images
         );
-        let problem = Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail);
+        let problem = Problem::new(Code::TooManyImages, detail);
         return Err(problem.with_limit(limits.max_images as u64));
     }
     Ok(Images { items, options, held })
@@ -71,7 +71,7 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
     let accepted = || format!("send {}, multipart/form-data or application/json", IMAGE_TYPES.join(", "));
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
         let detail = format!("the request has no content-type: {}", accepted());
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail));
+        return Err(Problem::new(Code::MediaType, detail));
     };
     let text = value.to_str().unwrap_or_default();
     let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -79,19 +79,19 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
         return Ok(essence);
     }
     let detail = format!("content-type {} is not accepted: {}", quoted(text), accepted());
-    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail))
+    Err(Problem::new(Code::MediaType, detail))
 }
 
-fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
+fn json(bytes: &[u8], query: RequestOptions) -> Result<(Items, RequestOptions), Problem> {
     let request: ClassifyRequest = objects::from_slice(bytes).map_err(|error| {
-        Problem::bad_request(Code::BadJson, format!("the JSON body is not valid: {}", objects::reason(&error)))
+        Problem::new(Code::BadJson, format!("the JSON body is not valid: {}", objects::reason(&error)))
     })?;
     if request.images.is_empty() {
-        return Err(Problem::bad_request(Code::NoImages, "the list `images` is empty: send at least one"));
+        return Err(Problem::new(Code::NoImages, "the list `images` is empty: send at least one"));
     }
     let decode = |b64: &str| match STANDARD.decode(b64) {
         Ok(bytes) => Ok(Bytes::from(bytes)),
-        Err(error) => Err(Problem::bad_request(Code::BadBase64, format!("`b64` is not standard base64: {error}"))),
+        Err(error) => Err(Problem::new(Code::BadBase64, format!("`b64` is not standard base64: {error}"))),
     };
     let items = request.images.into_iter().map(|image| (image.id, decode(&image.b64))).collect();
     Ok((items, request.options.or(query)?))
@@ -100,7 +100,7 @@ fn json(bytes: &[u8], query: Options) -> Result<(Items, Options), Problem> {
 async fn multipart(request: Request) -> Result<Items, Problem> {
     let broken = |reason: String| {
         let reason = cut::sentence(&reason);
-        Problem::bad_request(Code::BadMultipart, format!("the multipart body is not valid: {reason}"))
+        Problem::new(Code::BadMultipart, format!("the multipart body is not valid: {reason}"))
     };
     let mut request = request;
     // The body's size was checked when it was read.
@@ -111,14 +111,14 @@ async fn multipart(request: Request) -> Result<Items, Problem> {
         if part.name() != Some("image") {
             let name = quoted(part.name().unwrap_or_default());
             let detail = format!("multipart part {name} is unknown: name every part `image`");
-            return Err(Problem::bad_request(Code::BadMultipart, detail));
+            return Err(Problem::new(Code::BadMultipart, detail));
         }
         let id = part.file_name().map(|name| ClientId::try_new(name.to_owned())).transpose()?;
         let bytes = part.bytes().await.map_err(|error| broken(error.body_text()))?;
         items.push((id, Ok(bytes)));
     }
     if items.is_empty() {
-        return Err(Problem::bad_request(Code::NoImages, "the multipart body has no part named `image`"));
+        return Err(Problem::new(Code::NoImages, "the multipart body has no part named `image`"));
     }
     Ok(items)
 }

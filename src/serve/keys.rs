@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, header};
 use subtle::ConstantTimeEq;
 
 use super::code::Code;
@@ -136,7 +136,7 @@ impl Keys {
         }
         let presented = presented(headers).ok_or_else(|| {
             let detail = "this server requires an API key: send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`";
-            Problem::new(StatusCode::UNAUTHORIZED, Code::KeyMissing, detail)
+            Problem::new(Code::KeyMissing, detail)
         })?;
         let digest = sha256_hex(presented.as_bytes());
         // All are compared, whichever fits.
@@ -144,16 +144,14 @@ impl Keys {
             let same: bool = key.digest.as_bytes().ct_eq(digest.as_bytes()).into();
             if same { Some(key) } else { found }
         });
-        let key = found.ok_or_else(|| {
-            Problem::new(StatusCode::UNAUTHORIZED, Code::KeyUnknown, "this server does not know the API key")
-        })?;
+        let key = found.ok_or_else(|| Problem::new(Code::KeyUnknown, "this server does not know the API key"))?;
         if key.open.fetch_add(1, Ordering::AcqRel) >= key.concurrency && key.concurrency > 0 {
             key.open.fetch_sub(1, Ordering::AcqRel);
             let detail = format!(
                 "{} requests with this key are being answered, which is the key's limit: wait until one of them ends",
                 key.concurrency
             );
-            let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, Code::KeyConcurrency, detail);
+            let problem = Problem::new(Code::KeyConcurrency, detail);
             return Err(problem.with_limit(key.concurrency as u64).retry_in(std::time::Duration::from_secs(1)));
         }
         tracing::Span::current().record("key", key.name.as_str());

@@ -6,18 +6,21 @@ mod code;
 mod connections;
 mod control;
 mod cut;
+mod document;
 mod envelope;
+#[cfg(feature = "openapi")]
+pub mod generate;
 mod handlers;
 mod infer;
 mod input;
 mod keys;
-mod metrics;
+mod notes;
 mod objects;
-mod openapi;
 mod options;
 mod origins;
 mod page;
 mod problem;
+mod prometheus;
 #[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;
 mod v2;
@@ -42,15 +45,15 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 use crate::registry::Registry;
 use crate::scores::Prior;
 
+pub use document::{OPENAPI_JSON, OPENAPI_YAML};
 pub use keys::Keys;
-pub use openapi::{document, document_json};
 pub use tls::{Tls, TlsError};
 
 use body::{BodyMemory, Parsers};
 use control::Models;
-use metrics::Telemetry;
 use origins::Origins;
 use problem::Problem;
+use prometheus::Telemetry;
 
 /// What one request may cost.
 #[derive(Debug, Clone, Copy)]

@@ -12,13 +12,13 @@ use super::objects;
 use super::problem::Problem;
 use crate::bundle::Manifest;
 use crate::classify::{Abstention, ScoreRequest};
-use crate::scores::{Prior, SetRung, SetScore};
+use crate::scores::{NamedPrior, Prior, SetRung, SetScore};
 
 /// What the answer holds.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Options {
+pub(crate) struct RequestOptions {
     /// Number of classes per image, best first; 5 by default, at most the number of classes.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 1))]
@@ -36,10 +36,10 @@ pub(crate) struct Options {
     pub(crate) alpha: Option<f64>,
     /// Score that the prediction set is built from; `pas` by default.
     #[serde(default)]
-    pub(crate) set_score: Option<WireSetScore>,
+    pub(crate) set_score: Option<SetScore>,
     /// Images over which the coverage of sets must hold; `marginal` by default.
     #[serde(default)]
-    pub(crate) set_rung: Option<WireSetRung>,
+    pub(crate) set_rung: Option<SetRung>,
     /// Abstain if the set has more classes than this; needs `alpha`.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 1))]
@@ -52,7 +52,7 @@ pub(crate) struct Options {
     pub(crate) include: Vec<Include>,
 }
 
-/// The same in a query string; here for openapi.yaml, as [`Options::from_query`] reads it.
+/// The same in a query string; here for openapi.yaml, as [`RequestOptions::from_query`] reads it.
 #[cfg(feature = "openapi")]
 #[derive(utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -72,10 +72,10 @@ pub(crate) struct QueryOptions {
     alpha: Option<f64>,
     /// Score that the set is built from; `pas` by default.
     #[param(inline)]
-    set_score: Option<WireSetScore>,
+    set_score: Option<SetScore>,
     /// Images over which the coverage of sets must hold; `marginal` by default.
     #[param(inline)]
-    set_rung: Option<WireSetRung>,
+    set_rung: Option<SetRung>,
     /// Abstain if the set has more classes than this; needs `alpha`.
     #[param(minimum = 1)]
     max_set_size: Option<usize>,
@@ -147,41 +147,6 @@ impl<'de> Deserialize<'de> for WirePrior {
     }
 }
 
-/// A prior with a name.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum NamedPrior {
-    /// Every class is equally frequent.
-    Uniform,
-    /// Classes are as frequent as in training.
-    Train,
-}
-
-/// What a prediction set's threshold is compared with.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum WireSetScore {
-    /// Prevalence-adjusted: the score divided by the class's share of the training images.
-    Pas,
-    /// The score itself.
-    Plain,
-}
-
-/// Images over which the coverage of prediction sets holds.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum WireSetRung {
-    /// Over all images.
-    Marginal,
-    /// Over the images of each group of classes.
-    Group,
-    /// Over the images of each class.
-    Class,
-}
-
 /// An extra part of the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -197,20 +162,20 @@ pub(crate) enum Include {
     Timings,
 }
 
-impl Options {
+impl RequestOptions {
     /// Reads the query string's options.
     pub(crate) fn from_query(query: Option<&str>) -> Result<Self, Problem> {
         let mut options = Self::default();
-        for (key, value) in form_pairs(query.unwrap_or_default()) {
+        for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
             let bad = |what: &str| {
-                Problem::bad_request(
+                Problem::new(
                     Code::BadOption,
                     format!("query parameter {}={}: expected {what}", shown(&key), quoted(&value)),
                 )
             };
             let number = || value.parse::<f64>().map_err(|_| bad("a number from 0 to 1"));
             let whole = || value.parse::<usize>().map_err(|_| bad("a whole number from 1"));
-            match key.as_str() {
+            match &*key {
                 "top_k" => options.top_k = Some(whole()?),
                 "min_score" => options.min_score = Some(number()?),
                 "alpha" => options.alpha = Some(number()?),
@@ -256,11 +221,11 @@ impl Options {
         };
         for (name, value) in [("top_k", options.top_k), ("max_set_size", options.max_set_size)] {
             if value == Some(0) {
-                return Err(Problem::bad_request(Code::BadOption, format!("{name} is 0; it must be at least 1")));
+                return Err(Problem::new(Code::BadOption, format!("{name} is 0; it must be at least 1")));
             }
         }
         if let Some(score) = options.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
-            return Err(Problem::bad_request(Code::BadOption, format!("min_score is {score}; it must be from 0 to 1")));
+            return Err(Problem::new(Code::BadOption, format!("min_score is {score}; it must be from 0 to 1")));
         }
         Ok(options)
     }
@@ -269,22 +234,20 @@ impl Options {
     pub(crate) fn score_request(&self, manifest: &Manifest) -> Result<ScoreRequest, Problem> {
         let prior = match &self.prior {
             None => None,
-            Some(WirePrior::Named(NamedPrior::Uniform)) => Some(Ok(Prior::Uniform)),
-            Some(WirePrior::Named(NamedPrior::Train)) => Some(Ok(Prior::Train)),
+            Some(WirePrior::Named(named)) => Some(Ok((*named).into())),
             Some(WirePrior::Vector(weights)) => Some(Prior::custom(weights.clone(), &manifest.classes)),
             Some(WirePrior::Map(weights)) => {
                 let weights = weights.iter().map(|(label, weight)| (label.as_str(), *weight));
                 Some(Prior::from_labels(weights, &manifest.classes))
             }
         };
-        let prior = prior
-            .transpose()
-            .map_err(|error| Problem::bad_request(Code::BadOption, cut::sentence(&error.to_string())))?;
+        let prior =
+            prior.transpose().map_err(|error| Problem::new(Code::BadOption, cut::sentence(&error.to_string())))?;
         Ok(ScoreRequest {
             prior,
             alpha: self.alpha,
-            set_score: self.set_score.map_or(SetScore::default(), SetScore::from),
-            set_rung: self.set_rung.map_or(SetRung::default(), SetRung::from),
+            set_score: self.set_score.unwrap_or_default(),
+            set_rung: self.set_rung.unwrap_or_default(),
             abstention: Abstention {
                 min_score: self.min_score,
                 max_set_size: self.max_set_size,
@@ -301,66 +264,4 @@ impl Options {
 /// The variant of a wire enum that is written `text`.
 fn word<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
     serde_json::from_value(serde_json::Value::String(text.to_owned())).ok()
-}
-
-impl From<SetScore> for WireSetScore {
-    fn from(score: SetScore) -> Self {
-        match score {
-            SetScore::Pas => Self::Pas,
-            SetScore::Plain => Self::Plain,
-        }
-    }
-}
-
-impl From<SetRung> for WireSetRung {
-    fn from(rung: SetRung) -> Self {
-        match rung {
-            SetRung::Marginal => Self::Marginal,
-            SetRung::Group => Self::Group,
-            SetRung::Class => Self::Class,
-        }
-    }
-}
-
-impl From<WireSetScore> for SetScore {
-    fn from(score: WireSetScore) -> Self {
-        match score {
-            WireSetScore::Pas => Self::Pas,
-            WireSetScore::Plain => Self::Plain,
-        }
-    }
-}
-
-impl From<WireSetRung> for SetRung {
-    fn from(rung: WireSetRung) -> Self {
-        match rung {
-            WireSetRung::Marginal => Self::Marginal,
-            WireSetRung::Group => Self::Group,
-            WireSetRung::Class => Self::Class,
-        }
-    }
-}
-
-/// Key and value pairs of a query string, percent-decoded.
-fn form_pairs(query: &str) -> Vec<(String, String)> {
-    let decode = |text: &str| {
-        let mut bytes = Vec::new();
-        let mut rest = text.as_bytes();
-        while let Some((&byte, tail)) = rest.split_first() {
-            let escaped = (byte == b'%')
-                .then(|| {
-                    tail.get(..2).and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok())
-                })
-                .flatten();
-            bytes.push(escaped.unwrap_or(if byte == b'+' { b' ' } else { byte }));
-            rest = if escaped.is_some() { &tail[2..] } else { tail };
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    query
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect()
 }

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::http::{HeaderMap, Uri, header};
 
 use super::code::Code;
 use super::cut::quoted;
@@ -92,7 +92,7 @@ impl Origins {
                  set --api-keys-file",
                 quoted(host)
             );
-            return Err(Problem::new(StatusCode::FORBIDDEN, Code::CrossSite, detail));
+            return Err(Problem::new(Code::CrossSite, detail));
         }
         Ok(())
     }
@@ -110,7 +110,7 @@ fn foreign(seen: &str) -> Problem {
         "pages of other sites may not change what is served: {seen}; send the request from a program other than a \
          browser, or allow the page's origin with --cors-origin"
     );
-    Problem::new(StatusCode::FORBIDDEN, Code::CrossSite, detail)
+    Problem::new(Code::CrossSite, detail)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What goes wrong, in one form; [`super::envelope`] puts it on the wire as the protocol wants it.
 
+use std::any::Any;
 use std::fmt;
 use std::time::Duration;
 
@@ -17,7 +18,6 @@ use crate::registry::RegistryError;
 /// An error on its way to [`super::envelope`], which knows the rest.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
-    pub(crate) status: StatusCode,
     pub(crate) code: Code,
     pub(crate) detail: Detail,
     pub(crate) limit: Option<u64>,
@@ -77,18 +77,18 @@ pub(crate) struct ProblemBody {
 }
 
 impl Problem {
-    pub(crate) fn new(status: StatusCode, code: Code, detail: impl Into<String>) -> Self {
-        Self { status, code, detail: Detail::new(detail), limit: None, retry_after: None }
-    }
-
-    pub(crate) fn bad_request(code: Code, detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, code, detail)
+    pub(crate) fn new(code: Code, detail: impl Into<String>) -> Self {
+        Self { code, detail: Detail::new(detail), limit: None, retry_after: None }
     }
 
     /// The request needs what this build leaves out.
     #[cfg(any(not(feature = "grpc"), not(feature = "swagger-ui")))]
     pub(crate) fn missing(missing: &crate::features::Missing) -> Self {
-        Self::new(StatusCode::NOT_IMPLEMENTED, Code::FeatureMissing, missing.to_string())
+        Self::new(Code::FeatureMissing, missing.to_string())
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        self.code.status()
     }
 
     pub(crate) fn with_limit(mut self, limit: u64) -> Self {
@@ -105,29 +105,25 @@ impl Problem {
 impl From<&ClassifyError> for Problem {
     fn from(error: &ClassifyError) -> Self {
         if let ClassifyError::Deadline = error {
-            return Self::new(
-                StatusCode::GATEWAY_TIMEOUT,
-                Code::Deadline,
-                "the deadline passed while the image waited",
-            );
+            return Self::new(Code::Deadline, "the deadline passed while the image waited");
         }
         if let ClassifyError::Tensor { .. } = error {
-            return Self::bad_request(Code::BadTensor, error.to_string());
+            return Self::new(Code::BadTensor, error.to_string());
         }
         let ClassifyError::Image(image) = error else {
             // The client gets a sentence, the log the chain.
             tracing::error!(%error, "classification failed");
             let detail = "the server failed on this image; its log has the reason under the request id";
-            return Self::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, detail);
+            return Self::new(Code::Internal, detail);
         };
-        let problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::Image(image.code()), image.to_string());
+        let problem = Self::new(Code::Image(image.code()), image.to_string());
         match image {
-            DecodeError::Empty => Self { status: StatusCode::BAD_REQUEST, ..problem },
             DecodeError::TooManyPixels { limit, .. } | DecodeError::TooManyBytes { limit, .. } => {
                 problem.with_limit(*limit)
             }
             DecodeError::TooManyScans { limit, .. } => problem.with_limit(*limit as u64),
-            DecodeError::UnknownFormat
+            DecodeError::Empty
+            | DecodeError::UnknownFormat
             | DecodeError::NoPixels { .. }
             | DecodeError::Unsupported { .. }
             | DecodeError::Stopped
@@ -139,7 +135,7 @@ impl From<&ClassifyError> for Problem {
 
 impl From<ScoreError> for Problem {
     fn from(error: ScoreError) -> Self {
-        Self::bad_request(Code::BadOption, cut::sentence(&error.to_string()))
+        Self::new(Code::BadOption, cut::sentence(&error.to_string()))
     }
 }
 
@@ -148,20 +144,20 @@ impl From<Refused> for Problem {
         match refused {
             Refused::Full { retry_after } => {
                 let detail = "the queue of waiting images is full: try again after the time in Retry-After";
-                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::QueueFull, detail);
+                let problem = Self::new(Code::QueueFull, detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }
             Refused::TooSlow { retry_after } => {
                 let detail = "the images already waiting will take longer than this request may: try again after the \
                               time in Retry-After, or allow more time";
-                let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::TooLate, detail);
+                let problem = Self::new(Code::TooLate, detail);
                 Self { retry_after: Some(retry_after), ..problem }
             }
             Refused::TooMany { capacity, .. } => {
                 let detail = format!("{refused}: send fewer at a time, or raise --queue");
-                Self::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail).with_limit(capacity as u64)
+                Self::new(Code::TooManyImages, detail).with_limit(capacity as u64)
             }
-            Refused::Late => Self::new(StatusCode::GATEWAY_TIMEOUT, Code::Deadline, refused.to_string()),
+            Refused::Late => Self::new(Code::Deadline, refused.to_string()),
             Refused::Closed => draining(),
         }
     }
@@ -172,28 +168,38 @@ impl From<&RegistryError> for Problem {
         match error {
             RegistryError::Closing => draining(),
             RegistryError::NoModel(_) | RegistryError::NotLoaded(_) => {
-                Self::new(StatusCode::NOT_FOUND, Code::NoSuchModel, cut::sentence(&error.to_string()))
+                Self::new(Code::NoSuchModel, cut::sentence(&error.to_string()))
             }
             // The reason stands in the index, which whoever may control the repository may read, and in the log.
-            _ => Self::bad_request(Code::LoadFailed, "the model cannot be loaded; /v2/repository/index says why"),
+            _ => Self::new(Code::LoadFailed, "the model cannot be loaded; /v2/repository/index says why"),
         }
     }
 }
 
 pub(crate) fn loading() -> Problem {
     let detail = "the server is still opening its models: try again";
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Loading, detail).retry_in(Duration::from_secs(1))
+    Problem::new(Code::Loading, detail).retry_in(Duration::from_secs(1))
 }
 
 pub(crate) fn draining() -> Problem {
-    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, Code::Draining, "the server is shutting down");
+    let problem = Problem::new(Code::Draining, "the server is shutting down");
     Problem { retry_after: Some(Duration::from_secs(5)), ..problem }
+}
+
+/// Work for a request panicked, or was dropped without one.
+pub(crate) fn panicked(panic: Option<Box<dyn Any + Send + 'static>>) -> Problem {
+    let panic = panic.as_ref();
+    let text = panic.and_then(|panic| {
+        panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied())
+    });
+    tracing::error!(panic = text.unwrap_or("no message"), "a handler panicked");
+    Problem::new(Code::Internal, "the server failed; its log has the reason")
 }
 
 /// Carries the problem to [`super::envelope`], which knows the request.
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response = self.status.into_response();
+        let mut response = self.status().into_response();
         response.extensions_mut().insert(self);
         response
     }

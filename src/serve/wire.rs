@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use super::code::Code;
 use super::objects;
-use super::options::{Include, Options, WireSetRung, WireSetScore};
+use super::options::{Include, RequestOptions};
 use super::problem::Problem;
 use crate::bundle::{BoundCalibration, Group, Manifest, Status};
 use crate::classify::{Decision, Prediction, ScoreRule, Scored};
 use crate::registry::ServedModel;
-use crate::scores::{PredictionSet, Prior, SetRequest, SetRung};
+use crate::scores::{PredictionSet, Prior, SetRequest, SetRung, SetScore};
 
 /// Classes returned when `top_k` is absent.
 const DEFAULT_TOP_K: usize = 5;
@@ -24,7 +24,7 @@ pub(crate) struct ClassifyRequest {
     pub(crate) images: Vec<JsonImage>,
     /// Options, which override the query parameters.
     #[serde(default, deserialize_with = "objects::object")]
-    pub(crate) options: Options,
+    pub(crate) options: RequestOptions,
 }
 
 /// One image in a JSON body.
@@ -50,7 +50,7 @@ pub(crate) struct ClientId(String);
 
 impl ClientId {
     pub(crate) fn try_new(id: String) -> Result<Self, Problem> {
-        Self::try_from(id).map_err(|reason| Problem::bad_request(Code::LongId, reason))
+        Self::try_from(id).map_err(|reason| Problem::new(Code::LongId, reason))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -175,7 +175,7 @@ pub(crate) struct ClassScore {
     pub(crate) uncalibrated: Option<f64>,
     /// `many` (over 100 training images), `medium` (20 to 100) or `few` (under 20).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) group: Option<WireGroup>,
+    pub(crate) group: Option<Group>,
     /// Training images of the class, when known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) training_images: Option<u64>,
@@ -184,30 +184,7 @@ pub(crate) struct ClassScore {
     pub(crate) support: Option<u64>,
     /// How well founded the class's calibration is, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) status: Option<WireStatus>,
-}
-
-/// How well founded a class's calibration is.
-#[derive(Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum WireStatus {
-    /// Enough calibration images for a map of its own.
-    Fitted,
-    /// Few calibration images, or a map shared by all classes: moved by shrinkage only.
-    Pooled,
-    /// No calibration images: only the prior and what all classes share.
-    PriorOnly,
-}
-
-impl From<Status> for WireStatus {
-    fn from(status: Status) -> Self {
-        match status {
-            Status::Fitted => Self::Fitted,
-            Status::Pooled => Self::Pooled,
-            Status::PriorOnly => Self::PriorOnly,
-        }
-    }
+    pub(crate) status: Option<Status>,
 }
 
 /// A prediction set: classes that include the true one, except for a share `alpha` of the images.
@@ -221,13 +198,13 @@ pub(crate) struct WireSet {
     /// Their indices.
     pub(crate) class_ids: Vec<usize>,
     /// The set's score.
-    pub(crate) method: WireSetScore,
+    pub(crate) method: SetScore,
     /// Images over which the coverage was requested to hold.
-    pub(crate) rung: WireSetRung,
+    pub(crate) rung: SetRung,
     /// What each class's threshold is based on, in the order of `labels`: a class or group with too few calibration
     /// images falls back to a wider rung. Absent when `rung` is `marginal`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) rungs: Option<Vec<WireSetRung>>,
+    pub(crate) rungs: Option<Vec<SetRung>>,
     /// The class mix that the coverage holds for: `uniform`, `train`, or `calibration`, that of the calibration images.
     /// If the request gives a prior of its own, it is `calibration`, whatever that prior is.
     pub(crate) holds_for: &'static str,
@@ -235,13 +212,13 @@ pub(crate) struct WireSet {
 
 impl WireSet {
     fn of(set: &PredictionSet, request: &SetRequest, manifest: &Manifest) -> Self {
-        let rungs = set.members.iter().map(|(_, rung)| (*rung).into()).collect();
+        let rungs = set.members.iter().map(|(_, rung)| *rung).collect();
         Self {
             alpha: request.alpha,
             labels: set.members.iter().map(|(k, _)| manifest.classes[*k].label.clone()).collect(),
             class_ids: set.members.iter().map(|(k, _)| *k).collect(),
-            method: request.score.into(),
-            rung: request.rung.into(),
+            method: request.score,
+            rung: request.rung,
             rungs: (request.rung != SetRung::Marginal).then_some(rungs),
             holds_for: request.mix.name(),
         }
@@ -257,29 +234,6 @@ pub(crate) enum WireDecision {
     Accept,
     /// A limit in the request says not to; `reason` says which.
     Abstain,
-}
-
-/// Class group by training images.
-#[derive(Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum WireGroup {
-    /// Over 100.
-    Many,
-    /// 20 to 100.
-    Medium,
-    /// Under 20.
-    Few,
-}
-
-impl From<Group> for WireGroup {
-    fn from(group: Group) -> Self {
-        match group {
-            Group::Many => Self::Many,
-            Group::Medium => Self::Medium,
-            Group::Few => Self::Few,
-        }
-    }
 }
 
 /// Milliseconds by stage.
@@ -317,7 +271,7 @@ impl ImageResult {
         scored: &Scored,
         model: &ServedModel,
         rule: &ScoreRule,
-        options: &Options,
+        options: &RequestOptions,
     ) -> Self {
         let min_score = options.min_score.unwrap_or(0.0);
         let best = scored.probabilities.top(options.top_k.unwrap_or(DEFAULT_TOP_K));
@@ -331,10 +285,10 @@ impl ImageResult {
                 label: class.label.clone(),
                 score,
                 uncalibrated: softmax.as_ref().map(|p| p.values()[class_id]),
-                group: class.group().map(WireGroup::from),
+                group: class.group(),
                 training_images: class.count,
                 support: founded.map(|c| c.support),
-                status: founded.map(|c| c.status.into()),
+                status: founded.map(|c| c.status),
             }
         };
         let millis = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
@@ -364,7 +318,7 @@ impl ImageResult {
 
     pub(crate) fn failed(id: Option<ClientId>, problem: Problem) -> Self {
         let error = ImageError {
-            status: problem.status.as_u16(),
+            status: problem.status().as_u16(),
             code: problem.code.word().into(),
             detail: problem.detail.into(),
         };
@@ -458,7 +412,7 @@ pub(crate) struct ClassFoundation {
     /// Its calibration images.
     pub(crate) support: u64,
     /// How well founded that makes it.
-    pub(crate) status: WireStatus,
+    pub(crate) status: Status,
 }
 
 impl CalibrationCard {
@@ -472,7 +426,7 @@ impl CalibrationCard {
             classes: content
                 .classes
                 .iter()
-                .map(|c| ClassFoundation { label: c.label.clone(), support: c.support, status: c.status.into() })
+                .map(|c| ClassFoundation { label: c.label.clone(), support: c.support, status: c.status })
                 .collect(),
             fit: serde_json::to_value(&content.fit)?,
         })
@@ -483,7 +437,7 @@ impl ModelCard {
     pub(crate) fn of(model: &ServedModel) -> Result<Self, Problem> {
         let failed = |error: serde_json::Error| {
             tracing::error!(%error, "the card cannot be written as JSON");
-            Problem::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the card cannot be written")
+            Problem::new(Code::Internal, "the card cannot be written")
         };
         let calibration = model.scorer.calibration();
         Ok(Self {

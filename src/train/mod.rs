@@ -1,6 +1,7 @@
 //! Trains networks with a normalised BatchNorm: `nbn fold train`. burn is the engine, and the network is the graph that
 //! [`crate::fold`] reads off a checkpoint, so what is trained is what is folded.
 
+pub mod arch;
 pub mod augment;
 pub mod blueprint;
 pub mod evaluation;

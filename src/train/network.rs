@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor, TensorData, activation, s};
 
 use super::TrainError;
 use super::kernels::{self, Convolution, convolve};
+use crate::bundle::Head;
 use crate::fold::architecture::{self, SCALE_FACTOR};
 use crate::fold::checkpoint::Tensor as Values;
 use crate::fold::graph::{BATCH_NORM_EPSILON, Graph, Op};
@@ -117,7 +118,7 @@ impl Network {
                     groups: *groups,
                 },
                 Op::BatchNorm(norm) => {
-                    let affine = !is_head(&node.name) || found.head.ends_with("affine");
+                    let affine = !is_head(&node.name) || found.head == Head::LrAffine;
                     network.norm(&node.name, norm.weight.len(), affine, Role::Norm, None)
                 }
                 Op::NormalizedBatchNorm { directions, .. } => {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::blueprint::Arch;
+use super::arch::Arch;
 use crate::bundle::Preprocessing;
 use crate::fold::architecture::{Magnitude, NbnLayers};
 

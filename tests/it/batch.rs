@@ -11,10 +11,10 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use image::ImageFormat;
+use nbn::batch::{self, Columns, Format, Output, RowWriter, Scoring, Shard, Source, SourceOptions, Stores, Summary};
 use nbn::classify::ScoreRequest;
 use nbn::engine::Budget;
 use nbn::registry::ServedModel;
-use nbn::score::{self, Columns, Format, Output, RowWriter, Scoring, Shard, Source, SourceOptions, Stores, Summary};
 use nbn::scores::Prior;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
@@ -221,7 +221,7 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
     let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
     let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
     let mut rows = RowWriter::new(Vec::new(), Format::Csv, columns, &manifest.classes).unwrap();
-    let run = score::Options {
+    let run = batch::BatchOptions {
         max_file_bytes: options.max_file_bytes,
         memory: 1 << 20,
         readers: 2,
@@ -229,7 +229,7 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
         committed: HashMap::new(),
         stopped: options.stopped.clone(),
     };
-    let summary = score::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
+    let summary = batch::run(source, &model.engine, &scoring, &mut rows, run, |_| ()).unwrap();
     rows.finish().unwrap();
     let table = text(&rows.into_inner().unwrap());
     (summary, table.lines().skip(1).map(|line| line.split(',').next().unwrap().to_owned()).collect())

@@ -1,8 +1,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nbn::bundle::{Bundle, Class, KappaSource, Manifest, Rung, StaleCard, TrainingOverlap};
-use nbn::calibrate::{CalibrateError, Kappa, Options, Problem, calibrate, temperature_alone, threshold};
+use nbn::bundle::{Bundle, Class, Head, KappaSource, Manifest, Rung, StaleCard, TrainingOverlap};
+use nbn::calibrate::{CalibrateError, CalibrateOptions, Kappa, Problem, calibrate, temperature_alone, threshold};
 use nbn::classify::{ScoreRequest, Scorer};
 use nbn::data::LabelledLogits;
 use nbn::metrics::Rows;
@@ -36,8 +36,8 @@ fn manifest(counts: &[u64]) -> Manifest {
     manifest
 }
 
-fn options(kappa: Kappa) -> Options {
-    Options {
+fn options(kappa: Kappa) -> CalibrateOptions {
+    CalibrateOptions {
         kappa: Some(kappa),
         rung: None,
         seed: 0,
@@ -124,20 +124,21 @@ fn figures_and_fits_agree_with_independent_implementations() {
 #[test]
 fn the_checkpoints_loss_decides_how_much_prior_is_left() {
     let logits = too_sure(&[500, 100, 15, 2], 1);
-    let fit = |kappa: Option<f64>, head: &str, asked: Option<Kappa>| {
+    let fit = |kappa: Option<f64>, head: Head, asked: Option<Kappa>| {
         let mut manifest = manifest(&[2000, 400, 60, 8]);
         manifest.fold.kappa = kappa;
-        manifest.fold.head = head.into();
+        manifest.fold.head = head;
         let fitted =
-            calibrate(&logits, &manifest, &Options { kappa: asked, ..options(Kappa::Learned) }, &|_| ()).unwrap();
+            calibrate(&logits, &manifest, &CalibrateOptions { kappa: asked, ..options(Kappa::Learned) }, &|_| ())
+                .unwrap();
         (fitted.kappa, fitted.kappa_source)
     };
-    assert_eq!(fit(Some(0.5), "linear", None), (0.5, KappaSource::Checkpoint));
-    assert_eq!(fit(Some(0.5), "linear", Some(Kappa::Fixed(0.0))), (0.0, KappaSource::Given));
-    let found = fit(None, "linear", None);
+    assert_eq!(fit(Some(0.5), Head::Linear, None), (0.5, KappaSource::Checkpoint));
+    assert_eq!(fit(Some(0.5), Head::Linear, Some(Kappa::Fixed(0.0))), (0.0, KappaSource::Given));
+    let found = fit(None, Head::Linear, None);
     assert!(matches!(found.1, KappaSource::Chosen | KappaSource::Learned), "{found:?}");
     // What a head that rectifies the logits leaves of the prior is not what its loss alone would.
-    assert_eq!(fit(Some(0.5), "lr-plain", None), found);
+    assert_eq!(fit(Some(0.5), Head::LrPlain, None), found);
 }
 
 #[test]
@@ -177,7 +178,7 @@ fn few_images_hold_the_ladder_down_and_status_says_what_a_class_stands_on() {
     let error = calibrate(
         &too_sure(&counts, 4),
         &self::manifest(&many),
-        &Options { rung: Some(Rung::TemperatureBias), ..options(Kappa::Learned) },
+        &CalibrateOptions { rung: Some(Rung::TemperatureBias), ..options(Kappa::Learned) },
         &|_| (),
     );
     assert!(matches!(error, Err(CalibrateError::Rung { .. })));
@@ -187,7 +188,7 @@ fn few_images_hold_the_ladder_down_and_status_says_what_a_class_stands_on() {
 fn a_request_with_a_prior_of_its_own_equals_a_fit_made_for_it() {
     let manifest = manifest(&[1000, 500, 200, 50]);
     let rare_first = [240, 600, 1600, 3600];
-    let options = Options { rung: Some(Rung::Temperature), ..options(Kappa::Learned) };
+    let options = CalibrateOptions { rung: Some(Rung::Temperature), ..options(Kappa::Learned) };
     let fit = |counts: &[usize]| calibrate(&too_sure(counts, 5), &manifest, &options, &|_| ()).unwrap();
     // Fitted on the training mix and asked under the other, and fitted on images of that other mix.
     let [here, there] = [fit(&[3600, 1600, 600, 240]), fit(&rare_first)].map(|fitted| Calibrator::of(&fitted));
@@ -222,7 +223,7 @@ fn what_cannot_be_calibrated_is_refused_with_the_way_out() {
     let sure: Vec<f32> = (0..60).flat_map(|n| if n % 2 == 0 { [3.0, 0.0] } else { [0.0, 3.0] }).collect();
     let labels = (0..60).map(|n| n % 2).collect();
     let sure = LabelledLogits::try_new(2, sure, labels).unwrap();
-    let options = Options { rung: Some(Rung::Temperature), ..options(Kappa::Fixed(0.0)) };
+    let options = CalibrateOptions { rung: Some(Rung::Temperature), ..options(Kappa::Fixed(0.0)) };
     let error = calibrate(&sure, &manifest(&[9, 9]), &options, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("held out of training"), "{error}");
     assert!(LabelledLogits::try_new(2, vec![0.0, f32::NAN], vec![0]).unwrap_err().contains("class 1 in row 0 is NaN"));

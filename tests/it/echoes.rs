@@ -37,7 +37,7 @@ async fn short(request: reqwest::RequestBuilder, what: &str) -> (u16, String) {
 async fn long_names_in_every_path_and_long_queries_get_short_answers() {
     let folder = tempfile::tempdir().unwrap();
     let server = server(&folder).await;
-    let document: Value = serde_json::from_str(&nbn::serve::document_json()).unwrap();
+    let document: Value = serde_json::from_str(nbn::serve::OPENAPI_JSON).unwrap();
     let long = "x".repeat(LONG_IN_HEAD);
     let mut asked = 0;
     for (template, operations) in document["paths"].as_object().unwrap() {

@@ -63,7 +63,7 @@ fn every_layout_gives_pytorchs_own_logits() {
         let side = if name.starts_with("cifar") { 32 } else { 64 };
         let out = folder.path().join(name).join("1");
         let manifest = export(&options(&data(&format!("checkpoints/{name}.pth.tar")), &out, side), library()).unwrap();
-        assert_eq!((manifest.fold.head.as_str(), manifest.fold.experts), (head, experts), "{name}");
+        assert_eq!((manifest.fold.head.to_string(), manifest.fold.experts), (head.to_owned(), experts), "{name}");
         assert_eq!(manifest.fold.normalized_layers.len(), normalized, "{name}: {:?}", manifest.fold.normalized_layers);
         assert!(manifest.fold.alphas.iter().all(|a| (8.0..14.0).contains(&a.value)), "{name}");
         let bundle = Bundle::load(&out).unwrap();

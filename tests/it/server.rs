@@ -18,13 +18,13 @@ fn base64(bytes: &[u8]) -> String {
 #[test]
 fn openapi_yaml_is_the_document_that_the_code_generates() {
     let file = std::fs::read_to_string(root().join("openapi.yaml")).unwrap();
-    let document = nbn::serve::document();
+    let document = nbn::serve::generate::yaml();
     let differs = file.lines().zip(document.lines()).find(|(a, b)| a != b);
     let command = "cargo run --features openapi -- openapi";
     assert!(file == document, "run: {command} > openapi.yaml; the first lines that differ: {differs:?}");
     assert!(file.starts_with("openapi: 3.1"));
     let file = std::fs::read_to_string(root().join("openapi.json")).unwrap();
-    assert!(file == nbn::serve::document_json(), "run: {command} --format json > openapi.json");
+    assert!(file == nbn::serve::generate::json(), "run: {command} --format json > openapi.json");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
-use nbn::calibrate::{Kappa, Options, calibrate, command_line, describe};
+use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe};
 use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
@@ -93,8 +93,13 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     };
     let Calibrate { kappa, rung, seed, .. } = args;
     let here = std::env::current_dir().unwrap_or_default();
-    let options =
-        Options { kappa, rung, seed, training_overlap, command: command_line(std::env::args_os().skip(1), &here) };
+    let options = CalibrateOptions {
+        kappa,
+        rung,
+        seed,
+        training_overlap,
+        command: command_line(std::env::args_os().skip(1), &here),
+    };
     let calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {

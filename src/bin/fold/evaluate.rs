@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE, is_json_with};
 use nbn::data::Form;
-use nbn::evaluate::{Evaluation, Options, compare, evaluate, html};
+use nbn::evaluate::{EvaluateOptions, Evaluation, compare, evaluate, html};
 
 use super::calibrate::replace;
 use super::calibrate::target::{given, is_logits, of_bundle, refuse_foreign};
@@ -55,7 +55,7 @@ pub(crate) struct Evaluate {
 
 pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let bundle = open(&args.bundle, args.calibration.as_ref())?;
-    let options = Options { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
+    let options = EvaluateOptions { alpha: args.alpha, resamples: args.resamples as usize, seed: args.seed };
     if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
         bail!("--against needs the images themselves: a file of logits belongs to one bundle");
     }

@@ -40,7 +40,7 @@ mod with {
     use nbn::data::{Form, LabelledImages, TrainingSet, hold_out, long_tail};
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
-    use nbn::train::blueprint::Arch;
+    use nbn::train::arch::Arch;
     use nbn::train::recipe::{
         Augmentation, BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut,
     };
@@ -202,11 +202,11 @@ mod with {
         loaders: u8,
         /// Device that computes the network; cuda needs a build with --features train,cuda
         #[arg(long, default_value = "cpu", help_heading = "Run")]
-        device: Place,
+        device: DeviceArg,
     }
 
     #[derive(Clone, Copy, PartialEq, ValueEnum)]
-    enum Place {
+    enum DeviceArg {
         Cpu,
         Cuda,
     }
@@ -263,10 +263,10 @@ mod with {
     }
 
     #[cfg(feature = "cuda")]
-    fn device(place: Place) -> anyhow::Result<Device> {
+    fn device(place: DeviceArg) -> anyhow::Result<Device> {
         Ok(match place {
-            Place::Cpu => Device::flex(),
-            Place::Cuda => {
+            DeviceArg::Cpu => Device::flex(),
+            DeviceArg::Cuda => {
                 // The engine panics without a driver; that must not be the message.
                 std::panic::set_hook(Box::new(|_| {}));
                 let device = std::panic::catch_unwind(|| {
@@ -287,8 +287,8 @@ mod with {
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn device(place: Place) -> anyhow::Result<Device> {
-        if place == Place::Cuda {
+    fn device(place: DeviceArg) -> anyhow::Result<Device> {
+        if place == DeviceArg::Cuda {
             bail!("--device cuda: this build has no CUDA: build with --features train,cuda, or use --device cpu");
         }
         Ok(Device::flex())

@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use nbn::features::Feature;
+use strsim::sorensen_dice;
 use toml::{Table, Value};
 
 use crate::Cli;
@@ -66,7 +67,7 @@ fn from_table(table: &Table, command: &clap::Command, matches: &ArgMatches) -> a
             let near = flags(command)
                 .map(|(long, _)| long)
                 .filter(|long| !NOT_IN_FILES.contains(long))
-                .max_by(|a, b| alike(a, key).total_cmp(&alike(b, key)))
+                .max_by(|a, b| sorensen_dice(a, key).total_cmp(&sorensen_dice(b, key)))
                 .unwrap_or_default();
             bail!("unknown key {key:?}; did you mean {near:?}? Keys are the long flags of `nbn serve --help`");
         };
@@ -96,14 +97,6 @@ fn scalar(key: &str, value: &Value) -> anyhow::Result<String> {
         Value::Float(number) => number.to_string(),
         _ => bail!("{key} is {value}; expected a string or a number"),
     })
-}
-
-/// The share of letter pairs that two words have in common.
-fn alike(a: &str, b: &str) -> f64 {
-    let pairs = |word: &str| word.as_bytes().windows(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
-    let (a, b) = (pairs(a), pairs(b));
-    let common = a.iter().filter(|pair| b.contains(pair)).count();
-    2.0 * common as f64 / (a.len() + b.len()).max(1) as f64
 }
 
 /// Every option as a TOML line, with where it comes from.

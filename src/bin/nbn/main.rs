@@ -134,9 +134,15 @@ fn main() -> ExitCode {
         Command::Health(args) => health::health(&args),
         Command::Key { name, admin, concurrency } => key(&name, admin, concurrency),
         Command::Openapi { format } => {
+            #[cfg(feature = "openapi")]
             let document = match format {
-                DocumentFormat::Yaml => nbn::serve::document(),
-                DocumentFormat::Json => nbn::serve::document_json(),
+                DocumentFormat::Yaml => nbn::serve::generate::yaml(),
+                DocumentFormat::Json => nbn::serve::generate::json(),
+            };
+            #[cfg(not(feature = "openapi"))]
+            let document = match format {
+                DocumentFormat::Yaml => nbn::serve::OPENAPI_YAML,
+                DocumentFormat::Json => nbn::serve::OPENAPI_JSON,
             };
             io::stdout().write_all(document.as_bytes()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }

@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use nbn::batch::{
+    self, Columns, Format, Labels, Parts, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped, Stores, Summary,
+    WriteError,
+};
 use nbn::bundle::{Bundle, Class};
 use nbn::classify::{Abstention, ScoreRequest};
 use nbn::engine::Budget;
 use nbn::files::Named;
 use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::{FEATURES, Library};
-use nbn::score::{
-    self, Columns, Format, Labels, Parts, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped, Stores, Summary,
-    WriteError,
-};
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
 use serde::Serialize;
@@ -236,7 +236,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         (None, None) => (Rows::stdout(form)?, "stdout".into()),
     };
     let bar = bar(source.len())?;
-    let run = score::Options {
+    let run = batch::BatchOptions {
         max_file_bytes: options.max_file_bytes,
         memory: u64::from(args.source.memory_mb) << 20,
         readers: args.source.readers.into(),
@@ -244,7 +244,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         committed,
         stopped,
     };
-    let result = score::run(source, &model.engine, &scoring, &mut output, run, |summary| {
+    let result = batch::run(source, &model.engine, &scoring, &mut output, run, |summary| {
         bar.set_position(summary.images());
         if summary.failed > 0 {
             bar.set_message(format!("({} failed)", summary.failed));

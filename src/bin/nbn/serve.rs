@@ -12,7 +12,7 @@ use clap::Args;
 use nbn::bundle::VersionPolicy;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryError, RegistryOptions};
 use nbn::runtime::Library;
-use nbn::scores::Prior;
+use nbn::scores::NamedPrior;
 use nbn::serve::{self, ConnectionLimits, Ended, Keys, Listeners, RequestLimits, ServeOptions, Tls};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -124,23 +124,6 @@ pub(crate) struct Serve {
     pub(crate) print_config: bool,
     #[command(flatten)]
     engine: EngineArgs,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum NamedPrior {
-    /// Every class is equally frequent
-    Uniform,
-    /// Classes are as frequent as in training
-    Train,
-}
-
-impl From<NamedPrior> for Prior {
-    fn from(prior: NamedPrior) -> Self {
-        match prior {
-            NamedPrior::Uniform => Self::Uniform,
-            NamedPrior::Train => Self::Train,
-        }
-    }
 }
 
 /// Serves until it is told to stop; logs from `level` on.

@@ -9,12 +9,12 @@ use super::super::checkpoint::Tensor;
 use super::super::graph::{BatchNorm, NodeId, Op};
 use super::super::{Checkpoint, FoldError, Graph};
 use super::{Extras, Family, Magnitude, NbnLayers, SCALE_FACTOR, count};
-use crate::bundle::Alpha;
+use crate::bundle::{Alpha, Head};
 use crate::runtime::FEATURES;
 
 /// Where a norm stands, which decides whether it is normalised.
 #[derive(Clone, Copy)]
-struct Place {
+struct Site {
     last_stage: bool,
     stage: usize,
     residual_output: bool,
@@ -59,8 +59,8 @@ impl<'a> Builder<'a> {
         family: Family,
         experts: usize,
         extras: Extras,
-    ) -> Result<(&'static str, usize), FoldError> {
-        let stem = Place { last_stage: false, stage: 0, residual_output: false, expert: 0 };
+    ) -> Result<(Head, usize), FoldError> {
+        let stem = Site { last_stage: false, stage: 0, residual_output: false, expert: 0 };
         let kernel = if family == Family::Cifar { 3 } else { 7 };
         let stride = if family == Family::Cifar { 1 } else { 2 };
         let (mut x, mut channels) = self.conv("conv1", 0, 3, kernel, stride, 1)?;
@@ -72,7 +72,7 @@ impl<'a> Builder<'a> {
         let stages = if family == Family::Cifar { 3 } else { 4 };
         let shared = if family == Family::MultiExpert { 2 } else { stages };
         for stage in 1..=shared {
-            let place = Place { last_stage: stage == stages, stage, ..stem };
+            let place = Site { last_stage: stage == stages, stage, ..stem };
             (x, channels) = self.stage(&format!("layer{stage}."), x, channels, stage, family, place)?;
         }
         if family != Family::MultiExpert {
@@ -89,7 +89,7 @@ impl<'a> Builder<'a> {
         for expert in 0..experts {
             let (mut y, mut width) = (x, channels);
             for stage in 3..=4 {
-                let place = Place { last_stage: stage == 4, stage, residual_output: false, expert };
+                let place = Site { last_stage: stage == 4, stage, residual_output: false, expert };
                 (y, width) = self.stage(&format!("layer{stage}s.{expert}."), y, width, stage, family, place)?;
             }
             y = self.built.graph.push(format!("avgpool.{expert}"), Op::GlobalAveragePool, &[y]);
@@ -118,7 +118,7 @@ impl<'a> Builder<'a> {
             let all = self.built.graph.push(FEATURES, Op::Concat, &features);
             self.built.graph.outputs.push((FEATURES.into(), all));
         }
-        Ok(kind.unwrap_or(("linear", 0)))
+        Ok(kind.unwrap_or((Head::Linear, 0)))
     }
 
     fn stage(
@@ -128,7 +128,7 @@ impl<'a> Builder<'a> {
         mut channels: usize,
         stage: usize,
         family: Family,
-        place: Place,
+        place: Site,
     ) -> Result<(NodeId, usize), FoldError> {
         for block in 0..count(self.checkpoint, prefix).max(1) {
             let stride = if stage > 1 && block == 0 { 2 } else { 1 };
@@ -145,9 +145,9 @@ impl<'a> Builder<'a> {
         channels: usize,
         stride: usize,
         family: Family,
-        place: Place,
+        place: Site,
     ) -> Result<(NodeId, usize), FoldError> {
-        let output = Place { residual_output: true, ..place };
+        let output = Site { residual_output: true, ..place };
         let bottleneck = self.has(&format!("{name}.conv3.weight"));
         let (kernel, first_stride) = if bottleneck { (1, 1) } else { (3, stride) };
         let (mut y, width) = self.conv(&format!("{name}.conv1"), x, channels, kernel, first_stride, 1)?;
@@ -210,7 +210,7 @@ impl<'a> Builder<'a> {
         Ok((self.built.graph.push(name, op, &[x]), out))
     }
 
-    fn norm(&mut self, name: &str, x: NodeId, channels: usize, place: Place) -> Result<NodeId, FoldError> {
+    fn norm(&mut self, name: &str, x: NodeId, channels: usize, place: Site) -> Result<NodeId, FoldError> {
         let norm = BatchNorm {
             weight: self.vector(&format!("{name}.weight"), channels)?,
             bias: self.vector(&format!("{name}.bias"), channels)?,
@@ -235,7 +235,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The element of `scale_factor` that acts on the next normalised layer, which stands at `place`.
-    fn magnitude_index(&mut self, place: Place) -> usize {
+    fn magnitude_index(&mut self, place: Site) -> usize {
         let group = match self.magnitude {
             Magnitude::Expert => return place.expert,
             Magnitude::Stage => (place.expert, place.stage, 0),
@@ -263,7 +263,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The classifier, with the BatchNorm over its logits where there is one.
-    fn head(&mut self, name: &str, x: NodeId, features: usize) -> Result<(NodeId, &'static str, usize), FoldError> {
+    fn head(&mut self, name: &str, x: NodeId, features: usize) -> Result<(NodeId, Head, usize), FoldError> {
         let key = format!("{name}.weight");
         let tensor = self.take(&key)?;
         let unfit = || FoldError::Shape {
@@ -281,7 +281,7 @@ impl<'a> Builder<'a> {
         let logits = self.built.graph.push(name, Op::Gemm { weight, bias }, &[x]);
         let bn = format!("{name}.bn");
         if !self.has(&format!("{bn}.running_mean")) {
-            return Ok((logits, "linear", classes));
+            return Ok((logits, Head::Linear, classes));
         }
         let affine = self.has(&format!("{bn}.weight"));
         let norm = BatchNorm {
@@ -290,7 +290,7 @@ impl<'a> Builder<'a> {
             mean: self.vector(&format!("{bn}.running_mean"), classes)?,
             variance: self.variance(&bn, classes)?,
         };
-        let head = if affine { "lr-affine" } else { "lr-plain" };
+        let head = if affine { Head::LrAffine } else { Head::LrPlain };
         Ok((self.built.graph.push(bn, Op::BatchNorm(norm), &[logits]), head, classes))
     }
 

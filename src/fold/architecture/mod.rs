@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::{Checkpoint, FoldError, Graph};
-use crate::bundle::Alpha;
+use crate::bundle::{Alpha, Head};
 use builder::Builder;
 
 /// Key of the shared magnitudes.
@@ -137,8 +137,8 @@ pub struct Network {
     pub arch: String,
     /// Its family.
     pub family: Family,
-    /// `linear`, `lr-affine` or `lr-plain`.
-    pub head: &'static str,
+    /// What the network ends in.
+    pub head: Head,
     /// Classifiers whose logits are averaged.
     pub experts: usize,
     /// Classes.

@@ -1,6 +1,5 @@
 //! Bounds on what a message decodes to: an empty part takes two bytes on the wire and two hundred in memory.
 
-use axum::http::StatusCode;
 use bytes::{Buf, Bytes};
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
@@ -24,7 +23,7 @@ pub(super) fn check(message: Bytes) -> Result<(), Problem> {
     count(message, REQUEST, &mut left).map_err(|beyond| match beyond {
         Beyond::Parts => {
             let detail = format!("the message has more than {MAX_PARTS} parts: send fewer images at a time");
-            Problem::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooManyImages, detail).with_limit(MAX_PARTS as u64)
+            Problem::new(Code::TooManyImages, detail).with_limit(MAX_PARTS as u64)
         }
         Beyond::Shape => bad("an input's shape has hundreds of dimensions; expected [N, 3, H, W] or [N]"),
     })

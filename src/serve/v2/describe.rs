@@ -193,19 +193,43 @@ pub(super) fn stats(model: &ServedModel) -> VersionStats {
 pub(crate) struct IndexLine {
     pub(super) name: String,
     pub(super) version: String,
-    /// `READY`, `LOADING` or `UNAVAILABLE`.
-    pub(super) state: &'static str,
+    pub(super) state: IndexState,
     /// Why it is not ready, or why a newer state of its folder is not served.
     pub(super) reason: String,
+}
+
+/// Whether a version can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "UPPERCASE")]
+pub(crate) enum IndexState {
+    /// It is served.
+    Ready,
+    /// It is being opened.
+    Loading,
+    /// It is not served; `reason` says why.
+    Unavailable,
+}
+
+impl IndexState {
+    /// As on the wire.
+    #[cfg(feature = "grpc")]
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Ready => "READY",
+            Self::Loading => "LOADING",
+            Self::Unavailable => "UNAVAILABLE",
+        }
+    }
 }
 
 impl From<IndexEntry> for IndexLine {
     fn from(entry: IndexEntry) -> Self {
         let IndexEntry { name, version, state, reason } = entry;
         let state = match state {
-            ModelState::Ready => "READY",
-            ModelState::Loading => "LOADING",
-            ModelState::Unavailable => "UNAVAILABLE",
+            ModelState::Ready => IndexState::Ready,
+            ModelState::Loading => IndexState::Loading,
+            ModelState::Unavailable => IndexState::Unavailable,
         };
         Self { name, version, state, reason }
     }

@@ -26,11 +26,13 @@ use super::describe::{self, CountAndTime, TensorInfo};
 use super::messages as m;
 use super::messages::Choice;
 use super::tensors::{RawData, RawTensor};
-use super::{Answer, App, Call, IndexLine, Notes, Output, Problem, Wanted, bad, find, infer as shared, is_grpc, rest};
+use super::{
+    Answer, App, Call, IndexLine, IndexState, Notes, Output, Problem, Wanted, bad, find, infer as shared, is_grpc, rest,
+};
 
 /// A problem as gRPC says it.
 pub(crate) fn refusal(problem: &Problem) -> Response {
-    let code = match problem.status {
+    let code = match problem.status() {
         StatusCode::UNAUTHORIZED => tonic::Code::Unauthenticated,
         StatusCode::FORBIDDEN => tonic::Code::PermissionDenied,
         StatusCode::NOT_FOUND if [Code::NoSuchMethod, Code::NotFound].contains(&problem.code) => {
@@ -122,7 +124,7 @@ pub(crate) async fn method(
         "ModelStatistics" => statistics(app, &context.message().await?).map(reply),
         "RepositoryIndex" | "RepositoryModelLoad" | "RepositoryModelUnload" if !app.administers => {
             let detail = "the model repository is available only on the admin listener (--admin-addr), also over gRPC";
-            Err(Problem::new(StatusCode::FORBIDDEN, Code::NotAdmin, detail))
+            Err(Problem::new(Code::NotAdmin, detail))
         }
         "RepositoryIndex" => Ok(reply(index(app, &context.message().await?))),
         "RepositoryModelLoad" => {
@@ -167,13 +169,13 @@ pub(crate) async fn health(
     if !own && ready && app.registry.get(&request.service, None).is_none() {
         // Without the names that there are: a key is needed to learn them.
         let detail = format!("no model is named {}", quoted(&request.service));
-        return Err(Problem::new(StatusCode::NOT_FOUND, Code::NoSuchModel, detail));
+        return Err(Problem::new(Code::NoSuchModel, detail));
     }
     Ok(reply(m::Health { status: if ready { SERVING } else { NOT_SERVING } }))
 }
 
 fn no_such_method(method: &str) -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, Code::NoSuchMethod, format!("this server has no method {}", shown(method)))
+    Problem::new(Code::NoSuchMethod, format!("this server has no method {}", shown(method)))
 }
 
 fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
@@ -182,7 +184,7 @@ fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
     }
     let given = headers.get(header::CONTENT_TYPE).map_or_else(|| "none".into(), |v| shown(format_args!("{v:?}")));
     let detail = format!("the content-type of a gRPC call is application/grpc; this request's is {given}");
-    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::MediaType, detail))
+    Err(Problem::new(Code::MediaType, detail))
 }
 
 /// The one message of a unary call. Before it stand a byte that says whether it is compressed, and its length in four.
@@ -192,7 +194,7 @@ fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
     };
     if compressed != 0 {
         let detail = "the message is compressed, which this server does not accept: send it uncompressed";
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::ContentEncoding, detail));
+        return Err(Problem::new(Code::ContentEncoding, detail));
     }
     let (announced, found) = (u32::from_be_bytes(length), message.len());
     if u32::try_from(found).ok() != Some(announced) {
@@ -308,11 +310,11 @@ fn statistics(app: &App, request: &m::ModelRequest) -> Result<m::Statistics, Pro
 
 fn index(app: &App, request: &m::IndexRequest) -> m::Index {
     let lines = app.registry.index().into_iter().map(IndexLine::from);
-    let wanted = lines.filter(|line| !request.ready || line.state == "READY");
+    let wanted = lines.filter(|line| !request.ready || line.state == IndexState::Ready);
     let entry = |line: IndexLine| m::IndexEntry {
         name: line.name,
         version: line.version,
-        state: line.state.into(),
+        state: line.state.word().into(),
         reason: line.reason,
     };
     m::Index { models: wanted.map(entry).collect() }

@@ -26,15 +26,15 @@ use super::App;
 use super::body;
 use super::code::Code;
 use super::cut::{quoted, shown};
-use super::envelope::Notes;
 use super::infer::{self, find};
-use super::options::{Options, WirePrior};
+use super::notes::Notes;
+use super::options::{RequestOptions, WirePrior};
 use super::problem::{Detail, Problem};
 use super::wire::ClientId;
 use crate::classify::{Input, Prediction, ScoreRequest, Scored};
 use crate::registry::ServedModel;
 
-use describe::{IndexLine, ServerInfo, Stats};
+use describe::{IndexLine, IndexState, ServerInfo, Stats};
 pub(crate) use grpc::{health, method, refusal};
 pub(crate) use rest::*;
 use tensors::{Data, RawTensor, Tensor};
@@ -120,7 +120,7 @@ fn once(output: Output, before: &[Wanted]) -> Result<(), Problem> {
 }
 
 fn bad(detail: impl Into<String>) -> Problem {
-    Problem::bad_request(Code::BadRequest, detail)
+    Problem::new(Code::BadRequest, detail)
 }
 
 /// The parameter of that name: so many of the best classes; 0 is none.
@@ -142,8 +142,8 @@ impl Call {
     }
 
     /// What the parameters ask of the scorer. Unknown ones are ignored, as the protocol wants it.
-    fn options(&self) -> Result<Options, Problem> {
-        let mut options = Options::default();
+    fn options(&self) -> Result<RequestOptions, Problem> {
+        let mut options = RequestOptions::default();
         if let Some(alpha) = self.parameters.get("nbn_alpha") {
             let number = alpha.as_f64().or_else(|| alpha.as_str()?.parse().ok());
             options.alpha =
@@ -159,7 +159,7 @@ impl Call {
             };
             options.prior = Some(prior);
         }
-        options.or(Options::default())
+        options.or(RequestOptions::default())
     }
 
     /// When it must be answered: `timeout`, in microseconds, may shorten the server's own.
@@ -176,7 +176,7 @@ impl Call {
 /// What a [`Call`] asks for, once its values are known to be good.
 struct Checked {
     id: ClientId,
-    options: Options,
+    options: RequestOptions,
     top_k: Option<usize>,
     inputs: Vec<Input>,
     outputs: Vec<Wanted>,

@@ -18,8 +18,8 @@ use super::super::wire::ClientId;
 use super::tensors::{Data, RawData, RawTensor};
 use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
 use super::{
-    Answer, App, Call, IndexLine, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad, best_of, describe, find,
-    infer as shared,
+    Answer, App, Call, IndexLine, IndexState, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad, best_of,
+    describe, find, infer as shared,
 };
 #[cfg(feature = "openapi")]
 use super::{ErrorBody, describe::ModelInfo};
@@ -311,7 +311,7 @@ fn reply(answer: Answer, binary: &BinaryOutputs) -> Result<Response, Problem> {
     }
     let mut body = serde_json::to_vec(&reply).map_err(|error| {
         tracing::error!(%error, "an answer cannot be written as JSON");
-        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "the server failed to write the answer")
+        Problem::new(Code::Internal, "the server failed to write the answer")
     })?;
     let length = HeaderValue::from(body.len());
     body.extend_from_slice(&after);
@@ -338,7 +338,7 @@ pub(crate) async fn index(State(app): State<App>, request: Request) -> Result<Js
         objects::from_slice(&body).map_err(unfit)?
     };
     let lines = app.registry.index().into_iter().map(IndexLine::from);
-    Ok(Json(lines.filter(|line| !query.ready || line.state == "READY").collect()))
+    Ok(Json(lines.filter(|line| !query.ready || line.state == IndexState::Ready).collect()))
 }
 
 /// Loads a model, or loads it again
@@ -360,7 +360,7 @@ pub(crate) async fn load(
 ) -> Result<StatusCode, Problem> {
     let body = match small(&app, request).await {
         // Only uploads are large.
-        Err(problem) if problem.status == StatusCode::PAYLOAD_TOO_LARGE => {
+        Err(problem) if problem.status() == StatusCode::PAYLOAD_TOO_LARGE => {
             return no_upload(true).map(|()| StatusCode::OK);
         }
         body => body?.bytes,

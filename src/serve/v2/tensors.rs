@@ -197,8 +197,7 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
             "input {name} has {count} images; this server accepts up to {limit}: send several requests, or raise \
              --max-images"
         );
-        let status = axum::http::StatusCode::PAYLOAD_TOO_LARGE;
-        return Err(Problem::new(status, Code::TooManyImages, detail).with_limit(limit as u64));
+        return Err(Problem::new(Code::TooManyImages, detail).with_limit(limit as u64));
     }
     if name == "image" {
         let elements = match data {

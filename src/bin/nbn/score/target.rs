@@ -8,10 +8,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use nbn::batch::{Columns, Format, Output, Parts, Row, RowWriter, WriteError};
 use nbn::bundle::Class;
 use nbn::files::{self, Named};
 use nbn::pixels::has_picture_ending;
-use nbn::score::{Columns, Format, Output, Parts, Row, RowWriter, WriteError};
 
 /// What a writer of rows is made of, beside the stream.
 pub(super) type Form<'a> = (Format, Columns, &'a [Class]);

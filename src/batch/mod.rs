@@ -11,7 +11,7 @@ mod source;
 mod summary;
 
 pub use parts::{Parts, PartsError, RunRecord};
-pub use pipeline::{Options, run};
+pub use pipeline::{BatchOptions, run};
 pub use rows::{Columns, Format, Output, Row, RowWriter, Scores, Scoring, WriteError};
 pub use shard::{Shard, ShardError};
 pub use source::{Labels, Source, SourceError, SourceOptions, Stopped, Stores};

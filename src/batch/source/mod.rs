@@ -13,7 +13,6 @@ mod place;
 mod table;
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -26,6 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Shard;
+use crate::listing::walk;
 use crate::pixels::has_picture_ending;
 
 use form::{Form, fits};
@@ -227,7 +227,11 @@ impl Source {
         if let Place::File(path) = &place {
             if path.is_dir() {
                 let (mut files, mut shut) = (Vec::new(), Vec::new());
-                walk(path, &mut files, &mut shut).map_err(|cause| SourceError::Io { path: path.clone(), cause })?;
+                walk(path, &mut |file| files.push(Place::File(file)), &mut |folder, error| {
+                    let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
+                    shut.push(Item { key: Place::File(folder).name(), label: None, content: Content::Lost(fault) });
+                })
+                .map_err(|cause| SourceError::Io { path: path.clone(), cause })?;
                 let source = Self::of_folder(input, files, options)?;
                 // Each folder that cannot be read is a row at the end.
                 shut.retain(|item| options.shard.has(&item.key));
@@ -369,25 +373,6 @@ fn picture(place: Place, label: Option<String>, labels: Labels) -> Item {
         Labels::Given | Labels::Line => label,
     };
     Item { key: place.name(), label, content: Content::At(place) }
-}
-
-/// Collects pictures by name; folders below that cannot be read go to `shut`.
-fn walk(folder: &Path, files: &mut Vec<Place>, shut: &mut Vec<Item>) -> io::Result<()> {
-    let mut entries = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        // Symbolic links to folders are not followed: they may form a circle.
-        if entry.file_type()?.is_dir() {
-            if let Err(error) = walk(&path, files, shut) {
-                let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
-                shut.push(Item { key: Place::File(path).name(), label: None, content: Content::Lost(fault) });
-            }
-        } else if has_picture_ending(&path) {
-            files.push(Place::File(path));
-        }
-    }
-    Ok(())
 }
 
 /// The pictures that match, by name; `**` stands for any folders.

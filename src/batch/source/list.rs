@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::lines::{Records, lines};
 use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, Stores, cut, picture};
+use crate::listing::labelled;
 
 /// Names that an image's column has when none is given, in the order of preference.
 pub(super) const IMAGE_COLUMNS: [&str; 7] = ["path", "image", "image_path", "file", "file_name", "filename", "bytes"];
@@ -85,8 +86,8 @@ fn paths(list: impl BufRead + Send + 'static, entries: Entries) -> impl Iterator
         if entries.labels != Labels::Line {
             return Some(entries.item(number, line, None));
         }
-        Some(match line.rsplit_once(char::is_whitespace) {
-            Some((path, label)) => entries.item(number, path.trim_end(), Some(label.to_owned())),
+        Some(match labelled(line, |_| false) {
+            Some((path, label)) => entries.item(number, path, Some(label.to_owned())),
             None => entries.lost(number, "--labels line expects a path and a label"),
         })
     })

@@ -33,7 +33,7 @@ pub(super) fn hash(key: &str) -> KeyHash {
 }
 
 /// How a run is done.
-pub struct Options {
+pub struct BatchOptions {
     /// Bytes of a file, at most.
     pub max_file_bytes: u64,
     /// Bytes of pictures that are read and not yet scored, at most.
@@ -57,11 +57,11 @@ pub fn run(
     engine: &Engine,
     scoring: &Scoring<'_>,
     output: &mut dyn Output,
-    options: Options,
+    options: BatchOptions,
     mut progress: impl FnMut(&Summary),
 ) -> Result<Summary, WriteError> {
     let began = Instant::now();
-    let Options { max_file_bytes, memory, readers, skip_duplicates, committed, stopped } = options;
+    let BatchOptions { max_file_bytes, memory, readers, skip_duplicates, committed, stopped } = options;
     let counts = Counts::default();
     let seen = skip_duplicates.then(HashSet::new);
     let feed = Feed { source, committed, seen, counts: &counts, stopped: stopped.clone() };
@@ -87,7 +87,7 @@ pub fn run(
         }
         drop(places);
         for place in ordered {
-            let Place { key, label, outcome, held } = place;
+            let Pending { key, label, outcome, held } = place;
             let settled = settle(&outcome);
             drop(held);
             let began = Instant::now();
@@ -173,7 +173,7 @@ impl Feed<'_> {
 }
 
 /// A row to come.
-struct Place<'a> {
+struct Pending<'a> {
     key: String,
     label: Option<String>,
     outcome: Receiver<Result<Ticket, Failure>>,
@@ -212,7 +212,7 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn work(&'a self, places: &SyncSender<Place<'a>>) {
+    fn work(&'a self, places: &SyncSender<Pending<'a>>) {
         while let Some(Taken { content, outcome, held }) = self.take(places) {
             let began = Instant::now();
             let bytes = match content {
@@ -234,7 +234,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The next picture, with a place for its row.
-    fn take(&'a self, places: &SyncSender<Place<'a>>) -> Option<Taken<'a>> {
+    fn take(&'a self, places: &SyncSender<Pending<'a>>) -> Option<Taken<'a>> {
         let mut feed = lock(&self.feed);
         let next = feed.as_mut()?.next();
         if next.is_none() && self.stopped.told() {
@@ -252,7 +252,7 @@ impl<'a> Reader<'a> {
         // In the rows' order: what comes later cannot keep the memory that an earlier picture waits for.
         let held = Arc::new(self.memory.take(size.min(self.max_file_bytes)));
         let (sender, outcome) = sync_channel(1);
-        let sent = places.send(Place { key, label, outcome, held: held.clone() });
+        let sent = places.send(Pending { key, label, outcome, held: held.clone() });
         if sent.is_err() {
             *feed = None;
             return None;
