@@ -4,7 +4,7 @@ use std::path::Path;
 
 use image::{DynamicImage, ImageFormat};
 
-use crate::support::{Process, gif_blocks, picture, progressive_jpeg};
+use crate::support::{Process, picture, progressive_jpeg};
 
 /// As docs/serving.md states it, for the default `--max-pixels`.
 const BOUND_MIB: f64 = 512.0;
@@ -29,22 +29,22 @@ fn the_largest_picture_of_each_format_stays_within_the_memory_that_is_stated() {
     std::fs::write(folder.join("small.png"), picture(32, 32, ImageFormat::Png)).unwrap();
     let server = Process::serve(&["--workers", "1", "--max-body-mb", "1024", "--max-buffered-mb", "2048"]);
     peak(&server, &folder.join("small.png"));
-    // 39.7 megapixels.
-    let side = 6300;
-    let rgba16 = DynamicImage::new_rgba16(side, side);
+    // 39.7 megapixels, as wide as a WebP may be: resizing, which needs little memory, then has little to do.
+    let (width, height) = (16_000, 2_480);
+    let rgba16 = DynamicImage::new_rgba16(width, height);
     write(folder, "deep.png", &rgba16);
     write(folder, "deep.tif", &rgba16);
     drop(rgba16);
-    let rgb = DynamicImage::new_rgb8(side, side);
+    let rgb = DynamicImage::new_rgb8(width, height);
     for name in ["rgb.png", "rgb.bmp", "rgb.tif", "rgb.webp", "rgb.jpg"] {
         write(folder, name, &rgb);
     }
     drop(rgb);
-    write(folder, "alpha.webp", &DynamicImage::new_rgba8(side, side));
-    write(folder, "floats.tif", &DynamicImage::new_rgb32f(side, side));
-    std::fs::write(folder.join("scans.jpg"), progressive_jpeg(side as u16, side as u16, 8)).unwrap();
-    std::fs::write(folder.join("screen.gif"), gif(side as u16, 3)).unwrap();
-    std::fs::write(folder.join("frame.gif"), gif(side as u16, side as u16 - 1)).unwrap();
+    write(folder, "alpha.webp", &DynamicImage::new_rgba8(width, height));
+    write(folder, "floats.tif", &DynamicImage::new_rgb32f(width, height));
+    std::fs::write(folder.join("scans.jpg"), progressive_jpeg(width as u16, height as u16, 8)).unwrap();
+    std::fs::write(folder.join("screen.gif"), gif([16_000, 2_480], [4, 4])).unwrap();
+    std::fs::write(folder.join("frame.gif"), gif([16_000, 2_480], [15_984, 2_464])).unwrap();
     std::fs::write(folder.join("profile.png"), with_profile(&folder.join("deep.png"), 500 << 20)).unwrap();
     std::fs::write(folder.join("groups.webp"), groups(65_536)).unwrap();
     let mut told = Vec::new();
@@ -133,15 +133,22 @@ fn groups(count: u32) -> Vec<u8> {
     [&b"RIFF"[..], &(length + 12).to_le_bytes(), b"WEBPVP8L", &length.to_le_bytes(), &content].concat()
 }
 
-/// A GIF whose screen has `side` × `side` pixels, and its frame `frame` × `frame`, all of the first colour.
-fn gif(side: u16, frame: u16) -> Vec<u8> {
-    let size = |side: u16| [side.to_le_bytes(), side.to_le_bytes()].concat();
-    let mut file = [b"GIF89a".as_slice(), &size(side), &[0x80, 0, 0], &[7; 6]].concat();
+/// A GIF whose screen and whose frame have these widths and heights, all of the first colour.
+fn gif(screen: [u16; 2], frame: [u16; 2]) -> Vec<u8> {
+    let size = |size: [u16; 2]| size.map(u16::to_le_bytes).concat();
+    let mut file = [b"GIF89a".as_slice(), &size(screen), &[0x80, 0, 0], &[7; 6]].concat();
     file.extend([&[0x2C, 0, 0, 0, 0][..], &size(frame), &[0, 2]].concat());
     // Codes of three bits: clear (4), then two colours before the next clear, so that codes stay of three bits; end (5).
-    let pixels = usize::from(frame) * usize::from(frame);
-    let codes = (0..pixels).flat_map(|n| if n % 2 == 0 { vec![4, 0] } else { vec![0] });
-    file.extend(gif_blocks(codes.chain([5]), 3));
-    file.push(0x3B);
+    // Sixteen pixels are nine bytes.
+    let pixels = usize::from(frame[0]) * usize::from(frame[1]);
+    assert!(pixels.is_multiple_of(16));
+    let bits: u128 = (0..24).map(|n| u128::from(n % 3 == 0) << (3 * n + 2)).sum();
+    let mut packed = bits.to_le_bytes()[..9].repeat(pixels / 16);
+    packed.push(5);
+    for block in packed.chunks(255) {
+        file.push(block.len() as u8);
+        file.extend(block);
+    }
+    file.extend([0, 0x3B]);
     file
 }
