@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
-use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, onnx, passes, verify};
+use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
     BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
     Preprocessing, SCHEMA_VERSION, check_classes, check_kappa, is_manifest, sha256_hex,
@@ -129,9 +129,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     // Found out now, not after the proof.
     preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
-    let folded = passes::fold(network.graph.clone())?;
-    let model = onnx::write(&folded);
-    drop(folded);
+    let model = super::fold(&network.graph)?.encode();
     let proof = verify::prove(&network.graph, &model, library)?;
     let manifest = Manifest {
         schema_version: SCHEMA_VERSION,

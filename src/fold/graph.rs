@@ -107,10 +107,6 @@ pub struct Graph {
     pub outputs: Vec<(String, NodeId)>,
 }
 
-/// A graph in which no BatchNorm, normalised or not, and no mean over experts is left.
-#[derive(Debug, Clone, PartialEq)]
-pub struct FoldedGraph(Graph);
-
 impl Graph {
     /// A graph that only has its input.
     pub fn new(side: usize) -> Self {
@@ -131,31 +127,6 @@ impl Graph {
             readers[id] += 1;
         }
         readers
-    }
-
-    /// Drops nodes that no output needs, keeping the order.
-    pub fn prune(&mut self) {
-        let mut kept = vec![false; self.nodes.len()];
-        kept[0] = true;
-        self.outputs.iter().for_each(|(_, id)| kept[*id] = true);
-        for id in (0..self.nodes.len()).rev().filter(|&id| id > 0) {
-            if kept[id] {
-                self.nodes[id].inputs.iter().for_each(|&input| kept[input] = true);
-            }
-        }
-        let mut moved = vec![0; self.nodes.len()];
-        let mut next = 0;
-        for (id, keep) in kept.iter().enumerate() {
-            moved[id] = next;
-            next += usize::from(*keep);
-        }
-        let mut index = 0;
-        self.nodes.retain(|_| {
-            index += 1;
-            kept[index - 1]
-        });
-        self.nodes.iter_mut().flat_map(|n| &mut n.inputs).for_each(|id| *id = moved[*id]);
-        self.outputs.iter_mut().for_each(|(_, id)| *id = moved[*id]);
     }
 
     /// Checks that the nodes fit together and returns each one's output shape for a batch of one:
@@ -219,29 +190,5 @@ fn output_shape(op: &Op, inputs: &[&[usize]], side: usize) -> Result<Vec<usize>,
             Ok(vec![inputs.len(), first[0]])
         }
         _ => Err(unfit()),
-    }
-}
-
-impl FoldedGraph {
-    /// Accepts a graph without norms.
-    ///
-    /// # Errors
-    /// Names the first norm or mean that is left, or the node that does not fit.
-    pub fn try_new(graph: Graph) -> Result<Self, FoldError> {
-        graph.check("folded")?;
-        let left = |op: &Op| matches!(op, Op::BatchNorm(_) | Op::NormalizedBatchNorm { .. } | Op::Mean);
-        match graph.nodes.iter().find(|node| left(&node.op)) {
-            Some(node) => Err(FoldError::Graph {
-                pass: "folded",
-                node: node.name.clone(),
-                reason: "could not be merged into the operation before it".into(),
-            }),
-            None => Ok(Self(graph)),
-        }
-    }
-
-    /// The operations.
-    pub fn graph(&self) -> &Graph {
-        &self.0
     }
 }

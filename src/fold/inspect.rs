@@ -71,7 +71,7 @@ pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<Stri
 }
 
 fn dead_channels(norm: &BatchNorm, alpha: Option<f64>) -> usize {
-    let scale = alpha.map_or(1.0, |alpha| alpha.abs() / (length(&norm.weight) + super::passes::NORM_EPSILON));
+    let scale = alpha.map_or(1.0, |alpha| alpha.abs() / (length(&norm.weight) + super::onnx::NORM_EPSILON));
     norm.weight.iter().filter(|w| w.abs() * scale < DEAD_WEIGHT).count()
 }
 

@@ -1,7 +1,7 @@
 //! Checkpoint → graph → passes → ONNX, with a proof that nothing changed.
 //!
-//! [`Checkpoint`] (names → tensors) → [`architecture::build`] → [`Graph`] with norms → [`passes::fold`] →
-//! [`FoldedGraph`] without any → [`onnx::write`] → [`verify::prove`] → a bundle on disk.
+//! [`Checkpoint`] (names → tensors) → [`architecture::build`] → [`Graph`] with norms → [`fold()`] → ONNX without any →
+//! [`verify::prove`] → a bundle on disk.
 
 pub mod architecture;
 pub mod checkpoint;
@@ -10,7 +10,6 @@ pub mod export;
 pub mod graph;
 pub mod inspect;
 pub mod onnx;
-pub mod passes;
 pub mod reference;
 pub mod verify;
 
@@ -23,4 +22,26 @@ pub const KAPPA_KEY: &str = "nbn.kappa";
 
 pub use checkpoint::Checkpoint;
 pub use error::FoldError;
-pub use graph::{FoldedGraph, Graph};
+pub use graph::Graph;
+
+/// The network of a checkpoint in ONNX, every norm and the mean over experts merged.
+///
+/// # Errors
+/// When a direction is 0, or a norm cannot be merged; names the layer.
+pub fn fold(graph: &Graph) -> Result<onnx::Network, FoldError> {
+    let pass = "merge BatchNorm";
+    for node in &graph.nodes {
+        if let graph::Op::NormalizedBatchNorm { directions, .. } = &node.op
+            && directions.weight.iter().all(|&w| w == 0.0)
+        {
+            return Err(FoldError::ZeroDirection { name: format!("{}.weight", node.name) });
+        }
+    }
+    let mut network = onnx::lower(graph);
+    let fail = |node: String, reason: String| FoldError::Graph { pass, node, reason };
+    let folded = onnx::passes::fold(&mut network).map_err(|error| fail("the network".into(), error.to_string()))?;
+    match folded.norms.left.into_iter().next() {
+        Some((node, reason)) => Err(fail(node, reason.into())),
+        None => Ok(network),
+    }
+}

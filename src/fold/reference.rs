@@ -5,7 +5,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, LinalgScalar};
 
 use super::graph::{BATCH_NORM_EPSILON, BatchNorm, Op};
-use super::passes::NORM_EPSILON;
+use super::onnx::NORM_EPSILON;
 use super::{FoldError, Graph};
 
 /// The precision of an evaluation.

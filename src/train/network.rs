@@ -12,7 +12,7 @@ use crate::bundle::Head;
 use crate::fold::architecture::{self, SCALE_FACTOR};
 use crate::fold::checkpoint::Tensor as Values;
 use crate::fold::graph::{BATCH_NORM_EPSILON, Graph, Op};
-use crate::fold::passes::NORM_EPSILON;
+use crate::fold::onnx::NORM_EPSILON;
 use crate::fold::{Checkpoint, FoldError};
 
 /// Share of the batch's statistics in the running ones, as PyTorch's default.

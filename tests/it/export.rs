@@ -7,7 +7,7 @@ use std::path::Path;
 use nbn::bundle::{Bundle, Exif};
 use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
-use nbn::fold::{Checkpoint, FoldError, passes};
+use nbn::fold::{Checkpoint, FoldError};
 use nbn::runtime::{OnnxModel, Runner, SessionOptions};
 use nbn::stop::Stop;
 use ndarray::ArrayView4;
@@ -163,7 +163,7 @@ fn refusal(name: &str, change: impl FnOnce(&mut Checkpoint)) -> FoldError {
     change(&mut checkpoint);
     match architecture::build(&checkpoint, 64, Extras::default(), &Overrides::default()) {
         Err(error) => error,
-        Ok(network) => passes::fold(network.graph).unwrap_err(),
+        Ok(network) => nbn::fold::fold(&network.graph).unwrap_err(),
     }
 }
 
@@ -202,7 +202,7 @@ fn a_zero_bias_direction_folds_to_zero_and_only_the_acting_alpha_counts() {
     scale.values[1..].fill(77.0);
     let again = architecture::build(&checkpoint, 64, Extras::default(), &Overrides::default()).unwrap();
     assert_eq!(network.graph, again.graph);
-    passes::fold(network.graph).unwrap();
+    nbn::fold::fold(&network.graph).unwrap();
 }
 
 #[test]

@@ -1,0 +1,335 @@
+//! An ONNX file with its weights.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+
+use bytes::Bytes;
+
+use super::OnnxError;
+use super::proto::{Graph, Model, Node, Tensor, kind};
+use super::value::Value;
+use super::wire::{self, MAX_MESSAGE};
+
+/// Newest `ir_version` that ONNX Runtime 1.28 reads.
+const NEWEST_IR: i64 = 13;
+/// Oldest and newest version of ONNX's operators that are read.
+const OPSETS: std::ops::RangeInclusive<i64> = 11..=26;
+/// Domains of operators that ONNX Runtime has, besides those that a file defines by functions.
+const DOMAINS: [&str; 4] = ["", "ai.onnx", "ai.onnx.ml", "com.microsoft"];
+/// Characters of a name that an error quotes.
+const QUOTED: usize = 100;
+
+/// A network, read from an ONNX file or made from a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Network {
+    pub(crate) model: Model,
+    /// Where its external data lies.
+    folder: PathBuf,
+}
+
+/// Who makes and who reads each value.
+pub(crate) struct Uses {
+    /// The node that makes a value, by its index.
+    pub(crate) made: HashMap<String, usize>,
+    /// How many inputs and outputs name a value; graphs within nodes count, too.
+    readers: HashMap<String, usize>,
+    /// The outputs of the graph.
+    outputs: HashSet<String>,
+}
+
+impl Uses {
+    pub(crate) fn of(graph: &Graph) -> Self {
+        let mut readers = HashMap::new();
+        let mut read = |name: &str| *readers.entry(name.to_owned()).or_insert(0) += 1;
+        fn all(nodes: &[Node], read: &mut dyn FnMut(&str)) {
+            for node in nodes {
+                node.input.iter().for_each(|name| read(name));
+                for graph in node.graphs() {
+                    all(&graph.node, read);
+                    graph.output.iter().filter_map(|info| info.name.as_deref()).for_each(&mut *read);
+                }
+            }
+        }
+        all(&graph.node, &mut read);
+        let outputs: HashSet<String> = graph.output.iter().filter_map(|info| info.name.clone()).collect();
+        outputs.iter().for_each(|name| read(name));
+        let made = graph.node.iter().enumerate();
+        let made = made.flat_map(|(n, node)| node.output.iter().map(move |name| (name.clone(), n))).collect();
+        Self { made, readers, outputs }
+    }
+
+    /// How many read it.
+    pub(crate) fn readers(&self, name: &str) -> usize {
+        self.readers.get(name).copied().unwrap_or(0)
+    }
+
+    /// Whether it is an output of the graph.
+    pub(crate) fn is_output(&self, name: &str) -> bool {
+        self.outputs.contains(name)
+    }
+}
+
+impl Network {
+    /// Reads the file at `path`. Weights in other files are read when they are looked at.
+    ///
+    /// # Errors
+    /// When it cannot be read, is damaged, or is of a form that cannot be folded.
+    pub fn load(path: &Path) -> Result<Self, OnnxError> {
+        let read = |cause| OnnxError::Read { path: path.to_owned(), cause };
+        let metadata = fs::metadata(path).map_err(read)?;
+        if metadata.len() > MAX_MESSAGE as u64 {
+            return OnnxError::refused(
+                "it is larger than 2 GiB, which protobuf cannot hold: export it with external data",
+            );
+        }
+        let bytes = Bytes::from(fs::read(path).map_err(read)?);
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Self::of_bytes(&bytes, folder)
+    }
+
+    /// Reads a file's bytes; external data lies in `folder`.
+    ///
+    /// # Errors
+    /// As [`Network::load`].
+    pub fn of_bytes(bytes: &Bytes, folder: &Path) -> Result<Self, OnnxError> {
+        let model: Model = wire::decode(bytes)?;
+        let network = Self { model, folder: folder.to_owned() };
+        network.is_readable()?;
+        Ok(network)
+    }
+
+    /// A network that is made here, with all its weights within.
+    pub(crate) fn of_model(model: Model) -> Self {
+        Self { model, folder: PathBuf::new() }
+    }
+
+    /// The file's bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        wire::encode(&self.model)
+    }
+
+    fn is_readable(&self) -> Result<(), OnnxError> {
+        let Some(graph) = &self.model.graph else {
+            return OnnxError::refused("it has no graph: it is empty, or no ONNX file");
+        };
+        let ir = self.model.ir_version.unwrap_or_default();
+        if !(3..=NEWEST_IR).contains(&ir) {
+            return OnnxError::refused(format!(
+                "its ir_version is {ir}; this build reads 3 to {NEWEST_IR}: export it with another version of onnx"
+            ));
+        }
+        let opset = self.opset();
+        if !OPSETS.contains(&opset) {
+            return OnnxError::refused(format!(
+                "its operators are of opset {opset}; this build reads {} to {}: export it with opset_version=17",
+                OPSETS.start(),
+                OPSETS.end()
+            ));
+        }
+        let own: HashSet<&str> = self.model.functions.iter().filter_map(|f| f.domain.as_deref()).collect();
+        let bodies = self.model.functions.iter().flat_map(|f| &f.node);
+        for node in graph.node.iter().chain(bodies) {
+            is_known(node, &own)?;
+        }
+        for tensor in &graph.initializer {
+            if [kind::FLOAT16, kind::BFLOAT16].contains(&tensor.data_type.unwrap_or_default()) {
+                return OnnxError::refused(format!(
+                    "its weight {} is {}: the fold works on 32-bit floats; export the network in float32 \
+                     (model.float() in PyTorch)",
+                    quoted(tensor.name()),
+                    kind::name(tensor.data_type.unwrap_or_default())
+                ));
+            }
+            if tensor.is_external() {
+                self.external(tensor)?;
+            }
+        }
+        self.check("read")
+    }
+
+    /// The version of ONNX's own operators.
+    pub(crate) fn opset(&self) -> i64 {
+        let own = self.model.opset_import.iter().find(|import| ["", "ai.onnx"].contains(&import.domain()));
+        own.and_then(|import| import.version).unwrap_or_default()
+    }
+
+    pub(crate) fn graph(&self) -> &Graph {
+        static NONE: std::sync::OnceLock<Graph> = std::sync::OnceLock::new();
+        self.model.graph.as_ref().unwrap_or_else(|| NONE.get_or_init(Graph::default))
+    }
+
+    pub(crate) fn graph_mut(&mut self) -> &mut Graph {
+        self.model.graph.get_or_insert_default()
+    }
+
+    /// Where the values of an external tensor lie: file, first byte, number of bytes.
+    fn external(&self, tensor: &Tensor) -> Result<(PathBuf, u64, u64), OnnxError> {
+        let name = quoted(tensor.name());
+        let entry = |key: &str| {
+            tensor.external_data.iter().find(|e| e.key.as_deref() == Some(key)).and_then(|e| e.value.as_deref())
+        };
+        let number = |key: &str| match entry(key).map(str::parse::<u64>) {
+            None => Ok(None),
+            Some(Ok(number)) => Ok(Some(number)),
+            Some(Err(_)) => OnnxError::refused(format!("the {key} of its weight {name} is no number: it is damaged")),
+        };
+        let Some(location) = entry("location") else {
+            return OnnxError::refused(format!("its weight {name} lies in another file, but it does not say in which"));
+        };
+        let relative = Path::new(location);
+        if location.is_empty() || !relative.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir))
+        {
+            return OnnxError::refused(format!(
+                "its weight {name} lies in {}, outside of the network's folder: put both into one folder and export \
+                 again",
+                quoted(location)
+            ));
+        }
+        let path = self.folder.join(relative);
+        let metadata = fs::metadata(&path).map_err(|cause| OnnxError::Read { path: path.clone(), cause })?;
+        // A link may lead out of the folder, to what is not the network's.
+        let inside = fs::canonicalize(&path).ok().zip(fs::canonicalize(&self.folder).ok());
+        if !metadata.is_file() || !inside.is_some_and(|(path, folder)| path.starts_with(folder)) {
+            return OnnxError::refused(format!(
+                "its weight {name} lies in {}, which is no file in the network's folder: copy the file there",
+                quoted(location)
+            ));
+        }
+        let offset = number("offset")?.unwrap_or(0);
+        let length = number("length")?.unwrap_or_else(|| metadata.len().saturating_sub(offset));
+        if offset.checked_add(length).is_none_or(|end| end > metadata.len()) {
+            return OnnxError::refused(format!(
+                "its weight {name} ends at byte {}; {} has {}: it is cut off, or of another export",
+                offset.saturating_add(length),
+                path.display(),
+                metadata.len()
+            ));
+        }
+        Ok((path, offset, length))
+    }
+
+    /// The bytes of a tensor that lies in another file.
+    pub(crate) fn external_bytes(&self, tensor: &Tensor) -> Result<Vec<u8>, OnnxError> {
+        let (path, offset, length) = self.external(tensor)?;
+        let read = |cause| OnnxError::Read { path: path.clone(), cause };
+        let mut file = File::open(&path).map_err(read)?;
+        file.seek(SeekFrom::Start(offset)).map_err(read)?;
+        let mut bytes = vec![0; length as usize];
+        file.read_exact(&mut bytes).map_err(read)?;
+        Ok(bytes)
+    }
+
+    /// The values of a constant; none when its type is not one that is held.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub(crate) fn value_of(&self, tensor: &Tensor) -> Result<Option<Value>, OnnxError> {
+        let external =
+            if tensor.is_external() { Cow::Owned(self.external_bytes(tensor)?) } else { Cow::Borrowed(&[][..]) };
+        Ok(Value::of(tensor, tensor.is_external().then_some(&*external)))
+    }
+
+    /// Drops nodes and constants that no output needs.
+    pub(crate) fn prune(&mut self) {
+        let graph = self.graph_mut();
+        let uses = Uses::of(graph);
+        let mut needed: HashSet<String> = graph.output.iter().filter_map(|info| info.name.clone()).collect();
+        let mut open: Vec<String> = needed.iter().cloned().collect();
+        let mut kept = vec![false; graph.node.len()];
+        while let Some(name) = open.pop() {
+            let Some(&n) = uses.made.get(&name) else { continue };
+            if std::mem::replace(&mut kept[n], true) {
+                continue;
+            }
+            let mut read = |name: &str| {
+                if needed.insert(name.to_owned()) {
+                    open.push(name.to_owned());
+                }
+            };
+            fn all(node: &Node, read: &mut dyn FnMut(&str)) {
+                node.input.iter().filter(|name| !name.is_empty()).for_each(|name| read(name));
+                for graph in node.graphs() {
+                    graph.node.iter().for_each(|node| all(node, read));
+                    graph.output.iter().filter_map(|info| info.name.as_deref()).for_each(&mut *read);
+                }
+            }
+            all(&graph.node[n], &mut read);
+        }
+        let mut kept = kept.into_iter();
+        graph.node.retain(|_| kept.next().unwrap_or(false));
+        graph.initializer.retain(|tensor| needed.contains(tensor.name()));
+        let made: HashSet<&String> = graph.node.iter().flat_map(|node| &node.output).collect();
+        graph.value_info.retain(|info| info.name.as_ref().is_some_and(|name| made.contains(name)));
+        graph.quantization_annotation.retain(|a| a.tensor_name.as_ref().is_some_and(|name| needed.contains(name)));
+    }
+
+    /// Checks that every value is made once, and before it is read.
+    ///
+    /// # Errors
+    /// Names `pass` and the value.
+    pub(crate) fn check(&self, pass: &str) -> Result<(), OnnxError> {
+        let graph = self.graph();
+        let mut there: HashSet<&str> = graph.initializer.iter().map(Tensor::name).collect();
+        if there.len() != graph.initializer.len() {
+            return OnnxError::refused(format!("after {pass}, two of its weights have one name"));
+        }
+        there.extend(graph.sparse_initializer.iter().filter_map(|s| s.values.as_ref()).map(Tensor::name));
+        there.extend(graph.input.iter().filter_map(|info| info.name.as_deref()));
+        follow(&graph.node, &mut there, pass)?;
+        match graph.output.iter().map(|info| info.name.as_deref().unwrap_or_default()).find(|o| !there.contains(o)) {
+            Some(output) => OnnxError::refused(format!("after {pass}, nothing makes its output {}", quoted(output))),
+            None if graph.output.is_empty() => OnnxError::refused(format!("after {pass}, it has no output")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Walks through nodes in their order; `there` are the values so far.
+fn follow<'a>(nodes: &'a [Node], there: &mut HashSet<&'a str>, pass: &str) -> Result<(), OnnxError> {
+    for node in nodes {
+        if let Some(name) = node.input.iter().find(|name| !name.is_empty() && !there.contains(name.as_str())) {
+            return OnnxError::refused(format!(
+                "after {pass}, node {} reads {}, which nothing before it makes: the graph has a circle, or is damaged",
+                quoted(node.label()),
+                quoted(name)
+            ));
+        }
+        for graph in node.graphs() {
+            let mut within = there.clone();
+            within.extend(graph.initializer.iter().map(Tensor::name));
+            within.extend(graph.input.iter().filter_map(|info| info.name.as_deref()));
+            follow(&graph.node, &mut within, pass)?;
+        }
+        for name in node.output.iter().filter(|name| !name.is_empty()) {
+            if !there.insert(name) {
+                return OnnxError::refused(format!("after {pass}, {} is made twice", quoted(name)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_known(node: &Node, own: &HashSet<&str>) -> Result<(), OnnxError> {
+    let domain = node.domain.as_deref().unwrap_or_default();
+    if !DOMAINS.contains(&domain) && !own.contains(domain) {
+        return OnnxError::refused(format!(
+            "node {} is of operator {} of {}, which is not one of ONNX's: networks with operators of their own cannot \
+             be served",
+            quoted(node.label()),
+            quoted(node.op()),
+            quoted(domain)
+        ));
+    }
+    node.graphs().flat_map(|graph| &graph.node).try_for_each(|node| is_known(node, own))
+}
+
+/// A name in an error, cut where it is long.
+pub(crate) fn quoted(name: &str) -> String {
+    match name.char_indices().nth(QUOTED) {
+        Some((at, _)) => format!("{:?}…", &name[..at]),
+        None => format!("{name:?}"),
+    }
+}

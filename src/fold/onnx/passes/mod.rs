@@ -1,0 +1,46 @@
+//! The passes, in order. The graph is checked after each.
+
+mod constants;
+mod experts;
+mod merge;
+mod nbn;
+
+pub use merge::Merged;
+pub use nbn::{Direction, NormalizedLayer};
+
+use super::inline::inline;
+use super::{Network, OnnxError};
+use constants::Constants;
+
+/// What the passes found and did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Folded {
+    /// Normalised BatchNorms.
+    pub normalized: Vec<NormalizedLayer>,
+    /// BatchNorms that were merged, and those that are left.
+    pub norms: Merged,
+    /// Nodes that depend on constants alone and are left to the runtime: their operator is not evaluated here.
+    pub unevaluated: Vec<String>,
+    /// Nodes before and after.
+    pub nodes: (usize, usize),
+}
+
+/// Puts functions in their place, evaluates constants, and merges norms into the layers before them.
+///
+/// # Errors
+/// When the network is of a form that cannot be folded; names what is in the way.
+pub fn fold(network: &mut Network) -> Result<Folded, OnnxError> {
+    inline(&mut network.model)?;
+    network.check("putting functions in their place")?;
+    let before = network.graph().node.len();
+    let constants = Constants::of(network)?;
+    let normalized = nbn::find(network, &constants)?;
+    let unevaluated = constants.left.clone();
+    constants.put(network);
+    network.check("evaluating constants")?;
+    let norms = merge::merge(network)?;
+    network.check("merging BatchNorms")?;
+    experts::merge(network)?;
+    network.check("merging experts")?;
+    Ok(Folded { normalized, norms, unevaluated, nodes: (before, network.graph().node.len()) })
+}
