@@ -5,8 +5,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Version of the manifest's form that this build writes and reads.
-pub const SCHEMA_VERSION: u32 = 1;
+/// Newest version of the manifest's form, which this build writes where the first cannot say what it has to; it reads both.
+pub const SCHEMA_VERSION: u32 = 2;
+/// Oldest version of the manifest's form that this build reads.
+const OLDEST_SCHEMA_VERSION: u32 = 1;
 /// Most classes, so that sums of [`MAX_COUNT`] cannot overflow.
 pub(super) const MAX_CLASSES: usize = 1 << 20;
 /// Most training images of a class, and most calibration images.
@@ -127,8 +129,9 @@ pub enum Exif {
 pub struct FoldReport {
     /// Program and version.
     pub by: String,
-    /// What the network ends in.
-    pub head: Head,
+    /// What the network ends in, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<Head>,
     /// κ: how much of the training prior the loss took out of the logits, where the checkpoint says so; 0 none, 1 all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kappa: Option<f64>,
@@ -140,8 +143,58 @@ pub struct FoldReport {
     pub alphas: Vec<Alpha>,
     /// Plain BatchNorm layers merged, the normalised ones and the head's included.
     pub batch_norms_merged: usize,
-    /// The comparison of the folded network with the unfolded checkpoint.
+    /// BatchNorm layers that could not be merged, and stay in the network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub batch_norms_left: Vec<LeftNorm>,
+    /// Of a network that came as ONNX: what its file was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub onnx: Option<OnnxReport>,
+    /// The comparison of the folded network with what it was made from.
     pub proof: Proof,
+}
+
+/// A BatchNorm that stays in the network.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct LeftNorm {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// The ONNX file that a network came as.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct OnnxReport {
+    /// Version of ONNX's operators.
+    pub opset: i64,
+    /// What wrote it, where it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub producer: Option<String>,
+    /// The file's own name of the output that is served as logits.
+    pub output: String,
+    /// What was cut off behind the logits.
+    pub ending: Ending,
+    /// Nodes of the file, its functions in their place.
+    pub nodes_before: usize,
+    /// Nodes of the bundle's network.
+    pub nodes_after: usize,
+    /// Whether the network takes one picture at a time only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub one_by_one: bool,
+}
+
+/// What turns logits into what a network's file gives.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// Nothing.
+    Logits,
+    /// A softmax over the classes.
+    Softmax,
+    /// Its logarithm.
+    LogSoftmax,
 }
 
 /// What a network ends in.
@@ -176,16 +229,43 @@ pub struct Alpha {
     pub value: f64,
 }
 
-/// Folded network in ONNX Runtime (f32) beside the unfolded checkpoint in f64, on seeded inputs.
+/// The folded network in ONNX Runtime (f32) beside what it was made from.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Proof {
+    /// What it was compared with.
+    #[serde(default, skip_serializing_if = "Reference::is_checkpoint")]
+    pub reference: Reference,
     /// Number of random input images.
     pub images: usize,
+    /// Number of the user's pictures that were compared, too.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pictures: usize,
     /// Seed of the inputs.
     pub seed: u64,
     /// One entry per output of the network.
     pub outputs: Vec<OutputProof>,
+}
+
+/// What a folded network was compared with.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reference {
+    /// The unfolded checkpoint, computed from its formulas in f64.
+    #[default]
+    Checkpoint,
+    /// The original file in ONNX Runtime, in f32, without optimisations.
+    Original,
+}
+
+impl Reference {
+    fn is_checkpoint(&self) -> bool {
+        *self == Self::Checkpoint
+    }
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// One output's largest differences.
@@ -216,7 +296,10 @@ pub struct FileDigest {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum ManifestError {
     /// Written by another version.
-    #[error("schema_version is {0}; this build reads {SCHEMA_VERSION}: use a matching release or export again")]
+    #[error(
+        "schema_version is {0}; this build reads {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}: use a matching release or \
+         export again"
+    )]
     Schema(u32),
     /// Too few or too many classes.
     #[error("it has {0} classes; a classifier has at least 2, and this build reads at most {MAX_CLASSES}")]
@@ -255,6 +338,19 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// The oldest version of the form that can say what this manifest does.
+    pub fn lowest_schema_version(&self) -> u32 {
+        let fold = &self.fold;
+        let plain = fold.head.is_some() && fold.onnx.is_none() && fold.batch_norms_left.is_empty();
+        let proved = fold.proof.reference == Reference::Checkpoint && fold.proof.pictures == 0;
+        if plain && proved { OLDEST_SCHEMA_VERSION } else { SCHEMA_VERSION }
+    }
+
+    /// Most pictures of one run of the network, where it has a limit of its own.
+    pub fn max_batch(&self) -> Option<usize> {
+        self.fold.onnx.as_ref().filter(|onnx| onnx.one_by_one).map(|_| 1)
+    }
+
     /// Whether the network has an output of this name.
     pub fn has_output(&self, name: &str) -> bool {
         self.fold.proof.outputs.iter().any(|proof| proof.output == name)
@@ -265,7 +361,7 @@ impl Manifest {
     /// # Errors
     /// Names the first rule that is broken.
     pub fn check(&self) -> Result<(), ManifestError> {
-        if self.schema_version != SCHEMA_VERSION {
+        if !(OLDEST_SCHEMA_VERSION..=SCHEMA_VERSION).contains(&self.schema_version) {
             return Err(ManifestError::Schema(self.schema_version));
         }
         check_name("arch", &self.arch)?;
@@ -354,6 +450,14 @@ impl FoldReport {
     fn check(&self) -> Result<(), ManifestError> {
         check_name("fold.by", &self.by)?;
         self.normalized_layers.iter().try_for_each(|layer| check_name("a name in fold.normalized_layers", layer))?;
+        for left in &self.batch_norms_left {
+            check_name("a name in fold.batch_norms_left", &left.name)?;
+            check_name("a reason in fold.batch_norms_left", &left.reason)?;
+        }
+        if let Some(onnx) = &self.onnx {
+            check_name("fold.onnx.output", &onnx.output)?;
+            check_name("fold.onnx.producer", onnx.producer.as_deref().unwrap_or_default())?;
+        }
         self.kappa.map_or(Ok(()), check_kappa)?;
         if !(1..=100).contains(&self.experts) {
             return Err(value("fold.experts", &self.experts, "it must lie in 1..=100"));

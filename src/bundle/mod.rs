@@ -25,8 +25,8 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, Exif, FileDigest, FoldReport, Group, Head, Manifest, ManifestError, OutputProof, Preprocessing,
-    Proof, SCHEMA_VERSION, check_classes, check_kappa,
+    Alpha, Class, Ending, Exif, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError, OnnxReport,
+    OutputProof, Preprocessing, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa,
 };
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 
@@ -131,7 +131,9 @@ pub enum BundleError {
         cause: std::io::Error,
     },
     /// `manifest.json` is not JSON of the expected form.
-    #[error("{path}: not a manifest of schema {SCHEMA_VERSION}: {cause}: make the bundle again with `nbn fold export`")]
+    #[error(
+        "{path}: not a manifest of schema 1 to {SCHEMA_VERSION}: {cause}: make the bundle again with `nbn fold export`"
+    )]
     Parse {
         /// The manifest.
         path: PathBuf,

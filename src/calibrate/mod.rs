@@ -126,7 +126,7 @@ pub fn calibrate(
     let cross_validate = |kappa: Kappa, highest: Rung| {
         CrossValidation::run(logits, options.seed, &|rows| problem(kappa, rows), highest, progress)
     };
-    let known = manifest.fold.kappa.filter(|_| manifest.fold.head == Head::Linear);
+    let known = manifest.fold.kappa.filter(|_| matches!(manifest.fold.head, None | Some(Head::Linear)));
     let (asked, source) = match (options.kappa, known) {
         (Some(kappa), _) => (kappa, KappaSource::Given),
         (None, Some(kappa)) => (Kappa::Fixed(kappa), KappaSource::Checkpoint),

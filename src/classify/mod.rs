@@ -189,7 +189,14 @@ impl Classifier {
     /// Lets up to `max_batch` pictures into one run of the network: 1, 2, 4 … and `max_batch` itself.
     #[must_use]
     pub fn with_max_batch(mut self, max_batch: usize) -> Self {
-        self.sizes = batch_sizes(max_batch);
+        self.sizes = batch_sizes(max_batch.min(self.manifest.max_batch().unwrap_or(usize::MAX)));
+        self
+    }
+
+    /// Has predictions hold what the classifier of the network sees, if the network gives it.
+    #[must_use]
+    pub fn with_features(mut self) -> Self {
+        self.runner.give_features();
         self
     }
 

@@ -13,6 +13,14 @@ pub enum FoldError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// An ONNX file that cannot be folded.
+    #[error("{path}: {cause}")]
+    Onnx {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: super::onnx::OnnxError,
+    },
     /// Neither a PyTorch checkpoint nor safetensors.
     #[error("{path}: not a checkpoint: {reason}: expected a file written by `torch.save` or a .safetensors file")]
     NotACheckpoint {

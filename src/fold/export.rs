@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
+use super::ingest::{from_onnx, is_onnx};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
     BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
@@ -71,6 +72,10 @@ pub struct ExportOptions {
     pub force: bool,
     /// What overrules names and shapes.
     pub overrides: Overrides,
+    /// Of an ONNX file: the name of its output with a score for each class, where it has several.
+    pub logits: Option<String>,
+    /// How much of the training prior the loss took out of the logits, where the file does not say.
+    pub kappa: Option<f64>,
 }
 
 /// Folds, proves, and only then writes. Returns the manifest that was written.
@@ -91,6 +96,15 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         check_replaceable(&options.out, options.force)?;
         refuse_inputs_inside(options)?;
     }
+    let (mut manifest, model) =
+        if is_onnx(&options.checkpoint) { from_onnx(options, library)? } else { from_checkpoint(options, library)? };
+    manifest.evaluation = options.evaluation.as_deref().map(evaluation).transpose()?;
+    manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
+    write(&options.out, &manifest, &model)?;
+    Ok(manifest)
+}
+
+fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
     let stored = match options.preset {
@@ -131,19 +145,21 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
     let model = super::fold(&network.graph)?.encode();
     let proof = verify::prove(&network.graph, &model, library)?;
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         arch: network.arch,
         classes,
         preprocessing,
         fold: FoldReport {
             by: format!("fold {}", env!("CARGO_PKG_VERSION")),
-            head: network.head,
-            kappa,
+            head: Some(network.head),
+            kappa: options.kappa.or(kappa),
             experts: network.experts,
             normalized_layers: network.normalized_layers,
             alphas: network.alphas,
             batch_norms_merged,
+            batch_norms_left: Vec::new(),
+            onnx: None,
             proof,
         },
         checkpoint: FileDigest {
@@ -151,11 +167,10 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
             sha256: sha256_hex(&read(&options.checkpoint)?),
         },
         model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },
-        evaluation: options.evaluation.as_deref().map(evaluation).transpose()?,
+        evaluation: None,
     };
-    manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
-    write(&options.out, &manifest, &model)?;
-    Ok(manifest)
+    manifest.schema_version = manifest.lowest_schema_version();
+    Ok((manifest, model))
 }
 
 /// Refuses a link at `out`: what it leads to has another name, and may belong to somebody else.
@@ -259,7 +274,7 @@ fn fitting(classes: Vec<Class>, expected: usize) -> Result<Vec<Class>, FoldError
 }
 
 /// Labels from a CSV with the header `label,count` (or `label`), or one label a line; `class 0` … without a file.
-fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError> {
+pub(super) fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError> {
     let Some(path) = path else {
         return Ok((0..expected).map(|k| Class { label: format!("class {k}"), count: None }).collect());
     };
@@ -292,7 +307,7 @@ fn classes(path: Option<&Path>, expected: usize) -> Result<Vec<Class>, FoldError
     }
     if classes.len() != expected {
         return Err(FoldError::Input(format!(
-            "{} names {} classes; the checkpoint has {expected}: list every class once, in the order of the logits{}",
+            "{} names {} classes; the network has {expected}: list every class once, in the order of the logits{}",
             path.display(),
             classes.len(),
             if has_header { "" } else { " (its first line is taken for a class: a header must be label,count)" }
@@ -335,10 +350,10 @@ fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError>
     write().map_err(at(out)).inspect_err(|_| remove_own(&draft, &BUNDLE_FILES))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, FoldError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, FoldError> {
     fs::read(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })
 }
 
-fn file_name(path: &Path) -> String {
+pub(super) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

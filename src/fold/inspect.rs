@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::architecture::{self, Extras, Overrides};
 use super::graph::{BatchNorm, Op};
 use super::{Checkpoint, FoldError};
-use crate::bundle::{Group, Manifest};
+use crate::bundle::{Ending, Group, Manifest, Reference};
 
 /// Longer metadata, such as a hundred classes, is for programs.
 const LONGEST_VALUE: usize = 80;
@@ -86,12 +86,25 @@ pub fn manifest(manifest: &Manifest) -> String {
     let p = &manifest.preprocessing;
     let _ = writeln!(
         out,
-        "network     {}, {} classes, head {}, experts {}",
+        "network     {}, {} classes{}, experts {}",
         manifest.arch,
         manifest.classes.len(),
-        fold.head,
+        fold.head.map_or_else(String::new, |head| format!(", head {head}")),
         fold.experts
     );
+    if let Some(onnx) = &fold.onnx {
+        let producer = onnx.producer.as_deref().unwrap_or("an unnamed program");
+        let (before, after) = (onnx.nodes_before, onnx.nodes_after);
+        let _ = writeln!(out, "onnx        opset {} by {producer}; {before} nodes, now {after}", onnx.opset);
+        let _ = match onnx.ending {
+            Ending::Logits => writeln!(out, "output      {:?}, served as logits", onnx.output),
+            Ending::Softmax => writeln!(out, "output      {:?}, without the softmax that ends it", onnx.output),
+            Ending::LogSoftmax => writeln!(out, "output      {:?}, without the log-softmax that ends it", onnx.output),
+        };
+        if onnx.one_by_one {
+            let _ = writeln!(out, "batch       1: the network takes one picture at a time");
+        }
+    }
     let groups: Vec<String> = [Group::Many, Group::Medium, Group::Few]
         .into_iter()
         .map(|g| format!("{} {}", manifest.classes.iter().filter(|c| c.group() == Some(g)).count(), g.name()))
@@ -109,12 +122,16 @@ pub fn manifest(manifest: &Manifest) -> String {
     );
     let _ = writeln!(
         out,
-        "merged      {} BatchNorm layers, {} of them normalised",
+        "merged      {} of {} BatchNorm layers; {} are normalised",
         fold.batch_norms_merged,
+        fold.batch_norms_merged + fold.batch_norms_left.len(),
         fold.normalized_layers.len()
     );
     for layer in &fold.normalized_layers {
         let _ = writeln!(out, "            {layer}");
+    }
+    for left in &fold.batch_norms_left {
+        let _ = writeln!(out, "left        {}: {}", left.name, left.reason);
     }
     for alpha in &fold.alphas {
         let _ = writeln!(out, "α[{}]        {:.6}", alpha.index, alpha.value);
@@ -129,8 +146,16 @@ pub fn manifest(manifest: &Manifest) -> String {
     for proof in &fold.proof.outputs {
         let _ = writeln!(
             out,
-            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images, f64 reference)",
-            proof.output, proof.max_absolute, proof.max_relative, proof.tolerance, fold.proof.images
+            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images, {})",
+            proof.output,
+            proof.max_absolute,
+            proof.max_relative,
+            proof.tolerance,
+            fold.proof.images,
+            match fold.proof.reference {
+                Reference::Checkpoint => "f64 reference",
+                Reference::Original => "the original in ONNX Runtime",
+            }
         );
     }
     let _ = writeln!(out, "model       sha256 {}", manifest.model.sha256);

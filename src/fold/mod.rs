@@ -8,6 +8,7 @@ pub mod checkpoint;
 mod error;
 pub mod export;
 pub mod graph;
+mod ingest;
 pub mod inspect;
 pub mod onnx;
 pub mod reference;

@@ -4,14 +4,16 @@ use std::thread;
 
 use ndarray::ArrayView4;
 
+use super::onnx::Network;
 use super::reference::{self, Precision};
 use super::{FoldError, Graph};
-use crate::bundle::{OutputProof, Proof};
+use crate::bundle::{Ending, OutputProof, Proof, Reference};
 use crate::runtime::{Device, Library, OnnxModel, SessionOptions};
 
 /// Largest difference accepted, in standard deviations of the output.
 pub const TOLERANCE: f64 = 1e-4;
-const SEED: u64 = 2501_03122;
+/// Seed of the inputs.
+pub(super) const SEED: u64 = 2501_03122;
 
 /// Compares `model` (ONNX bytes) with the `unfolded` graph on seeded inputs. Where f32 itself cannot hold
 /// [`TOLERANCE`], because variances near the BatchNorm's epsilon amplify rounding, twice the unfolded network's own
@@ -20,8 +22,8 @@ const SEED: u64 = 2501_03122;
 /// # Errors
 /// When an output differs by more, or ONNX Runtime cannot run the network.
 pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof, FoldError> {
-    let images = if unfolded.side > 64 { 2 } else { 8 };
-    let inputs = inputs(images, unfolded.side);
+    let inputs = images(unfolded.side);
+    let images = inputs.len();
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let mut session = OnnxModel::open(library, model, SessionOptions { device: Device::Cpu, threads })?;
     let batch: Vec<f32> = inputs.concat();
@@ -54,7 +56,92 @@ pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof,
         }
         outputs.push(OutputProof { output: output.clone(), max_absolute, max_relative, tolerance });
     }
-    Ok(Proof { images, seed: SEED, outputs })
+    Ok(Proof { reference: Reference::Checkpoint, images, pictures: 0, seed: SEED, outputs })
+}
+
+/// The seeded inputs for networks of `side` pixels: few large ones, more small ones.
+pub(super) fn images(side: usize) -> Vec<Vec<f32>> {
+    inputs(if side > 64 { 2 } else { 8 }, side)
+}
+
+/// Most that a network's own sensitivity may raise [`TOLERANCE`] by.
+const MOST: f64 = 10.0;
+
+/// What an original makes of logits.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    /// Values of an image.
+    pub(super) classes: usize,
+    /// What it ends in.
+    pub(super) ending: Ending,
+}
+
+/// Compares what the bundle's `output` gives, `found`, with what the original gives, `expected`; of logits `rows` says
+/// what the original makes of them. `moved` gives the bundle's output when every weight moves by one unit in the last
+/// place; it is asked where the difference exceeds [`TOLERANCE`], and its own difference is accepted then, up to ten times
+/// that.
+pub(super) fn compare(
+    output: &str,
+    expected: &[f64],
+    found: &[f64],
+    rows: Option<Rows>,
+    moved: impl FnOnce() -> Result<Vec<f64>, FoldError>,
+) -> Result<OutputProof, FoldError> {
+    let found = ended(found, rows);
+    let spread = standard_deviation(expected);
+    if spread == 0.0 {
+        return Err(FoldError::Input(format!(
+            "output {output} has one value, {}, for all classes and images: the network is not trained, or another \
+             output holds its logits",
+            expected.first().copied().unwrap_or_default()
+        )));
+    }
+    let max_absolute = max_difference(&found, expected);
+    let max_relative = max_absolute / spread;
+    let mut tolerance = TOLERANCE;
+    if exceeds(max_relative, tolerance) {
+        let own = max_difference(&ended(&moved()?, rows), &found) / spread;
+        if own.is_finite() {
+            tolerance = own.clamp(TOLERANCE, MOST * TOLERANCE);
+        }
+        if exceeds(max_relative, tolerance) {
+            return Err(FoldError::Proof { output: output.into(), found: max_relative, tolerance });
+        }
+        tracing::warn!(
+            output,
+            difference = max_relative,
+            tolerance,
+            "the network is sensitive to rounding: its proof is held to what one unit in the last place of its weights does"
+        );
+    }
+    Ok(OutputProof { output: output.into(), max_absolute, max_relative, tolerance })
+}
+
+/// What the original makes of logits, in f64.
+fn ended(logits: &[f64], rows: Option<Rows>) -> Vec<f64> {
+    let mut values = logits.to_vec();
+    if let Some(Rows { classes, ending }) = rows.filter(|rows| rows.ending != Ending::Logits) {
+        for row in values.chunks_mut(classes.max(1)) {
+            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = max + row.iter().map(|v| (v - max).exp()).sum::<f64>().ln();
+            for value in row {
+                *value -= log_sum;
+                if ending == Ending::Softmax {
+                    *value = value.exp();
+                }
+            }
+        }
+    }
+    values
+}
+
+/// The network with every weight moved by one unit in the last place, up or down by a seeded coin.
+pub(super) fn perturbed(network: &Network) -> Network {
+    let mut state = SEED;
+    network.clone().with_floats(&mut |value| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        if state >> 63 == 0 { value.next_up() } else { value.next_down() }
+    })
 }
 
 /// NaN exceeds everything.

@@ -34,6 +34,8 @@ pub struct ModelOptions {
     pub queue: usize,
     /// Pictures in a run of the network.
     pub batch: BatchChoice,
+    /// Whether predictions hold what the classifier of the network sees.
+    pub features: bool,
     /// Where optimised networks are kept.
     pub cache: NetworkCache,
 }

@@ -85,7 +85,7 @@ impl ServedModel {
             version: bundle.version.clone(),
             cause: Box::new(cause),
         };
-        let ModelOptions { workers, session, limits, queue, batch, ref cache } = *options;
+        let ModelOptions { workers, session, limits, queue, batch, features, ref cache } = *options;
         let no_cache = NetworkCache::none();
         let (mut device, mut max_batch) = (session.device, None);
         let warmed = thread::scope(|scope| {
@@ -95,6 +95,7 @@ impl ServedModel {
                 Classifier::open_each(&bundle, library, session, limits, cache, workers, |mut classifier, runs_on| {
                     device = runs_on;
                     let max_batch = match (batch, max_batch) {
+                        _ if bundle.manifest.max_batch() == Some(1) => 1,
                         (BatchChoice::Fixed(n), _) | (BatchChoice::Measured, Some(n)) => n,
                         (BatchChoice::Measured, None) => {
                             let notes = if device == Device::Cpu { cache } else { &no_cache };
@@ -102,6 +103,7 @@ impl ServedModel {
                         }
                     };
                     warming.push(scope.spawn(move || {
+                        let classifier = if features { classifier.with_features() } else { classifier };
                         let mut classifier = classifier.with_max_batch(max_batch);
                         classifier.warm().map(|()| classifier)
                     }));

@@ -3,10 +3,12 @@
 mod cache;
 mod library;
 mod model;
+mod plain;
 
 pub use cache::{NetworkCache, NetworkFile};
 pub use library::{Library, LibraryError, disable_telemetry};
 pub use model::{Device, OnnxModel, RuntimeError, SessionOptions};
+pub use plain::PlainSession;
 
 use ndarray::{Array2, ArrayView4};
 
@@ -37,4 +39,7 @@ pub trait Runner: Send {
     /// # Errors
     /// When the runtime fails, or was told to end by `stop`.
     fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError>;
+
+    /// Has the features given, too, if the network has them. Until then only the logits are.
+    fn give_features(&mut self) {}
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
 use ort::logging::LogLevel;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{RunOptions, Session};
-use ort::value::TensorRef;
+use ort::session::{RunOptions, Session, SessionOutputs};
+use ort::value::{Tensor, TensorRef};
 
 use super::{FEATURES, Library, Outputs, Runner};
 use crate::stop::Stop;
@@ -68,12 +69,17 @@ pub enum RuntimeError {
     Stopped,
 }
 
+/// Name of the input.
+const INPUT: &str = "images";
+
 static SAID_ONCE: std::sync::Once = std::sync::Once::new();
 
 /// One session.
 pub struct OnnxModel {
     session: Session,
     device: Device,
+    /// Names of the outputs that a run gives: the first, which is the logits, and perhaps the features.
+    wanted: Vec<String>,
 }
 
 impl OnnxModel {
@@ -95,7 +101,7 @@ impl OnnxModel {
         let session = builder(library, options)
             .and_then(|mut b| b.commit_from_memory(model))
             .map_err(|error| RuntimeError::Open(error.to_string()))?;
-        Ok(Self { session, device: Device::Cpu })
+        Ok(Self::of(session, Device::Cpu))
     }
 
     /// Opens a graph that the runtime optimised before, on the processor; weights in its side file are mapped.
@@ -108,7 +114,7 @@ impl OnnxModel {
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
             .and_then(|mut b| b.commit_from_file(graph))
             .map_err(|error| RuntimeError::Open(error.to_string()))?;
-        Ok(Self { session, device: Device::Cpu })
+        Ok(Self::of(session, Device::Cpu))
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -128,7 +134,12 @@ impl OnnxModel {
             .and_then(|b| Ok(b.with_execution_providers([cuda])?))
             .and_then(|mut b| b.commit_from_memory(model))
             .map_err(|error| error.to_string())?;
-        Ok(Self { session, device: Device::Cuda })
+        Ok(Self::of(session, Device::Cuda))
+    }
+
+    fn of(session: Session, device: Device) -> Self {
+        let wanted = session.outputs().iter().take(1).map(|output| output.name().to_owned()).collect();
+        Self { session, device, wanted }
     }
 
     /// The device that runs: never [`Device::Auto`].
@@ -136,26 +147,26 @@ impl OnnxModel {
         self.device
     }
 
-    /// Runs a batch `[N, 3, H, W]` and returns the outputs in order, the first being the logits `[N, K]`.
+    /// Runs a batch `[N, 3, H, W]` and returns all outputs in order, the first being the logits `[N, K]`.
     ///
     /// # Errors
     /// When the runtime fails or the batch is empty.
     pub fn run_batch(&mut self, images: ArrayView4<'_, f32>) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
-        self.run_until(images, &Stop::default(), |_, _| true)
+        let all: Vec<String> = self.session.outputs().iter().map(|output| output.name().to_owned()).collect();
+        self.run_until(images, &Stop::default(), &all)
     }
 
-    /// The outputs of which `wanted` (place, name) is true, in order.
+    /// The outputs of the names `wanted`, in their order. The runtime computes no other.
     fn run_until(
         &mut self,
         images: ArrayView4<'_, f32>,
         stop: &Stop,
-        wanted: impl Fn(usize, &str) -> bool,
+        wanted: &[String],
     ) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
         if images.shape()[0] == 0 {
             return Err(RuntimeError::Run("the batch is empty".into()));
         }
         let fail = |error: ort::Error| RuntimeError::Run(error.to_string());
-        let input = TensorRef::from_array_view(images).map_err(fail)?;
         if stop.asked() {
             return Err(RuntimeError::Stopped);
         }
@@ -167,22 +178,49 @@ impl OnnxModel {
                 tracing::warn!(%error, "a run whose result is no longer needed could not be stopped");
             }
         });
-        let found = self.session.run_with_options(ort::inputs!["images" => input], &options);
-        let found = found.map_err(|error| if stop.asked() { RuntimeError::Stopped } else { fail(error) })?;
-        let take = |value: ort::value::ValueRef<'_>| Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned());
-        let outputs = found.iter().enumerate().filter(|(place, (name, _))| wanted(*place, name));
-        outputs.map(|(_, (_, value))| take(value)).collect()
+        let took_place = |error| if stop.asked() { RuntimeError::Stopped } else { fail(error) };
+        let take = |found: &SessionOutputs<'_>| {
+            let take = |name: &String| {
+                let value = found.get(name).ok_or_else(|| RuntimeError::Run(format!("there is no output {name:?}")))?;
+                Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned())
+            };
+            wanted.iter().map(take).collect()
+        };
+        if wanted.len() == self.session.outputs().len() {
+            let input = TensorRef::from_array_view(images).map_err(fail)?;
+            let found = self.session.run_with_options(ort::inputs![INPUT => input], &options);
+            return take(&found.map_err(took_place)?);
+        }
+        // A selection of outputs in the options could not be shared with who ends the run; bound ones can.
+        let mut binding = self.session.create_binding().map_err(fail)?;
+        // One that only borrows its values is copied by ort in a way that waits for itself (2.0.0-rc.15).
+        let input = Tensor::from_array(images.to_owned()).map_err(fail)?;
+        binding.bind_input(INPUT, &input).map_err(fail)?;
+        let memory = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput);
+        let memory = memory.map_err(fail)?;
+        for name in wanted {
+            binding.bind_output_to_device(name, &memory).map_err(fail)?;
+        }
+        let found = self.session.run_binding_with_options(&binding, &options);
+        take(&found.map_err(took_place)?)
     }
 }
 
 impl Runner for OnnxModel {
     fn run(&mut self, pictures: ArrayView4<'_, f32>, stop: &Stop) -> Result<Outputs, RuntimeError> {
-        let mut outputs = self.run_until(pictures, stop, |place, name| place == 0 || name == FEATURES)?.into_iter();
+        let mut outputs = self.run_until(pictures, stop, &self.wanted.clone())?.into_iter();
         let logits = outputs.next().ok_or_else(|| RuntimeError::Run("the network has no output".into()))?;
         Ok(Outputs {
             logits: rows(logits, "logits")?,
             features: outputs.next().map(|f| rows(f, FEATURES)).transpose()?,
         })
+    }
+
+    fn give_features(&mut self) {
+        let has = self.session.outputs().iter().any(|output| output.name() == FEATURES);
+        if has && self.wanted.len() == 1 {
+            self.wanted.push(FEATURES.to_owned());
+        }
     }
 }
 

@@ -61,7 +61,7 @@ fn features_are_told_in_every_form_of_rows() {
         assert!(made.status.success(), "{}", text(&made.stderr));
         out
     };
-    let (with, without) = (model("with", &["--features"]), model("without", &[]));
+    let (with, without) = (model("with", &[]), model("without", &["--no-features"]));
     let run = |model: &Path, format: &str, more: &[&str]| {
         let args = ["score", "--model", model.to_str().unwrap(), "--features", "--format", format];
         nbn(&[&args[..], more, &[images.to_str().unwrap()]].concat())
@@ -69,7 +69,8 @@ fn features_are_told_in_every_form_of_rows() {
     let refused = run(&without, "jsonl", &[]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        text(&refused.stderr).contains("has no output features: make the bundle with `nbn fold export --features`")
+        text(&refused.stderr)
+            .contains("has no output features: make the bundle again, by `nbn fold export` without --no-features")
     );
 
     let lines = text(&run(&with, "jsonl", &[]).stdout);

@@ -127,7 +127,7 @@ fn the_checkpoints_loss_decides_how_much_prior_is_left() {
     let fit = |kappa: Option<f64>, head: Head, asked: Option<Kappa>| {
         let mut manifest = manifest(&[2000, 400, 60, 8]);
         manifest.fold.kappa = kappa;
-        manifest.fold.head = head;
+        manifest.fold.head = Some(head);
         let fitted =
             calibrate(&logits, &manifest, &CalibrateOptions { kappa: asked, ..options(Kappa::Learned) }, &|_| ())
                 .unwrap();

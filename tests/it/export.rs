@@ -27,6 +27,8 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         extras: Extras::default(),
         force: false,
         overrides: Overrides::default(),
+        logits: None,
+        kappa: None,
     }
 }
 
@@ -63,7 +65,11 @@ fn every_layout_gives_pytorchs_own_logits() {
         let side = if name.starts_with("cifar") { 32 } else { 64 };
         let out = folder.path().join(name).join("1");
         let manifest = export(&options(&data(&format!("checkpoints/{name}.pth.tar")), &out, side), library()).unwrap();
-        assert_eq!((manifest.fold.head.to_string(), manifest.fold.experts), (head.to_owned(), experts), "{name}");
+        assert_eq!(
+            (manifest.fold.head.unwrap().to_string(), manifest.fold.experts),
+            (head.to_owned(), experts),
+            "{name}"
+        );
         assert_eq!(manifest.fold.normalized_layers.len(), normalized, "{name}: {:?}", manifest.fold.normalized_layers);
         assert!(manifest.fold.alphas.iter().all(|a| (8.0..14.0).contains(&a.value)), "{name}");
         let bundle = Bundle::load(&out).unwrap();
@@ -136,6 +142,7 @@ fn features_are_what_the_classifier_sees() {
         let side = side as usize;
         let images: Vec<f32> = (0..2 * 3 * side * side).map(|n| (n % 17) as f32 / 8.0 - 1.0).collect();
         let images = ArrayView4::from_shape((2, 3, side, side), &images).unwrap();
+        model.give_features();
         let outputs = model.run(images, &Stop::default()).unwrap();
         let features = outputs.features.unwrap();
         let checkpoint = Checkpoint::load(&path).unwrap();
@@ -266,7 +273,7 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
         assert!(!Path::new(&out).exists());
     }
     let two = fold(&["export", good, "--out", &out, "--classes", &path("two.csv")]);
-    assert!(text(&two.stderr).contains("names 2 classes; the checkpoint has 6"), "{}", text(&two.stderr));
+    assert!(text(&two.stderr).contains("names 2 classes; the network has 6"), "{}", text(&two.stderr));
     let bad = fold(&["export", good, "--out", &out, "--classes", &path("bad.csv")]);
     assert!(text(&bad.stderr).contains("line 2: count \"many\""), "{}", text(&bad.stderr));
     assert!(fold(&["export", good, "--out", &out]).status.success());

@@ -19,6 +19,7 @@ mod imports;
 mod kernels;
 mod kills;
 mod memory;
+mod onnx;
 mod operations;
 mod origins;
 mod pixels;

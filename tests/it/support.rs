@@ -303,6 +303,7 @@ pub(crate) fn model_options() -> ModelOptions {
         limits: DecodeLimits::default(),
         queue: 64,
         batch: BatchChoice::Fixed(4),
+        features: false,
         cache: NetworkCache::none(),
     }
 }

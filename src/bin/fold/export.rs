@@ -22,10 +22,10 @@ pub(crate) struct OverrideArgs {
 
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  nbn fold export checkpoint.pth.tar --classes classes.csv --out models/mine/1\n  nbn fold export runs/mine.safetensors --out models/mine/2 --input-size 96"
+    after_help = "Examples:\n  nbn fold export checkpoint.pth.tar --classes classes.csv --out models/mine/1\n  nbn fold export runs/mine.safetensors --out models/mine/2 --input-size 96\n  nbn fold export network.onnx --classes classes.csv --preprocessing imagenet --out models/mine/3"
 )]
 pub(crate) struct Export {
-    /// Checkpoint: a file written by torch.save (.pth, .pth.tar, .pt), or a .safetensors file
+    /// Checkpoint: a file written by torch.save (.pth, .pth.tar, .pt), or a .safetensors file; or a network in ONNX (.onnx)
     checkpoint: PathBuf,
     /// Folder of the new bundle: models/NAME/VERSION, where VERSION is a decimal number
     #[arg(long)]
@@ -49,9 +49,19 @@ pub(crate) struct Export {
     /// Add the output expert_logits [N, experts, K]
     #[arg(long)]
     expert_logits: bool,
-    /// Add the output features [N, D], the input of the classifier, for `nbn score --features`
+    /// Leave out the output features [N, D], the input of the classifier, which `nbn score --features` shows
     #[arg(long)]
+    no_features: bool,
+    /// As without it: features are written by default
+    #[arg(long, hide = true, conflicts_with = "no_features")]
     features: bool,
+    /// Output of an ONNX file that has a score for each class, if the file has several outputs
+    #[arg(long, value_name = "NAME")]
+    logits: Option<String>,
+    /// How much of the training prior the loss took out of the logits, from 0 (none, as cross-entropy) to 1 (all, as
+    /// Balanced Softmax), if the file does not say
+    #[arg(long)]
+    kappa: Option<f64>,
     /// Replace an existing bundle
     #[arg(long)]
     force: bool,
@@ -83,9 +93,11 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
             ExifArg::Ignore => Exif::Ignore,
         },
         evaluation: args.evaluation,
-        extras: Extras { expert_logits: args.expert_logits, features: args.features },
+        extras: Extras { expert_logits: args.expert_logits, features: args.features || !args.no_features },
         force: args.force,
         overrides: args.overrides.into(),
+        logits: args.logits,
+        kappa: args.kappa,
     };
     let manifest = export(&options, library)?;
     eprint!("{}", inspect::manifest(&manifest));

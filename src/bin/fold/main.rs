@@ -32,8 +32,8 @@ struct Cli {
 enum Command {
     /// Trains a network with NBN on labelled images, and writes a checkpoint that `export` reads
     Train(Box<train::Train>),
-    /// Merges a checkpoint's NBN and BatchNorm layers, LR head and experts, writes a bundle, and proves that its
-    /// network computes the same
+    /// Merges the NBN and BatchNorm layers of a checkpoint or an ONNX file, writes a bundle, and proves that its network
+    /// computes the same
     Export(export::Export),
     /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
     Calibrate(calibrate::Calibrate),

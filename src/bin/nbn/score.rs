@@ -90,7 +90,8 @@ struct RowArgs {
     /// Add the logits, the network's raw output
     #[arg(long)]
     logits: bool,
-    /// Add the features that the network's classifier receives; needs a bundle made by `nbn fold export --features`
+    /// Add the features that the network's classifier receives; needs a bundle whose network gives them, as `nbn fold export`
+    /// makes it unless told otherwise
     #[arg(long)]
     features: bool,
 }
@@ -205,7 +206,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let classes = &model.manifest.classes;
     if args.rows.features && !model.manifest.has_output(FEATURES) {
         bail!(
-            "--features: the network of {} has no output {FEATURES}: make the bundle with `nbn fold export --features`",
+            "--features: the network of {} has no output {FEATURES}: make the bundle again, by `nbn fold export` without --no-features",
             args.model.display()
         );
     }
@@ -328,6 +329,7 @@ fn start(args: &Score, bundle: Bundle, budget: &Arc<Budget>) -> anyhow::Result<S
         limits: args.engine.limits(),
         queue: QUEUE * workers,
         batch: BatchChoice::Measured,
+        features: args.rows.features,
         cache: args.engine.cache(),
     };
     Ok(ServedModel::start(bundle, library, &options, budget.clone())?)

@@ -193,6 +193,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
             limits: engine.limits(),
             queue: args.queue as usize,
             batch: args.max_batch,
+            features: false,
             cache: engine.cache(),
         },
     };

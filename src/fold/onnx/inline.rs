@@ -136,17 +136,19 @@ impl<'a> Call<'a> {
     }
 
     fn body(&self, function: &Function) -> Vec<Node> {
-        function.node.iter().map(|node| self.placed(node)).collect()
+        function.node.iter().enumerate().map(|(n, node)| self.placed(n, node)).collect()
     }
 
-    fn placed(&self, node: &Node) -> Node {
+    /// Node `n` of the function, or of a graph within.
+    fn placed(&self, n: usize, node: &Node) -> Node {
         let mut node = node.clone();
-        let own = node.name.take().unwrap_or_default();
+        // Names of nodes may not come twice.
+        let own = node.name.take().filter(|name| !name.is_empty()).unwrap_or_else(|| n.to_string());
         node.name = Some(format!("{}/{own}", self.node.label()));
         node.input.iter_mut().chain(&mut node.output).for_each(|name| *name = self.name(name));
         node.attribute = node.attribute.into_iter().filter_map(|attribute| self.filled(attribute)).collect();
         for graph in node.graphs_mut() {
-            graph.node = graph.node.iter().map(|node| self.placed(node)).collect();
+            graph.node = graph.node.iter().enumerate().map(|(n, node)| self.placed(n, node)).collect();
             graph.initializer.iter_mut().for_each(|tensor| rename(&mut tensor.name, |name| self.name(name)));
             let infos = graph.input.iter_mut().chain(&mut graph.output).chain(&mut graph.value_info);
             infos.for_each(|info| rename(&mut info.name, |name| self.name(name)));

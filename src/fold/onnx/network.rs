@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use bytes::Bytes;
 
 use super::OnnxError;
-use super::proto::{Graph, Model, Node, Tensor, kind};
+use super::proto::{Graph, Model, Node, Tensor, ValueInfo, kind};
 use super::value::Value;
 use super::wire::{self, MAX_MESSAGE};
 
@@ -111,6 +111,65 @@ impl Network {
         wire::encode(&self.model)
     }
 
+    /// The network with the value `name` among its outputs, all of its weights within, and its functions in their place.
+    ///
+    /// # Errors
+    /// When a weight cannot be read.
+    pub(crate) fn showing(mut self, name: &str) -> Result<Self, OnnxError> {
+        super::inline::inline(&mut self.model)?;
+        self.embed()?;
+        let shown = ValueInfo { name: Some(name.to_owned()), ..ValueInfo::default() };
+        let graph = self.graph_mut();
+        if !graph.output.iter().any(|info| info.name.as_deref() == Some(name)) {
+            graph.output.push(shown);
+        }
+        Ok(self)
+    }
+
+    /// Brings weights that lie in other files into this one.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(crate) fn embed(&mut self) -> Result<(), OnnxError> {
+        let mut weights = std::mem::take(&mut self.graph_mut().initializer);
+        for tensor in weights.iter_mut().filter(|tensor| tensor.is_external()) {
+            let bytes = self.external_bytes(tensor)?;
+            tensor.raw_data = Some(bytes.into());
+            tensor.external_data.clear();
+            tensor.data_location = None;
+        }
+        self.graph_mut().initializer = weights;
+        Ok(())
+    }
+
+    /// The network with each 32-bit float of its weights replaced.
+    pub(crate) fn with_floats(mut self, by: &mut dyn FnMut(f32) -> f32) -> Self {
+        for tensor in &mut self.graph_mut().initializer {
+            if tensor.data_type != Some(kind::FLOAT) {
+                continue;
+            }
+            tensor.float_data.0.iter_mut().for_each(|value| *value = by(*value));
+            if let Some(raw) = &tensor.raw_data {
+                let (values, _) = raw.as_chunks::<4>();
+                let moved: Vec<u8> = values.iter().flat_map(|&v| by(f32::from_le_bytes(v)).to_le_bytes()).collect();
+                tensor.raw_data = Some(moved.into());
+            }
+        }
+        self
+    }
+
+    /// What wrote the file, and which version of it.
+    pub fn producer(&self) -> Option<String> {
+        let text = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        let name = text(&self.model.producer_name)?;
+        Some(text(&self.model.producer_version).map_or_else(|| name.clone(), |version| format!("{name} {version}")))
+    }
+
+    /// The number of nodes.
+    pub fn nodes(&self) -> usize {
+        self.graph().node.len()
+    }
+
     fn is_readable(&self) -> Result<(), OnnxError> {
         let Some(graph) = &self.model.graph else {
             return OnnxError::refused("it has no graph: it is empty, or no ONNX file");
@@ -147,7 +206,7 @@ impl Network {
                 self.external(tensor)?;
             }
         }
-        self.check("read")
+        self.check("")
     }
 
     /// The version of ONNX's own operators.
@@ -174,7 +233,9 @@ impl Network {
         let number = |key: &str| match entry(key).map(str::parse::<u64>) {
             None => Ok(None),
             Some(Ok(number)) => Ok(Some(number)),
-            Some(Err(_)) => OnnxError::refused(format!("the {key} of its weight {name} is no number: it is damaged")),
+            Some(Err(_)) => {
+                OnnxError::refused(format!("the {key} of its weight {name} is not a number: the file is damaged"))
+            }
         };
         let Some(location) = entry("location") else {
             return OnnxError::refused(format!("its weight {name} lies in another file, but it does not say in which"));
@@ -189,12 +250,17 @@ impl Network {
             ));
         }
         let path = self.folder.join(relative);
-        let metadata = fs::metadata(&path).map_err(|cause| OnnxError::Read { path: path.clone(), cause })?;
+        let metadata = fs::metadata(&path).map_err(|cause| {
+            OnnxError::Refused(format!(
+                "its weight {name} lies in {}, which cannot be read: {cause}: copy it beside the network",
+                path.display()
+            ))
+        })?;
         // A link may lead out of the folder, to what is not the network's.
         let inside = fs::canonicalize(&path).ok().zip(fs::canonicalize(&self.folder).ok());
         if !metadata.is_file() || !inside.is_some_and(|(path, folder)| path.starts_with(folder)) {
             return OnnxError::refused(format!(
-                "its weight {name} lies in {}, which is no file in the network's folder: copy the file there",
+                "its weight {name} lies in {}, which is not a file in the network's folder: copy it there",
                 quoted(location)
             ));
         }
@@ -274,17 +340,22 @@ impl Network {
         let graph = self.graph();
         let mut there: HashSet<&str> = graph.initializer.iter().map(Tensor::name).collect();
         if there.len() != graph.initializer.len() {
-            return OnnxError::refused(format!("after {pass}, two of its weights have one name"));
+            return OnnxError::refused(format!("{}two of its weights have one name", after(pass)));
         }
         there.extend(graph.sparse_initializer.iter().filter_map(|s| s.values.as_ref()).map(Tensor::name));
         there.extend(graph.input.iter().filter_map(|info| info.name.as_deref()));
         follow(&graph.node, &mut there, pass)?;
         match graph.output.iter().map(|info| info.name.as_deref().unwrap_or_default()).find(|o| !there.contains(o)) {
-            Some(output) => OnnxError::refused(format!("after {pass}, nothing makes its output {}", quoted(output))),
-            None if graph.output.is_empty() => OnnxError::refused(format!("after {pass}, it has no output")),
+            Some(output) => OnnxError::refused(format!("{}nothing makes its output {}", after(pass), quoted(output))),
+            None if graph.output.is_empty() => OnnxError::refused(format!("{}it has no output", after(pass))),
             None => Ok(()),
         }
     }
+}
+
+/// How a sentence about what a pass left begins.
+fn after(pass: &str) -> String {
+    if pass.is_empty() { String::new() } else { format!("after {pass}, ") }
 }
 
 /// Walks through nodes in their order; `there` are the values so far.
@@ -292,7 +363,8 @@ fn follow<'a>(nodes: &'a [Node], there: &mut HashSet<&'a str>, pass: &str) -> Re
     for node in nodes {
         if let Some(name) = node.input.iter().find(|name| !name.is_empty() && !there.contains(name.as_str())) {
             return OnnxError::refused(format!(
-                "after {pass}, node {} reads {}, which nothing before it makes: the graph has a circle, or is damaged",
+                "{}node {} reads {}, which no node before it makes: the graph has a circle, or is damaged",
+                after(pass),
                 quoted(node.label()),
                 quoted(name)
             ));
@@ -305,7 +377,7 @@ fn follow<'a>(nodes: &'a [Node], there: &mut HashSet<&'a str>, pass: &str) -> Re
         }
         for name in node.output.iter().filter(|name| !name.is_empty()) {
             if !there.insert(name) {
-                return OnnxError::refused(format!("after {pass}, {} is made twice", quoted(name)));
+                return OnnxError::refused(format!("{}{} is made twice", after(pass), quoted(name)));
             }
         }
     }

@@ -254,6 +254,13 @@ impl OperatorSet {
     }
 }
 
+impl Type {
+    /// Whether it is a tensor of 32-bit floats.
+    pub(crate) fn is_float(&self) -> bool {
+        self.tensor_type.as_ref().is_some_and(|tensor| tensor.elem_type == Some(kind::FLOAT))
+    }
+}
+
 impl Tensor {
     /// Its name, which is its value's.
     pub(crate) fn name(&self) -> &str {

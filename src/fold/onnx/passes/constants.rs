@@ -1,11 +1,68 @@
 //! Evaluates what depends on constants alone, such as the effective weight of a normalised BatchNorm.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use super::super::evaluate::evaluate;
-use super::super::proto::{Node, Tensor};
+use super::super::evaluate::{cast, evaluate};
+use super::super::proto::{Node, Tensor, Type, ValueInfo, kind};
 use super::super::value::Value;
 use super::super::{Network, OnnxError};
+
+/// Operators whose first output is of the type of their first input.
+const TYPE_OF_FIRST: [&str; 53] = [
+    "Abs",
+    "Add",
+    "AveragePool",
+    "BatchNormalization",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Concat",
+    "Conv",
+    "ConvTranspose",
+    "Div",
+    "Dropout",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Expand",
+    "Flatten",
+    "Floor",
+    "Gather",
+    "Gelu",
+    "Gemm",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "GroupNormalization",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LeakyRelu",
+    "MatMul",
+    "Max",
+    "MaxPool",
+    "Min",
+    "Mish",
+    "Mul",
+    "Neg",
+    "PRelu",
+    "Pad",
+    "Pow",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceSum",
+    "Relu",
+    "Reshape",
+    "Sigmoid",
+    "Slice",
+    "Softmax",
+    "Sqrt",
+    "Squeeze",
+    "Sub",
+    "Transpose",
+    "Unsqueeze",
+];
 
 /// The constants of a network: its weights, and what can be computed from them.
 pub(crate) struct Constants {
@@ -25,7 +82,45 @@ impl Constants {
         let graph = network.graph();
         let weights = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), tensor.clone()));
         let mut constants = Self { tensors: weights.collect(), computed: Vec::new(), left: Vec::new() };
+        // Values that are 32-bit floats, as the pictures are.
+        let is_float = |info: &&ValueInfo| info.r#type.as_ref().is_some_and(Type::is_float);
+        let mut floats: HashSet<&str> = graph.input.iter().filter(is_float).filter_map(|i| i.name.as_deref()).collect();
+        // Channels of values that convolutions make.
+        let mut channels: HashMap<&str, i64> = HashMap::new();
         for (n, node) in graph.node.iter().enumerate() {
+            if node.is("Conv") || node.is("ConvTranspose") {
+                let weight = node.input(1).and_then(|name| constants.tensors.get(name));
+                let count = match node.op() {
+                    "Conv" => weight.and_then(|w| w.dims.first().copied()),
+                    _ => weight.and_then(|w| w.dims.get(1)?.checked_mul(node.int("group").unwrap_or(1))),
+                };
+                channels.extend(node.output.first().map(String::as_str).zip(count));
+            }
+            if node.is("Shape")
+                && (node.int("start"), node.int("end")) == (Some(1), Some(2))
+                && let Some(count) = node.input(0).and_then(|name| channels.get(name))
+                && let [output] = &node.output[..]
+            {
+                constants.tensors.insert(output.clone(), Value::indices(&[*count]).tensor(output));
+                constants.computed.push(n);
+                continue;
+            }
+            if node.is_standard()
+                && TYPE_OF_FIRST.contains(&node.op())
+                && node.input(0).is_some_and(|name| floats.contains(name))
+            {
+                floats.extend(node.output.first().map(String::as_str));
+            }
+            if node.is("CastLike")
+                && node.input(1).is_some_and(|name| floats.contains(name))
+                && let Some(tensor) = node.input(0).and_then(|name| constants.tensors.get(name))
+                && let Some(value) = network.value_of(tensor)?.as_ref().and_then(|v| cast(v, kind::FLOAT))
+                && let [output] = &node.output[..]
+            {
+                constants.tensors.insert(output.clone(), value.tensor(output));
+                constants.computed.push(n);
+                continue;
+            }
             let fixed = node.input.iter().all(|name| name.is_empty() || constants.tensors.contains_key(name));
             if !fixed || (node.input.is_empty() && !node.is("Constant")) {
                 continue;

@@ -183,6 +183,9 @@ fn linear(
     if !node.is_standard() {
         return Ok(Err(not));
     }
+    if !["Conv", "ConvTranspose", "Gemm", "MatMul"].contains(&node.op()) {
+        return Ok(Err(not));
+    }
     let Some(tensor) = weight(node.input(1)) else { return Ok(Err("the weight before it is not constant")) };
     if tensor.data_type != Some(kind::FLOAT) {
         return Ok(Err("the weight before it is not of 32-bit floats"));

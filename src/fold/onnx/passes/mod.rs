@@ -1,6 +1,7 @@
 //! The passes, in order. The graph is checked after each.
 
 mod constants;
+pub mod ends;
 mod experts;
 mod merge;
 mod nbn;

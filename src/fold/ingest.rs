@@ -1,0 +1,243 @@
+//! `nbn fold export` of an ONNX file: any classifier, with or without NBN.
+
+use std::path::Path;
+
+use ndarray::{ArrayD, IxDyn};
+
+use super::export::{ExportOptions, Preset, classes, file_name, read};
+use super::onnx::passes::ends::{self, Ends, Layout};
+use super::onnx::passes::{self, Folded};
+use super::onnx::{Network, OnnxError};
+use super::verify::Rows;
+use super::{FoldError, verify};
+use crate::bundle::{
+    Alpha, FileDigest, FoldReport, LeftNorm, MODEL_FILE, Manifest, OnnxReport, Proof, SCHEMA_VERSION, sha256_hex,
+};
+use crate::runtime::{Device, FEATURES, Library, PlainSession, SessionOptions};
+
+/// Whether `path` is an ONNX file by its name.
+pub(super) fn is_onnx(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("onnx"))
+}
+
+/// Folds and proves the file at `options.checkpoint`. Gives the bundle's manifest and network.
+pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
+    let path = &options.checkpoint;
+    let fail = |cause: OnnxError| FoldError::Onnx { path: path.clone(), cause };
+    let mut network = Network::load(path).map_err(fail)?;
+    let (opset, producer) = (network.opset(), network.producer());
+    // Refused before the work begins.
+    let input = ends::input(&network).map_err(fail)?;
+    let side = square_side(&input, options).map_err(fail)?;
+    let folded = passes::fold(&mut network).map_err(fail)?;
+    network.embed().map_err(fail)?;
+    let subject = Subject { options, library, side };
+    let (network, ends, proof, one_by_one) = subject.proved(network)?;
+    let classes = classes(options.classes.as_deref(), proof.classes)?;
+    let preprocessing = options.preset.unwrap_or(Preset::Imagenet).preprocessing(Some(side as u32), options.exif);
+    preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
+    let nodes = (folded.nodes.0, network.nodes());
+    let model = network.encode();
+    let mut manifest = Manifest {
+        schema_version: SCHEMA_VERSION,
+        arch: options.overrides.arch.clone().unwrap_or_else(|| stem(path)),
+        classes,
+        preprocessing,
+        fold: FoldReport {
+            by: format!("fold {}", env!("CARGO_PKG_VERSION")),
+            head: None,
+            kappa: options.kappa,
+            experts: 1,
+            normalized_layers: folded.normalized.iter().map(|layer| layer.name.clone()).collect(),
+            alphas: alphas(&folded),
+            batch_norms_merged: folded.norms.merged.len(),
+            batch_norms_left: folded
+                .norms
+                .left
+                .iter()
+                .map(|(name, reason)| LeftNorm { name: name.clone(), reason: (*reason).into() })
+                .collect(),
+            onnx: Some(OnnxReport {
+                opset,
+                producer,
+                output: ends.output,
+                ending: ends.ending,
+                nodes_before: nodes.0,
+                nodes_after: nodes.1,
+                one_by_one,
+            }),
+            proof: proof.proof,
+        },
+        checkpoint: FileDigest { file: file_name(path), sha256: sha256_hex(&read(path)?) },
+        model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },
+        evaluation: None,
+    };
+    manifest.schema_version = manifest.lowest_schema_version();
+    Ok((manifest, model))
+}
+
+/// The side in pixels of the network's square input.
+fn square_side(input: &ends::Input, options: &ExportOptions) -> Result<usize, OnnxError> {
+    if input.layout == Layout::Nhwc || input.channels != 3 {
+        return OnnxError::refused(format!(
+            "its input {:?} is not [N, 3, height, width]; this version serves no other layout: export the network with \
+             channels first and three of them",
+            input.name
+        ));
+    }
+    let given = options.input_size.map(|side| side as usize);
+    match (input.height, input.width, given) {
+        (Some(height), Some(width), _) if height != width => OnnxError::refused(format!(
+            "its input {:?} is {height}×{width}; this version serves square inputs only",
+            input.name
+        )),
+        (Some(side), Some(_), Some(given)) if side != given => OnnxError::refused(format!(
+            "its input {:?} has {side} pixels a side, --input-size asks for {given}: leave the flag out, or export the \
+             network at that size",
+            input.name
+        )),
+        (Some(side), Some(_), _) | (_, _, Some(side)) => Ok(side),
+        (_, _, None) => OnnxError::refused(format!(
+            "its input {:?} leaves the height or width open: give --input-size PIXELS, the size it was trained for",
+            input.name
+        )),
+    }
+}
+
+fn alphas(folded: &Folded) -> Vec<Alpha> {
+    let layers = folded.normalized.iter().enumerate();
+    let alpha = |layer: &passes::NormalizedLayer| {
+        layer.weight.as_ref().and_then(|d| d.alpha).or(layer.bias.as_ref().and_then(|d| d.alpha))
+    };
+    layers.filter_map(|(index, layer)| Some(Alpha { index, value: alpha(layer)? })).collect()
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A network that is to be proved.
+struct Subject<'a> {
+    options: &'a ExportOptions,
+    library: &'a Library,
+    side: usize,
+}
+
+/// A proof, and what was learned on the way.
+struct Proved {
+    proof: Proof,
+    classes: usize,
+}
+
+impl Subject<'_> {
+    /// Names the network's ends and proves it, with a batch that is free if that works, else one picture at a time.
+    fn proved(&self, network: Network) -> Result<(Network, Ends, Proved, bool), FoldError> {
+        let path = &self.options.checkpoint;
+        let fail = |cause: OnnxError| FoldError::Onnx { path: path.clone(), cause };
+        let logits = self.options.logits.as_deref();
+        let features = self.options.extras.features;
+        let fixed = ends::input(&network).map_err(fail)?.batch;
+        let mut free = network.clone();
+        let found = ends::name(&mut free, logits, (self.side, self.side), features, ends::Batch::Free).map_err(fail)?;
+        free.check("naming the ends").map_err(fail)?;
+        match self.prove(&free, &found) {
+            Ok(proof) => Ok((free, found, proof, false)),
+            // What is only wrong with several pictures may be right with one.
+            Err(error) if fixed == Some(1) => {
+                let reason = error.to_string();
+                tracing::warn!(
+                    reason,
+                    "the network takes one picture at a time, because several do not work: export it with a dynamic batch"
+                );
+                let mut single = network;
+                let found = ends::name(&mut single, logits, (self.side, self.side), features, ends::Batch::One)
+                    .map_err(fail)?;
+                let proof = self.prove(&single, &found)?;
+                Ok((single, found, proof, true))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn prove(&self, network: &Network, ends: &Ends) -> Result<Proved, FoldError> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let options = SessionOptions { device: Device::Cpu, threads };
+        // What the classifier sees is no output of the file itself.
+        let mut original = match &ends.features {
+            Some(value) => {
+                let fail = |cause: OnnxError| FoldError::Onnx { path: self.options.checkpoint.clone(), cause };
+                let shown = Network::load(&self.options.checkpoint).and_then(|n| n.showing(value)).map_err(fail)?;
+                PlainSession::of_bytes(self.library, &shown.encode(), options)?
+            }
+            None => PlainSession::open(self.library, &self.options.checkpoint, options)?,
+        };
+        let names: Vec<&str> = std::iter::once(&ends.output).chain(&ends.features).map(String::as_str).collect();
+        let mut seen: Vec<f64> = Vec::new();
+        let images = verify::images(self.side);
+        let mut expected: Vec<f64> = Vec::new();
+        let mut classes = 0;
+        let shape = |n: usize| IxDyn(&[n, 3, self.side, self.side]);
+        let array = |values: Vec<f32>, n: usize| {
+            ArrayD::from_shape_vec(shape(n), values).map_err(|error| FoldError::Input(error.to_string()))
+        };
+        for image in &images {
+            let n = ends.input.batch.unwrap_or(1).max(1);
+            let input = array(image.repeat(n), n)?;
+            let mut outputs = original.run(&ends.input.name, input.view(), &names)?.into_iter();
+            let output = outputs.next().unwrap_or_default();
+            let &[rows, k] = output.shape() else { return Err(not_rows(ends, output.shape())) };
+            if rows != n || k < 2 {
+                return Err(not_rows(ends, output.shape()));
+            }
+            classes = k;
+            expected.extend(output.iter().take(k).map(|&v| f64::from(v)));
+            if let Some(features) = outputs.next() {
+                seen.extend(features.iter().take(features.len() / n).map(|&v| f64::from(v)));
+            }
+        }
+        drop(original);
+        let bytes = network.encode();
+        let found = self.run(&bytes, &images, ends)?;
+        let moved = |n: usize| Ok(self.run(&verify::perturbed(network).encode(), &images, ends)?.swap_remove(n));
+        let rows = Rows { classes, ending: ends.ending };
+        let mut outputs = vec![verify::compare(ends::LOGITS, &expected, &found[0], Some(rows), || moved(0))?];
+        if let Some(found) = found.get(1) {
+            outputs.push(verify::compare(FEATURES, &seen, found, None, || moved(1))?);
+        }
+        let proof = Proof {
+            reference: crate::bundle::Reference::Original,
+            images: images.len(),
+            pictures: 0,
+            seed: verify::SEED,
+            outputs,
+        };
+        Ok(Proved { proof, classes })
+    }
+
+    /// The bundle's logits, and its features where it has some: of all images at once, or one by one where the network
+    /// takes no more.
+    fn run(&self, model: &[u8], images: &[Vec<f32>], ends: &Ends) -> Result<Vec<Vec<f64>>, FoldError> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut session = PlainSession::of_bytes(self.library, model, SessionOptions { device: Device::Cpu, threads })?;
+        let each = if ends.batch == ends::Batch::One { 1 } else { images.len() };
+        let names = if ends.features.is_some() { vec![ends::LOGITS, FEATURES] } else { vec![ends::LOGITS] };
+        let mut found = vec![Vec::new(); names.len()];
+        for part in images.chunks(each) {
+            let shape = IxDyn(&[part.len(), 3, self.side, self.side]);
+            let input = ArrayD::from_shape_vec(shape, part.concat()).map_err(|e| FoldError::Input(e.to_string()))?;
+            let outputs = session.run(ends::IMAGES, input.view(), &names)?;
+            for (found, output) in found.iter_mut().zip(outputs) {
+                found.extend(output.iter().map(|&v| f64::from(v)));
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn not_rows(ends: &Ends, shape: &[usize]) -> FoldError {
+    FoldError::Input(format!(
+        "output {:?} has the shape {shape:?} for one image; a classifier's has [1, K] with K from 2: give another output \
+         by --logits NAME",
+        ends.output
+    ))
+}
