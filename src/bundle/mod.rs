@@ -25,8 +25,9 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, Ending, Exif, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError, OnnxReport,
-    OutputProof, Preprocessing, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa,
+    Alpha, Class, CropOffset, Ending, Exif, FileDigest, Filter, FoldReport, Group, Head, LeftNorm, Manifest,
+    ManifestError, OnnxReport, OutputProof, Preprocessing, Proof, Reference, Resize, SCHEMA_VERSION, Scale,
+    check_classes, check_kappa,
 };
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
 use super::ingest::{from_onnx, is_onnx};
+use super::preprocessing::{PreprocessingSource, from_file};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
     BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
@@ -44,7 +45,7 @@ impl Preset {
             Self::Inaturalist => (256, 224, [0.466, 0.471, 0.380], [0.195, 0.194, 0.192]),
             Self::Cifar => (32, 32, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
         };
-        let own = Preprocessing { shorter_side, crop, mean, std, exif };
+        let own = Preprocessing { mean, std, exif, ..Preprocessing::bilinear(shorter_side, crop) };
         at_side(own, side.unwrap_or(crop))
     }
 }
@@ -58,8 +59,8 @@ pub struct ExportOptions {
     pub out: PathBuf,
     /// Labels, and training counts where known.
     pub classes: Option<PathBuf>,
-    /// The pipeline; guessed from the network when absent.
-    pub preset: Option<Preset>,
+    /// The pipeline; the checkpoint's own, or guessed from the network, when absent.
+    pub preprocessing: Option<PreprocessingSource>,
     /// The network's input side in pixels, when it differs from the preset's.
     pub input_size: Option<u32>,
     /// What serving does with EXIF orientation.
@@ -107,11 +108,16 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
 fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
-    let stored = match options.preset {
-        Some(_) => None,
+    let stored = match &options.preprocessing {
+        Some(PreprocessingSource::File(path)) => Some(from_file(path, options.exif)?),
+        Some(PreprocessingSource::Preset(_)) => None,
         None => metadata(&checkpoint, PREPROCESSING_KEY, Preprocessing::check, "--preprocessing")?,
     };
-    let side = match (options.input_size, options.preset, &stored) {
+    let preset = match options.preprocessing {
+        Some(PreprocessingSource::Preset(preset)) => Some(preset),
+        _ => None,
+    };
+    let side = match (options.input_size, preset, &stored) {
         (Some(side), ..) => side as usize,
         (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop as usize,
         (None, None, Some(stored)) => stored.crop as usize,
@@ -135,8 +141,7 @@ fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manife
     drop(checkpoint);
     let preprocessing = match stored {
         Some(stored) => Preprocessing { exif: options.exif, ..at_side(stored, side as u32) },
-        None => options
-            .preset
+        None => preset
             .unwrap_or_else(|| Preset::guess(network.family, network.classes))
             .preprocessing(Some(side as u32), options.exif),
     };
@@ -235,7 +240,7 @@ fn own_files(out: &Path) -> Vec<String> {
 }
 
 /// `stored` for inputs of `side` pixels: the resize keeps its ratio to the crop.
-fn at_side(stored: Preprocessing, side: u32) -> Preprocessing {
+pub(super) fn at_side(stored: Preprocessing, side: u32) -> Preprocessing {
     let shorter_side = (u64::from(side) * u64::from(stored.shorter_side)).div_ceil(u64::from(stored.crop.max(1)));
     Preprocessing { shorter_side: u32::try_from(shorter_side).unwrap_or(u32::MAX), crop: side, ..stored }
 }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use ndarray::{ArrayD, IxDyn};
 
-use super::export::{ExportOptions, Preset, classes, file_name, read};
+use super::export::{ExportOptions, Preset, at_side, classes, file_name, read};
 use super::onnx::passes::ends::{self, Ends, Layout};
 use super::onnx::passes::{self, Folded};
 use super::onnx::{Network, OnnxError};
+use super::preprocessing::{PreprocessingSource, from_file};
 use super::verify::Rows;
 use super::{FoldError, verify};
 use crate::bundle::{
@@ -34,7 +35,11 @@ pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(M
     let subject = Subject { options, library, side };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
     let classes = classes(options.classes.as_deref(), proof.classes)?;
-    let preprocessing = options.preset.unwrap_or(Preset::Imagenet).preprocessing(Some(side as u32), options.exif);
+    let preprocessing = match &options.preprocessing {
+        Some(PreprocessingSource::File(path)) => at_side(from_file(path, options.exif)?, side as u32),
+        Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(side as u32), options.exif),
+        None => Preset::Imagenet.preprocessing(Some(side as u32), options.exif),
+    };
     preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
     let nodes = (folded.nodes.0, network.nodes());
     let model = network.encode();

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::architecture::{self, Extras, Overrides};
 use super::graph::{BatchNorm, Op};
 use super::{Checkpoint, FoldError};
-use crate::bundle::{Ending, Group, Manifest, Reference};
+use crate::bundle::{Ending, Group, Manifest, Reference, Resize, Scale};
 
 /// Longer metadata, such as a hundred classes, is for programs.
 const LONGEST_VALUE: usize = 80;
@@ -116,8 +116,19 @@ pub fn manifest(manifest: &Manifest) -> String {
     }
     let _ = writeln!(
         out,
-        "input       images [batch, 3, {c}, {c}]; shorter side to {}, centre crop {c}",
+        "input       images [batch, 3, {c}, {c}]; {} to {}, {}, centre crop {c}, {}, mean {:?}, std {:?}",
+        match p.resize {
+            Resize::ShorterSide => "shorter side",
+            Resize::Both => "both sides",
+        },
         p.shorter_side,
+        p.filter,
+        match p.scale {
+            Scale::Div255 => "divided by 255".to_owned(),
+            Scale::Factor(factor) => format!("times {factor}"),
+        },
+        p.mean,
+        p.std,
         c = p.crop
     );
     let _ = writeln!(

@@ -11,6 +11,7 @@ pub mod graph;
 mod ingest;
 pub mod inspect;
 pub mod onnx;
+pub mod preprocessing;
 pub mod reference;
 pub mod verify;
 

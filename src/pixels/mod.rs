@@ -19,7 +19,7 @@ pub(crate) use resize::{shorter_side_then_centre_crop, stretch};
 
 use std::path::Path;
 
-use crate::bundle::Preprocessing;
+use crate::bundle::{Preprocessing, Scale};
 use crate::stop::Stop;
 
 /// Endings of the files that are taken for pictures when a folder is read.
@@ -36,8 +36,18 @@ pub fn has_picture_ending(path: &Path) -> bool {
 pub struct Preprocessor {
     settings: Preprocessing,
     limits: DecodeLimits,
-    /// `(value / 255 − mean) / std` in f32, in torchvision's order of operations, for each byte value.
+    /// The network's value for each byte of each channel, in the order of operations that [`Scale`] names.
     tables: Box<[[f32; 256]; 3]>,
+}
+
+impl Scale {
+    /// A byte, scaled.
+    fn of(self, value: u8) -> f32 {
+        match self {
+            Self::Div255 => f32::from(value) / 255.0,
+            Self::Factor(factor) => (f64::from(value) * factor) as f32,
+        }
+    }
 }
 
 impl Preprocessor {
@@ -46,7 +56,7 @@ impl Preprocessor {
         let mut tables = Box::new([[0.0; 256]; 3]);
         for (channel, table) in tables.iter_mut().enumerate() {
             for (value, entry) in table.iter_mut().enumerate() {
-                *entry = (value as f32 / 255.0 - settings.mean[channel]) / settings.std[channel];
+                *entry = (settings.scale.of(value as u8) - settings.mean[channel]) / settings.std[channel];
             }
         }
         Self { settings, limits, tables }
@@ -92,7 +102,7 @@ impl Preprocessor {
 
     /// Side × side RGB triples.
     fn crop(&self, picture: &Picture) -> Vec<u8> {
-        resize::shorter_side_then_centre_crop(picture, self.settings.shorter_side, self.settings.crop)
+        resize::resize_then_centre_crop(picture, &self.settings)
     }
 
     /// A grey picture's tensor, for warming a network up.

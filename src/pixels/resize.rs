@@ -1,12 +1,14 @@
-//! Bilinear, antialiased resizing in Pillow's own 8-bit fixed-point arithmetic, computed only where the
-//! centre crop keeps it: bit-equal to torchvision's `Resize` + `CenterCrop` on a PIL image, and bounded in
-//! time and memory for extreme aspect ratios.
+//! Antialiased resizing with Pillow's filters, in its own 8-bit fixed-point arithmetic, computed only where the centre crop
+//! keeps it: bit-equal to torchvision's `Resize` + `CenterCrop` on a PIL image, and bounded in time and memory for extreme
+//! aspect ratios.
 
+use std::f64::consts::PI;
 use std::ops::Range;
 
 use image::RgbImage;
 
 use super::picture::Picture;
+use crate::bundle::{CropOffset, Filter, Preprocessing, Resize};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -15,7 +17,7 @@ mod avx2;
 const PRECISION_BITS: u32 = 22;
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
-/// The input samples that make each output sample, and their fixed-point weights, which are not negative.
+/// The input samples that make each output sample, and their fixed-point weights.
 struct Taps {
     samples: Vec<Range<usize>>,
     /// As many for each output sample as the longest of `samples` has; zero beyond its own.
@@ -23,57 +25,168 @@ struct Taps {
     longest: usize,
 }
 
-/// Resizes so that the shorter side is `shorter_side`, then cuts the central `crop × crop` pixels.
-/// Returns `crop × crop` RGB triples, row by row. Needs `1 ≤ crop ≤ shorter_side`.
-pub(crate) fn shorter_side_then_centre_crop(picture: &Picture, shorter_side: u32, crop: u32) -> Vec<u8> {
+/// Resizes as `settings` say, then cuts the central `crop × crop` pixels. Returns `crop × crop` RGB triples, row by row.
+/// `settings` must be checked.
+pub(crate) fn resize_then_centre_crop(picture: &Picture, settings: &Preprocessing) -> Vec<u8> {
+    let Preprocessing { shorter_side, crop, resize: mode, filter, crop_offset, .. } = *settings;
     let (width, height) = picture.dimensions();
     let short = width.min(height);
-    let scaled = |side: u32| {
-        if side == short {
-            u64::from(shorter_side)
-        } else {
-            (u64::from(shorter_side) as f64 * f64::from(side) / f64::from(short)) as u64
-        }
+    let scaled = |side: u32| match mode {
+        Resize::Both => u64::from(shorter_side),
+        Resize::ShorterSide if side == short => u64::from(shorter_side),
+        Resize::ShorterSide => (u64::from(shorter_side) as f64 * f64::from(side) / f64::from(short)) as u64,
     };
-    resize(picture, &Taps::new(width, scaled(width), crop), &Taps::new(height, scaled(height), crop))
+    let taps = |side: u32| {
+        let scaled = scaled(side);
+        Taps::new(side, scaled, crop_offset.of(scaled, crop)..crop_offset.of(scaled, crop) + u64::from(crop), filter)
+    };
+    let (columns, rows) = (taps(width), taps(height));
+    if vertical_first((width, height), (scaled(width), scaled(height))) {
+        // Both passes round to bytes, so their order shows.
+        return resize_vertically_first(picture, &columns, &rows);
+    }
+    resize(picture, &columns, &rows)
+}
+
+/// Whether Pillow (from 13 on, its pull request 9549) resizes the height before the width: where more than twice as many
+/// rows as columns go.
+fn vertical_first((width, height): (u32, u32), (scaled_width, scaled_height): (u64, u64)) -> bool {
+    let less = |from: u32, to: u64| i64::from(from) - i64::try_from(to).unwrap_or(i64::MAX);
+    let (columns, rows) = (less(width, scaled_width), less(height, scaled_height));
+    rows > 0 && rows > columns.saturating_mul(2)
+}
+
+fn resize_vertically_first(picture: &RgbImage, columns: &Taps, rows: &Taps) -> Vec<u8> {
+    let stride = picture.width() as usize * 3;
+    let span = rows.span();
+    let short = vertical(&picture.as_raw()[span.start * stride..span.end * stride], rows, picture.width() as usize);
+    match RgbImage::from_raw(picture.width(), rows.len() as u32, short) {
+        Some(short) => horizontal(&short, columns, 0..rows.len()),
+        // The buffer has as many bytes as rows and columns say.
+        None => vec![0; rows.len() * columns.len() * 3],
+    }
+}
+
+/// As [`resize_then_centre_crop`], bilinear, with the shorter side resized to `shorter_side`.
+#[cfg(feature = "train")]
+pub(crate) fn shorter_side_then_centre_crop(picture: &Picture, shorter_side: u32, crop: u32) -> Vec<u8> {
+    resize_then_centre_crop(picture, &Preprocessing::bilinear(shorter_side, crop))
+}
+
+impl CropOffset {
+    /// The first of the central `crop` samples of `scaled`, which are as many at least.
+    fn of(self, scaled: u64, crop: u32) -> u64 {
+        let spare = scaled - u64::from(crop);
+        match self {
+            Self::HalfEven => (spare as f64 / 2.0).round_ties_even() as u64,
+            Self::Floor => spare / 2,
+        }
+    }
+}
+
+impl Filter {
+    /// How far from a sample's centre the filter reaches, in output samples.
+    fn support(self) -> f64 {
+        match self {
+            Self::Nearest => 0.0,
+            Self::Box => 0.5,
+            Self::Bilinear | Self::Hamming => 1.0,
+            Self::Bicubic => 2.0,
+            Self::Lanczos => 3.0,
+        }
+    }
+
+    /// The filter's value. Source: Pillow's Resample.c.
+    fn weight(self, x: f64) -> f64 {
+        const A: f64 = -0.5;
+        let sinc = |x: f64| {
+            if x == 0.0 {
+                return 1.0;
+            }
+            let x = x * PI;
+            x.sin() / x
+        };
+        match self {
+            Self::Nearest => 1.0,
+            Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+            Self::Hamming => match x.abs() {
+                0.0 => 1.0,
+                x if x >= 1.0 => 0.0,
+                x => {
+                    let x = x * PI;
+                    x.sin() / x * (0.54 + 0.46 * x.cos())
+                }
+            },
+            Self::Bicubic => match x.abs() {
+                x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+                x if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * A,
+                _ => 0.0,
+            },
+            Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            Self::Lanczos => 0.0,
+        }
+    }
 }
 
 /// Resizes the whole picture to `side × side`, whatever its ratio.
 #[cfg(feature = "train")]
 pub(crate) fn stretch(picture: &Picture, side: u32) -> RgbImage {
     let (width, height) = picture.dimensions();
-    let pixels = resize(picture, &Taps::new(width, side.into(), side), &Taps::new(height, side.into(), side));
+    let taps = |length: u32| Taps::new(length, side.into(), 0..side.into(), Filter::Bilinear);
+    let pixels = resize(picture, &taps(width), &taps(height));
     RgbImage::from_raw(side, side, pixels).unwrap_or_else(|| RgbImage::new(side, side))
 }
 
 impl Taps {
-    /// Taps of the central `crop` of `scaled` output samples made from `input` samples.
-    fn new(input: u32, scaled: u64, crop: u32) -> Self {
-        // torchvision rounds the offset half to even.
-        let offset = ((scaled - u64::from(crop)) as f64 / 2.0).round_ties_even() as u64;
+    /// Taps of the output samples `kept` of `scaled` made from `input` samples.
+    fn new(input: u32, scaled: u64, kept: Range<u64>, filter: Filter) -> Self {
         let scale = f64::from(input) / scaled as f64;
-        let support = scale.max(1.0);
-        let centres = (offset..offset + u64::from(crop)).map(|index| (index as f64 + 0.5) * scale);
+        let filter_scale = scale.max(1.0);
+        let support = filter.support() * filter_scale;
+        let inverse_scale = 1.0 / filter_scale;
+        let count = (kept.end - kept.start) as usize;
+        let centres = kept.clone().map(|index| (index as f64 + 0.5) * scale);
+        if filter == Filter::Nearest {
+            return Self::nearest(input, scale, kept);
+        }
         let samples = |centre: f64| {
             let first = (centre - support + 0.5).max(0.0) as usize;
             first..((centre + support + 0.5) as usize).min(input as usize)
         };
         let longest = centres.clone().map(|centre| samples(centre).len()).max().unwrap_or(0);
-        let mut taps = Self { samples: Vec::new(), weights: vec![0; longest * crop as usize], longest };
+        let mut taps = Self { samples: Vec::new(), weights: vec![0; longest * count], longest };
         let mut raw = Vec::with_capacity(longest);
         for (centre, weights) in centres.zip(taps.weights.chunks_exact_mut(longest.max(1))) {
             let samples = samples(centre);
             raw.clear();
-            raw.extend(samples.clone().map(|x| (1.0 - ((x as f64 - centre + 0.5) / support).abs()).max(0.0)));
+            raw.extend(samples.clone().map(|x| filter.weight((x as f64 - centre + 0.5) * inverse_scale)));
             let total: f64 = raw.iter().sum();
-            let inverse = if total == 0.0 { 1.0 } else { 1.0 / total };
             let unit = f64::from(1u32 << PRECISION_BITS);
             for (weight, raw) in weights.iter_mut().zip(&raw) {
-                *weight = (0.5 + raw * inverse * unit) as i32;
+                let share = if total == 0.0 { *raw } else { raw / total };
+                *weight = (share * unit + if share < 0.0 { -0.5 } else { 0.5 }) as i32;
             }
             taps.samples.push(samples);
         }
         taps
+    }
+
+    /// As Pillow's affine transform, which adds the scale up sample by sample; of sizes that Pillow cannot make, only from
+    /// the first sample that is kept.
+    fn nearest(input: u32, scale: f64, kept: Range<u64>) -> Self {
+        const MOST: u64 = 1 << 20;
+        let first = if kept.end > MOST { kept.start } else { 0 };
+        let mut at = (first as f64 + 0.5) * scale;
+        let mut samples = Vec::with_capacity((kept.end - kept.start) as usize);
+        for index in first..kept.end {
+            if index >= kept.start {
+                let sample = (at as usize).min(input as usize - 1);
+                samples.push(sample..sample + 1);
+            }
+            at += scale;
+        }
+        Self { weights: vec![1 << PRECISION_BITS; samples.len()], samples, longest: 1 }
     }
 
     /// Output samples.
@@ -191,10 +304,17 @@ mod tests {
             let picture = RgbImage::from_fn(width, height, |_, _| image::Rgb([noise(), noise(), noise()]));
             let short = width.min(height);
             let scaled = |of: u32| u64::from(of) * side / u64::from(short);
-            let columns = Taps::new(width, scaled(width), crop);
-            let rows = Taps::new(height, scaled(height), crop);
-            let found = resize(&picture, &columns, &rows);
-            assert_eq!(found, resize_anywhere(&picture, &columns, &rows), "{width}×{height} to {side}, {crop}");
+            use Filter::{Bicubic, Bilinear, Box, Hamming, Lanczos, Nearest};
+            for filter in [Nearest, Box, Bilinear, Hamming, Bicubic, Lanczos] {
+                let taps = |length: u32| {
+                    let first = CropOffset::HalfEven.of(scaled(length), crop);
+                    Taps::new(length, scaled(length), first..first + u64::from(crop), filter)
+                };
+                let (columns, rows) = (taps(width), taps(height));
+                let found = resize(&picture, &columns, &rows);
+                let expected = resize_anywhere(&picture, &columns, &rows);
+                assert_eq!(found, expected, "{width}×{height} to {side}, {crop}, {filter:?}");
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use nbn::bundle::{Bundle, Exif};
 use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
+use nbn::fold::preprocessing::PreprocessingSource;
 use nbn::fold::{Checkpoint, FoldError};
 use nbn::runtime::{OnnxModel, Runner, SessionOptions};
 use nbn::stop::Stop;
@@ -20,7 +21,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         checkpoint: checkpoint.to_owned(),
         out: out.to_owned(),
         classes: None,
-        preset: None,
+        preprocessing: None,
         input_size: Some(side),
         exif: Exif::Apply,
         evaluation: None,
@@ -335,7 +336,10 @@ fn every_number_of_a_checkpoints_metadata_is_checked_and_named() {
     }
     // What the command line gives instead is taken, and the checkpoint's is not looked at.
     written(&path, &[("nbn.preprocessing", &preprocessing("0", "0", "0"))], str::to_owned);
-    let given = ExportOptions { preset: Some(nbn::fold::export::Preset::Cifar), ..options(&path, &out, 32) };
+    let given = ExportOptions {
+        preprocessing: Some(PreprocessingSource::Preset(nbn::fold::export::Preset::Cifar)),
+        ..options(&path, &out, 32)
+    };
     assert_eq!(export(&given, library()).unwrap().preprocessing.crop, 32);
     fs::remove_dir_all(&out).unwrap();
     // A size that the stored ratio carries beyond the limit.
@@ -454,4 +458,14 @@ fn a_bundle_replaces_no_link_and_no_folder_that_it_is_made_from() {
     assert!(error.contains("evaluation.json lies in") && error.contains("copy it elsewhere"), "{error}");
     assert_eq!(fs::read(out.join("manifest.json")).unwrap(), before);
     assert_eq!(fs::read(out.join("evaluation.json")).unwrap(), br#"{"overall": 0.5}"#);
+}
+
+#[test]
+fn what_older_releases_wrote_is_read_and_would_be_written_the_same() {
+    let folder = root().join("models/cifar10-lt/1");
+    let bundle = Bundle::load(&folder).unwrap();
+    assert_eq!(bundle.calibration.unwrap().id, "3182b04d49bd");
+    assert_eq!(bundle.manifest.lowest_schema_version(), 1);
+    let file = fs::read_to_string(folder.join("manifest.json")).unwrap();
+    assert_eq!(serde_json::to_string_pretty(&bundle.manifest).unwrap() + "\n", file);
 }

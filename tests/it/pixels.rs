@@ -4,6 +4,7 @@ use std::fs;
 
 use image::ImageFormat;
 use nbn::bundle::{Exif, Preprocessing};
+use nbn::fold::preprocessing::from_file;
 use nbn::pixels::{DecodeError, DecodeLimits, Preprocessor, decode};
 use nbn::stop::Stop;
 use safetensors::SafeTensors;
@@ -12,7 +13,7 @@ use crate::support::{data, picture};
 
 fn preprocessing(shorter_side: u32, crop: u32, exif: Exif) -> Preprocessing {
     let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
-    Preprocessing { shorter_side, crop, mean, std, exif }
+    Preprocessing { mean, std, exif, ..Preprocessing::bilinear(shorter_side, crop) }
 }
 
 /// Differences between our tensor and torchvision's, in steps of one 8-bit level.
@@ -46,6 +47,31 @@ fn preprocessing_equals_torchvision_bit_for_bit() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(checked >= 20, "only {checked} expectations");
+}
+
+#[test]
+fn what_timm_and_hugging_face_write_down_gives_their_own_pixels_bit_for_bit() {
+    let bytes = fs::read(data("transforms/expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let (mut checked, mut wrong) = (0, Vec::new());
+    for key in expected.names() {
+        let (name, file) = key.split_once('@').unwrap();
+        let settings = from_file(&data(&format!("transforms/{name}.json")), Exif::Ignore).unwrap();
+        let picture = fs::read(data("pixels").join(file)).unwrap();
+        let found = Preprocessor::new(settings, DecodeLimits::default()).prepare(&picture, &Stop::default()).unwrap();
+        let values =
+            expected.tensor(key).unwrap().data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        let values: Vec<f32> = values.collect();
+        assert_eq!(values.len(), found.len(), "{key}");
+        let differ = values.iter().zip(&found).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+        if differ > 0 {
+            let largest = values.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            wrong.push(format!("{key}: {differ} of {} values, by up to {largest}", values.len()));
+        }
+        checked += 1;
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(checked >= 48, "only {checked} expectations");
 }
 
 #[test]

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use nbn::bundle::Exif;
 use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
-use nbn::fold::export::{ExportOptions, Preset, export};
+use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::inspect;
+use nbn::fold::preprocessing::PreprocessingSource;
 use nbn::runtime::Library;
 
 #[derive(Args)]
@@ -34,9 +35,10 @@ pub(crate) struct Export {
     /// line; a checkpoint of `nbn fold train` contains its own
     #[arg(long)]
     classes: Option<PathBuf>,
-    /// Preprocessing of the images [default: the checkpoint's own, or guessed from the network]
-    #[arg(long)]
-    preprocessing: Option<Preset>,
+    /// Preprocessing of the images: imagenet, inaturalist, cifar, or a file, timm's config.json or Hugging Face's
+    /// preprocessor_config.json [default: the checkpoint's own, or guessed from the network]
+    #[arg(long, value_name = "NAME|FILE")]
+    preprocessing: Option<PreprocessingSource>,
     /// Side of the network's square input in pixels [default: as the preprocessing says]
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=4096))]
     input_size: Option<u32>,
@@ -86,7 +88,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         checkpoint: args.checkpoint,
         out: args.out,
         classes: args.classes,
-        preset: args.preprocessing,
+        preprocessing: args.preprocessing,
         input_size: args.input_size,
         exif: match args.exif {
             ExifArg::Apply => Exif::Apply,

@@ -40,7 +40,8 @@ impl Blocks {
         let mut weights = vec![[0; 4]; each * taps.len()];
         for ((_, from), to) in taps.iter().zip(weights.chunks_exact_mut(each)) {
             for (at, weight) in from.iter().enumerate() {
-                let (high, low) = (weight >> LOW_BITS, weight & ((1 << LOW_BITS) - 1));
+                // A negative weight's high part is negative, too; of both, 16 bits.
+                let (high, low) = ((weight >> LOW_BITS) & 0xFFFF, weight & ((1 << LOW_BITS) - 1));
                 let (pair, half) = (at % BLOCK / 2, at % 2);
                 to[at / BLOCK][2 * pair] |= high << (16 * half);
                 to[at / BLOCK][2 * pair + 1] |= low << (16 * half);
