@@ -555,6 +555,13 @@ def torch_file(content, storages, protocol=2):
     return out.getvalue()
 
 
+def networks():
+    """Those of the tests that are small enough."""
+    for path in sorted((DATA.parent / "onnx").glob("*.onnx")):
+        if path.stat().st_size <= LARGEST:
+            seed("onnx", path.name, path.read_bytes())
+
+
 def checkpoints():
     # Stand-ins under torch's names, which pickles refer to.
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
@@ -786,7 +793,7 @@ def sources():
 
 
 def main():
-    for make in [jpegs, pngs, gifs, webps, bmps, tiffs, bodies, checkpoints, bundles, sources]:
+    for make in [jpegs, pngs, gifs, webps, bmps, tiffs, bodies, checkpoints, networks, bundles, sources]:
         make()
     folder = HERE / "seeds"
     shutil.rmtree(folder, ignore_errors=True)

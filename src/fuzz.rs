@@ -10,7 +10,7 @@ mod models;
 
 use std::cell::RefCell;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,6 +19,8 @@ use crate::batch::{Source, SourceOptions};
 use crate::bundle::{BoundCalibration, Calibration, Manifest, inputs_sha256, train_prior};
 use crate::classify::{Classifier, ClassifyError, Input, ScoreRequest, Scorer};
 use crate::fold::Checkpoint;
+use crate::fold::onnx::Network;
+use crate::fold::onnx::passes::{self, ends};
 use crate::scores::{Logits, Prior};
 
 /// As in the programs: decoding is ended when it takes more memory than it may.
@@ -30,7 +32,7 @@ static ALLOCATOR: crate::memory::Counting = crate::memory::Counting;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     ("picture_jpeg", picture_jpeg),
     ("picture_png", picture_png),
     ("picture_gif", picture_gif),
@@ -43,6 +45,7 @@ pub const TARGETS: [Target; 16] = [
     ("multipart", multipart),
     ("grpc_message", grpc_message),
     ("checkpoint", checkpoint),
+    ("onnx", onnx),
     ("manifest", manifest),
     ("calibration", calibration),
     ("tar_source", tar_source),
@@ -131,6 +134,22 @@ pub fn checkpoint(data: &[u8]) {
     for (name, tensor) in &checkpoint.tensors {
         assert_eq!(tensor.shape.iter().product::<usize>(), tensor.values.len(), "{name} is not as its shape says");
         assert!(tensor.values.iter().all(|value| value.is_finite()), "{name} is not finite");
+    }
+}
+
+/// A network in ONNX. The runtime is not asked: what it makes of a network is its own matter.
+pub fn onnx(data: &[u8]) {
+    // No file lies in a folder that does not exist.
+    let nowhere = Path::new("/nonexistent");
+    let Ok(mut network) = Network::of_bytes(&data.to_vec().into(), nowhere) else { return };
+    let written: Network = Network::of_bytes(&network.encode().into(), nowhere).expect("what was written can be read");
+    assert_eq!(written.encode(), network.encode());
+    if passes::fold(&mut network).is_err() || ends::input(&network).is_err() {
+        return;
+    }
+    if ends::name(&mut network, None, (16, 16), true, ends::Batch::Free).is_ok() {
+        let _ = network.check("naming the ends");
+        Network::of_bytes(&network.encode().into(), nowhere).expect("what was folded can be read");
     }
 }
 

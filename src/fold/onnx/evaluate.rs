@@ -8,8 +8,8 @@ use ndarray::{ArrayD, ArrayViewD, Axis, Dimension, IxDyn, Slice, Zip, concatenat
 use super::proto::{Node, kind};
 use super::value::{Float, Value};
 
-/// Largest constant that is made, in values: larger ones are left to the runtime.
-const MAX_VALUES: usize = 1 << 26;
+/// Largest constant that is made out of smaller ones, in values: larger ones are left to the runtime.
+const MAX_VALUES: usize = 1 << 22;
 
 /// Every operator that [`evaluate`] knows.
 pub(crate) const OPERATORS: [&str; 56] = [

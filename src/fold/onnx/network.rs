@@ -188,7 +188,8 @@ impl Network {
                 OPSETS.end()
             ));
         }
-        let own: HashSet<&str> = self.model.functions.iter().filter_map(|f| f.domain.as_deref()).collect();
+        let own = self.model.functions.iter();
+        let own: HashSet<(&str, &str)> = own.map(|f| (text(f.domain.as_deref()), text(f.name.as_deref()))).collect();
         let bodies = self.model.functions.iter().flat_map(|f| &f.node);
         for node in graph.node.iter().chain(bodies) {
             is_known(node, &own)?;
@@ -384,9 +385,13 @@ fn follow<'a>(nodes: &'a [Node], there: &mut HashSet<&'a str>, pass: &str) -> Re
     Ok(())
 }
 
-fn is_known(node: &Node, own: &HashSet<&str>) -> Result<(), OnnxError> {
-    let domain = node.domain.as_deref().unwrap_or_default();
-    if !DOMAINS.contains(&domain) && !own.contains(domain) {
+fn text(text: Option<&str>) -> &str {
+    text.unwrap_or_default()
+}
+
+fn is_known(node: &Node, own: &HashSet<(&str, &str)>) -> Result<(), OnnxError> {
+    let domain = text(node.domain.as_deref());
+    if !DOMAINS.contains(&domain) && !own.contains(&(domain, node.op())) {
         return OnnxError::refused(format!(
             "node {} is of operator {} of {}, which is not one of ONNX's: networks with operators of their own cannot \
              be served",

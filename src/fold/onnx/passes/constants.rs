@@ -64,6 +64,9 @@ const TYPE_OF_FIRST: [&str; 53] = [
     "Unsqueeze",
 ];
 
+/// Bytes that computed constants may take beyond twice the network's weights. More are left to the runtime.
+const SPARE: usize = 64 << 20;
+
 /// The constants of a network: its weights, and what can be computed from them.
 pub(crate) struct Constants {
     tensors: HashMap<String, Tensor>,
@@ -81,6 +84,7 @@ impl Constants {
     pub(crate) fn of(network: &Network) -> Result<Self, OnnxError> {
         let graph = network.graph();
         let weights = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), tensor.clone()));
+        let mut spare = SPARE.saturating_add(graph.initializer.iter().map(size).sum::<usize>().saturating_mul(2));
         let mut constants = Self { tensors: weights.collect(), computed: Vec::new(), left: Vec::new() };
         // Values that are 32-bit floats, as the pictures are.
         let is_float = |info: &&ValueInfo| info.r#type.as_ref().is_some_and(Type::is_float);
@@ -125,8 +129,9 @@ impl Constants {
             if !fixed || (node.input.is_empty() && !node.is("Constant")) {
                 continue;
             }
-            match constants.compute(network, node)? {
+            match constants.compute(network, node)?.filter(|tensor| size(tensor) <= spare) {
                 Some(tensor) => {
+                    spare -= size(&tensor);
                     constants.tensors.insert(tensor.name().to_owned(), tensor);
                     constants.computed.push(n);
                 }
@@ -182,4 +187,11 @@ impl Constants {
         }
         network.prune();
     }
+}
+
+/// Bytes that a tensor's values take, wherever they lie; of one that shares another's, none.
+fn size(tensor: &Tensor) -> usize {
+    let each = if [kind::DOUBLE, kind::INT64].contains(&tensor.data_type.unwrap_or_default()) { 8 } else { 4 };
+    let count = tensor.dims.iter().try_fold(each, |size, &d| usize::try_from(d).ok()?.checked_mul(size));
+    count.unwrap_or(usize::MAX)
 }
