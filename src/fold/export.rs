@@ -75,6 +75,8 @@ pub struct ExportOptions {
     pub overrides: Overrides,
     /// Of an ONNX file: the name of its output with a score for each class, where it has several.
     pub logits: Option<String>,
+    /// Of an ONNX file: a folder of pictures that the proof looks at besides seeded inputs.
+    pub images: Option<PathBuf>,
     /// How much of the training prior the loss took out of the logits, where the file does not say.
     pub kappa: Option<f64>,
 }

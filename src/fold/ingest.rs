@@ -1,6 +1,6 @@
 //! `nbn fold export` of an ONNX file: any classifier, with or without NBN.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -12,9 +12,16 @@ use super::preprocessing::{PreprocessingSource, from_file};
 use super::verify::Rows;
 use super::{FoldError, verify};
 use crate::bundle::{
-    Alpha, FileDigest, FoldReport, LeftNorm, MODEL_FILE, Manifest, OnnxReport, Proof, SCHEMA_VERSION, sha256_hex,
+    Alpha, FileDigest, FoldReport, LeftNorm, MODEL_FILE, Manifest, OnnxReport, Preprocessing, Proof, SCHEMA_VERSION,
+    sha256_hex,
 };
+use crate::listing::walk;
+use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
 use crate::runtime::{Device, FEATURES, Library, PlainSession, SessionOptions};
+use crate::stop::Stop;
+
+/// Most of the user's pictures that the proof looks at.
+const MOST_PICTURES: usize = 64;
 
 /// Whether `path` is an ONNX file by its name.
 pub(super) fn is_onnx(path: &Path) -> bool {
@@ -32,15 +39,16 @@ pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(M
     let side = square_side(&input, options).map_err(fail)?;
     let folded = passes::fold(&mut network).map_err(fail)?;
     network.embed().map_err(fail)?;
-    let subject = Subject { options, library, side };
-    let (network, ends, proof, one_by_one) = subject.proved(network)?;
-    let classes = classes(options.classes.as_deref(), proof.classes)?;
     let preprocessing = match &options.preprocessing {
         Some(PreprocessingSource::File(path)) => at_side(from_file(path, options.exif)?, side as u32),
         Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(side as u32), options.exif),
         None => Preset::Imagenet.preprocessing(Some(side as u32), options.exif),
     };
     preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
+    let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
+    let subject = Subject { options, library, side, pictures };
+    let (network, ends, proof, one_by_one) = subject.proved(network)?;
+    let classes = classes(options.classes.as_deref(), proof.classes)?;
     let nodes = (folded.nodes.0, network.nodes());
     let model = network.encode();
     let mut manifest = Manifest {
@@ -126,6 +134,8 @@ struct Subject<'a> {
     options: &'a ExportOptions,
     library: &'a Library,
     side: usize,
+    /// The user's own pictures, prepared.
+    pictures: Vec<Vec<f32>>,
 }
 
 /// A proof, and what was learned on the way.
@@ -178,7 +188,8 @@ impl Subject<'_> {
         };
         let names: Vec<&str> = std::iter::once(&ends.output).chain(&ends.features).map(String::as_str).collect();
         let mut seen: Vec<f64> = Vec::new();
-        let images = verify::images(self.side);
+        let seeded = verify::images(self.side);
+        let images: Vec<Vec<f32>> = seeded.iter().chain(&self.pictures).cloned().collect();
         let mut expected: Vec<f64> = Vec::new();
         let mut classes = 0;
         let shape = |n: usize| IxDyn(&[n, 3, self.side, self.side]);
@@ -211,8 +222,8 @@ impl Subject<'_> {
         }
         let proof = Proof {
             reference: crate::bundle::Reference::Original,
-            images: images.len(),
-            pictures: 0,
+            images: seeded.len(),
+            pictures: self.pictures.len(),
             seed: verify::SEED,
             outputs,
         };
@@ -237,6 +248,27 @@ impl Subject<'_> {
         }
         Ok(found)
     }
+}
+
+/// The first pictures in `folder` and below, by name, as the network's inputs.
+fn pictures(folder: &Path, preprocessing: &Preprocessing) -> Result<Vec<Vec<f32>>, FoldError> {
+    let mut files = Vec::new();
+    let fail = |path: PathBuf, cause| FoldError::File { path, cause };
+    let mut shut = None;
+    walk(folder, &mut |file| files.push(file), &mut |path, cause| shut = Some(fail(path, cause)))
+        .map_err(|cause| fail(folder.to_owned(), cause))?;
+    if let Some(error) = shut {
+        return Err(error);
+    }
+    if files.is_empty() {
+        return Err(FoldError::Input(format!("--images {}: no picture is in it or below", folder.display())));
+    }
+    let preprocessor = Preprocessor::new(preprocessing.clone(), DecodeLimits::OFFLINE);
+    let prepared = |file: &PathBuf| {
+        let refused = |error: DecodeError| FoldError::Input(format!("{}: {error}", file.display()));
+        preprocessor.prepare(&read(file)?, &Stop::default()).map_err(refused)
+    };
+    files.iter().take(MOST_PICTURES).map(prepared).collect()
 }
 
 fn not_rows(ends: &Ends, shape: &[usize]) -> FoldError {

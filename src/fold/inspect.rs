@@ -157,12 +157,16 @@ pub fn manifest(manifest: &Manifest) -> String {
     for proof in &fold.proof.outputs {
         let _ = writeln!(
             out,
-            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images, {})",
+            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images{}, {})",
             proof.output,
             proof.max_absolute,
             proof.max_relative,
             proof.tolerance,
             fold.proof.images,
+            match fold.proof.pictures {
+                0 => String::new(),
+                pictures => format!(" and {pictures} pictures"),
+            },
             match fold.proof.reference {
                 Reference::Checkpoint => "f64 reference",
                 Reference::Original => "the original in ONNX Runtime",

@@ -29,6 +29,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         force: false,
         overrides: Overrides::default(),
         logits: None,
+        images: None,
         kappa: None,
     }
 }

@@ -180,6 +180,8 @@ fn a_network_from_elsewhere_is_calibrated_scored_and_told_of() {
         }
     }
     let (model, photos) = (bundle.to_str().unwrap(), photos.to_str().unwrap());
+    let (_, manifest) = export("nbn_added_script", folder.path(), &["--images", photos]);
+    assert_eq!((manifest.fold.proof.images, manifest.fold.proof.pictures), (8, 40));
     let done = fold(&["calibrate", model, "--data", photos]);
     assert!(done.status.success(), "{}", text(&done.stderr));
     let done = nbn(&["score", "--model", model, "--features", "--top-k", "1", photos]);

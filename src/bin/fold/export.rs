@@ -60,6 +60,9 @@ pub(crate) struct Export {
     /// Output of an ONNX file that has a score for each class, if the file has several outputs
     #[arg(long, value_name = "NAME")]
     logits: Option<String>,
+    /// Folder of pictures that the proof of an ONNX file looks at, up to 64, besides seeded inputs
+    #[arg(long, value_name = "FOLDER")]
+    images: Option<PathBuf>,
     /// How much of the training prior the loss took out of the logits, from 0 (none, as cross-entropy) to 1 (all, as
     /// Balanced Softmax), if the file does not say
     #[arg(long)]
@@ -99,6 +102,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         force: args.force,
         overrides: args.overrides.into(),
         logits: args.logits,
+        images: args.images,
         kappa: args.kappa,
     };
     let manifest = export(&options, library)?;

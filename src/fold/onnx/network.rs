@@ -131,6 +131,14 @@ impl Network {
     /// # Errors
     /// When one cannot be read.
     pub(crate) fn embed(&mut self) -> Result<(), OnnxError> {
+        let external = self.graph().initializer.iter().filter(|tensor| tensor.is_external());
+        let bytes = external.map(|tensor| self.external(tensor).map(|(.., length)| length)).sum::<Result<u64, _>>()?;
+        if bytes > MAX_MESSAGE as u64 {
+            return OnnxError::refused(format!(
+                "its weights in other files take {bytes} bytes; a bundle's network has at most {MAX_MESSAGE}: export a \
+                 smaller network"
+            ));
+        }
         let mut weights = std::mem::take(&mut self.graph_mut().initializer);
         for tensor in weights.iter_mut().filter(|tensor| tensor.is_external()) {
             let bytes = self.external_bytes(tensor)?;
