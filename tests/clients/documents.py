@@ -27,7 +27,7 @@ DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.g
 COLOURS = [(0, 0, 0), (170, 0, 0), (0, 170, 0), (0, 0, 170), (170, 170, 0), (170, 170, 170)]
 LABELS = ["ape", "bee", "cow", "dog", "eel", "fox"]
 
-# The beginning of a command, and why it is not run here.
+# The beginning of a command or of an example, and why it is not run here.
 ELSEWHERE = {
     "cargo test --features dev": ".ci/run runs it",
     "cargo install": "takes a build of its own; installs what `cargo build` builds",
@@ -41,6 +41,11 @@ ELSEWHERE = {
     "nbn serve --addr 0.0.0.0:8443": "tests/it/operations.rs serves TLS; nothing here listens on other interfaces",
     'curl --cacert ca.pem': "as above",
     "cargo run --release --features train --bin fold -- train --data CIFAR10_FOLDER": "takes an hour",
+    "nbn fold export network.onnx": "tests/oracle/timm_end_to_end.py runs that page, with timm and torch",
+    "nbn fold calibrate models/mine/1 --data photos/held-out": "as above",
+    "nbn fold evaluate models/mine/1 --data photos/test": "as above",
+    "nbn score --model models/mine --top-k 1 photos/test": "as above",
+    "import json\nimport pathlib\n\nimport timm": "as above",
 }
 SERVER = re.compile(r"^(nbn (serve|demo)|cargo run --release -- serve)")
 
@@ -170,6 +175,10 @@ def main():
                     shutil.rmtree(model)
                 for language, text in blocks(document):
                     if language == "python":
+                        entry = next((entry for entry in ELSEWHERE if text.startswith(entry)), None)
+                        unused.discard(entry)
+                        if entry is not None:
+                            continue
                         if "read_parquet" in text:
                             subprocess.run([tried.program, "score", "--model", "models/cifar10-lt", "--format", "parquet",
                                             "--output", "rows.parquet", "examples/pictures"], cwd=folder, check=True,
