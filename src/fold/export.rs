@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
 use super::ingest::{from_onnx, is_onnx};
-use super::preprocessing::{PreprocessingSource, from_file};
+use super::preprocessing::{PreprocessingChanges, PreprocessingSource, from_file};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
     BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
@@ -61,6 +61,8 @@ pub struct ExportOptions {
     pub classes: Option<PathBuf>,
     /// The pipeline; the checkpoint's own, or guessed from the network, when absent.
     pub preprocessing: Option<PreprocessingSource>,
+    /// What overrules single settings of the pipeline.
+    pub changes: PreprocessingChanges,
     /// The network's input side in pixels, when it differs from the preset's.
     pub input_size: Option<u32>,
     /// What serving does with EXIF orientation.
@@ -147,6 +149,7 @@ fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manife
             .unwrap_or_else(|| Preset::guess(network.family, network.classes))
             .preprocessing(Some(side as u32), options.exif),
     };
+    let preprocessing = options.changes.apply(preprocessing);
     // Found out now, not after the proof.
     preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();

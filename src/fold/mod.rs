@@ -44,6 +44,10 @@ pub fn fold(graph: &Graph) -> Result<onnx::Network, FoldError> {
     let folded = onnx::passes::fold(&mut network).map_err(|error| fail("the network".into(), error.to_string()))?;
     match folded.norms.left.into_iter().next() {
         Some((node, reason)) => Err(fail(node, reason.into())),
-        None => Ok(network),
+        None => {
+            let failed = |error: onnx::OnnxError| fail("the experts".into(), error.to_string());
+            onnx::passes::merge_experts(&mut network).map_err(failed)?;
+            Ok(network)
+        }
     }
 }

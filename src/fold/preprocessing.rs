@@ -43,6 +43,38 @@ impl FromStr for PreprocessingSource {
     }
 }
 
+/// Single settings that overrule what a source says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PreprocessingChanges {
+    /// Which sides are resized.
+    pub resize: Option<Resize>,
+    /// To how many pixels.
+    pub shorter_side: Option<u32>,
+    /// By which filter.
+    pub filter: Option<Filter>,
+    /// What bytes are multiplied by.
+    pub factor: Option<f64>,
+    /// Mean per channel (R, G, B) of scaled values.
+    pub mean: Option<[f32; 3]>,
+    /// Standard deviation per channel (R, G, B).
+    pub std: Option<[f32; 3]>,
+}
+
+impl PreprocessingChanges {
+    /// `settings` with these changes.
+    pub(super) fn apply(&self, settings: Preprocessing) -> Preprocessing {
+        Preprocessing {
+            resize: self.resize.unwrap_or(settings.resize),
+            shorter_side: self.shorter_side.unwrap_or(settings.shorter_side),
+            filter: self.filter.unwrap_or(settings.filter),
+            scale: self.factor.map_or(settings.scale, Scale::Factor),
+            mean: self.mean.unwrap_or(settings.mean),
+            std: self.std.unwrap_or(settings.std),
+            ..settings
+        }
+    }
+}
+
 /// Reads the preprocessing in the file at `path`.
 ///
 /// # Errors

@@ -5,9 +5,10 @@ use std::thread;
 use ndarray::ArrayView4;
 
 use super::onnx::Network;
+use super::onnx::passes::ends::LOGITS;
 use super::reference::{self, Precision};
 use super::{FoldError, Graph};
-use crate::bundle::{Ending, OutputProof, Proof, Reference};
+use crate::bundle::{OutputProof, Proof, Reference};
 use crate::runtime::{Device, Library, OnnxModel, SessionOptions};
 
 /// Largest difference accepted, in standard deviations of the output.
@@ -67,40 +68,56 @@ pub(super) fn images(side: usize) -> Vec<Vec<f32>> {
 /// Most that a network's own sensitivity may raise [`TOLERANCE`] by.
 const MOST: f64 = 10.0;
 
-/// What an original makes of logits.
-#[derive(Clone, Copy)]
-pub(super) struct Rows {
-    /// Values of an image.
-    pub(super) classes: usize,
-    /// What it ends in.
-    pub(super) ending: Ending,
+/// As [`images`], few, and others that noise does not stand for: of one brightness, of large values, and smooth ones.
+pub(super) fn varied_images(side: usize) -> Vec<Vec<f32>> {
+    let mut all = images(side);
+    let plane = side * side;
+    let smooth = |n: usize| {
+        let (y, x) = (n % plane / side, n % side);
+        let part = |at: usize| at as f32 / side.max(1) as f32;
+        2.0 * (3.0 * part(x) + n as f32 / plane as f32).sin() - 1.5 * part(y)
+    };
+    all.push(vec![-1.8; 3 * plane]);
+    all.push((0..3 * plane).map(|n| 1.5 + 0.5 * (n / plane) as f32).collect());
+    all.push((0..3 * plane).map(smooth).collect());
+    all.push(all[0].iter().map(|v| 1.0 + v.abs()).collect());
+    all
 }
 
-/// Compares what the bundle's `output` gives, `found`, with what the original gives, `expected`; of logits `rows` says
-/// what the original makes of them. `moved` gives the bundle's output when every weight moves by one unit in the last
-/// place; it is asked where the difference exceeds [`TOLERANCE`], and its own difference is accepted then, up to ten times
-/// that.
+/// Compares what the bundle's `output` gives, `found`, with what the original gives, `expected`, both with `row` values an
+/// image. `moved` gives the bundle's output when every weight moves by one unit in the last place; it is asked where the
+/// difference exceeds [`TOLERANCE`], and its own difference is accepted then, up to ten times that.
 pub(super) fn compare(
     output: &str,
     expected: &[f64],
     found: &[f64],
-    rows: Option<Rows>,
+    row: usize,
     moved: impl FnOnce() -> Result<Vec<f64>, FoldError>,
 ) -> Result<OutputProof, FoldError> {
-    let found = ended(found, rows);
-    let spread = standard_deviation(expected);
-    if spread == 0.0 {
+    if let Some(value) = expected.iter().find(|value| !value.is_finite()) {
         return Err(FoldError::Input(format!(
-            "output {output} has one value, {}, for all classes and images: the network is not trained, or another \
-             output holds its logits",
-            expected.first().copied().unwrap_or_default()
+            "the original gives {value} as a value of {output} for a seeded image: a weight of it is not finite, or its \
+             values overflow"
         )));
     }
-    let max_absolute = max_difference(&found, expected);
+    let varies = |at: usize| {
+        let mut values = expected.iter().skip(at).step_by(row.max(1));
+        let first = values.next();
+        values.any(|value| Some(value) != first)
+    };
+    if !(0..row).any(varies) {
+        return Err(FoldError::Input(format!(
+            "{output} is the same for every image: the network does not look at them, is not trained, or another output \
+             holds its logits"
+        )));
+    }
+    // Most features may be 0.
+    let spread = if output == LOGITS { spread(expected) } else { standard_deviation(expected) };
+    let max_absolute = max_difference(found, expected);
     let max_relative = max_absolute / spread;
     let mut tolerance = TOLERANCE;
     if exceeds(max_relative, tolerance) {
-        let own = max_difference(&ended(&moved()?, rows), &found) / spread;
+        let own = max_difference(&moved()?, found) / spread;
         if own.is_finite() {
             tolerance = own.clamp(TOLERANCE, MOST * TOLERANCE);
         }
@@ -117,22 +134,17 @@ pub(super) fn compare(
     Ok(OutputProof { output: output.into(), max_absolute, max_relative, tolerance })
 }
 
-/// What the original makes of logits, in f64.
-fn ended(logits: &[f64], rows: Option<Rows>) -> Vec<f64> {
-    let mut values = logits.to_vec();
-    if let Some(Rows { classes, ending }) = rows.filter(|rows| rows.ending != Ending::Logits) {
-        for row in values.chunks_mut(classes.max(1)) {
-            let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let log_sum = max + row.iter().map(|v| (v - max).exp()).sum::<f64>().ln();
-            for value in row {
-                *value -= log_sum;
-                if ending == Ending::Softmax {
-                    *value = value.exp();
-                }
-            }
-        }
-    }
-    values
+/// The standard deviation, or a robust estimate of it (1.4826 times the median distance from the median) where that is
+/// smaller: a class that is masked by a huge constant must not hide the others.
+fn spread(values: &[f64]) -> f64 {
+    let median = |mut values: Vec<f64>| {
+        values.sort_unstable_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or_default()
+    };
+    let middle = median(values.to_vec());
+    let robust = 1.4826 * median(values.iter().map(|value| (value - middle).abs()).collect());
+    let deviation = standard_deviation(values);
+    if robust > 0.0 { robust.min(deviation) } else { deviation }
 }
 
 /// The network with every weight moved by one unit in the last place, up or down by a seeded coin.

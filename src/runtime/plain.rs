@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ndarray::{ArrayD, ArrayViewD};
+use ort::logging::LogLevel;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{OutputSelector, RunOptions, Session};
 use ort::value::TensorRef;
@@ -21,6 +22,8 @@ impl PlainSession {
     pub fn open(library: &Library, path: &Path, options: SessionOptions) -> Result<Self, RuntimeError> {
         let session = builder(library, options)
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
+            // What fails is told by its error, and may be tried another way.
+            .and_then(|b| Ok(b.with_log_level(LogLevel::Fatal)?))
             .and_then(|mut b| b.commit_from_file(path));
         session.map(Self).map_err(|error| RuntimeError::Open(error.to_string()))
     }
@@ -32,6 +35,8 @@ impl PlainSession {
     pub fn of_bytes(library: &Library, bytes: &[u8], options: SessionOptions) -> Result<Self, RuntimeError> {
         let session = builder(library, options)
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
+            // What fails is told by its error, and may be tried another way.
+            .and_then(|b| Ok(b.with_log_level(LogLevel::Fatal)?))
             .and_then(|mut b| b.commit_from_memory(bytes));
         session.map(Self).map_err(|error| RuntimeError::Open(error.to_string()))
     }
@@ -53,7 +58,12 @@ impl PlainSession {
         let found = self.0.run_with_options(vec![(input, tensor)], &options).map_err(fail)?;
         let take = |name: &&str| {
             let value = found.get(name).ok_or_else(|| RuntimeError::Run(format!("there is no output {name:?}")))?;
-            Ok(value.try_extract_array::<f32>().map_err(fail)?.to_owned())
+            let floats = value.try_extract_array::<f32>().map_err(|_| {
+                RuntimeError::Run(format!(
+                    "its output {name:?} is not of 32-bit floats, as scores are: choose another one"
+                ))
+            })?;
+            Ok(floats.to_owned())
         };
         outputs.iter().map(take).collect()
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use nbn::bundle::{Bundle, Exif};
 use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
-use nbn::fold::preprocessing::PreprocessingSource;
+use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource};
 use nbn::fold::{Checkpoint, FoldError};
 use nbn::runtime::{OnnxModel, Runner, SessionOptions};
 use nbn::stop::Stop;
@@ -22,6 +22,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         out: out.to_owned(),
         classes: None,
         preprocessing: None,
+        changes: PreprocessingChanges::default(),
         input_size: Some(side),
         exif: Exif::Apply,
         evaluation: None,

@@ -143,6 +143,31 @@ def good():
     ]
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
     yield "function", graph(nodes, [WEIGHT, BIAS], functions=[function], opset_imports=imports)
+    # Channels last, as TensorFlow has it, 0 to 255, a softmax at the end.
+    nodes = [
+        helper.make_node("Mul", ["x", "scale"], ["s"]),
+        helper.make_node("ReduceMean", ["s"], ["f"], axes=[1, 2], keepdims=0),
+        helper.make_node("MatMul", ["f", "wt"], ["m"]), helper.make_node("Add", ["m", "b"], ["z"]),
+        helper.make_node("Softmax", ["z"], ["y"], axis=-1),
+    ]
+    initializers = [initializer("scale", 1 / 255), BIAS, initializer("wt", RNG.standard_normal((3, 4)))]
+    last = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", SIDE, SIDE, 3])]
+    yield "channels_last", graph(nodes, initializers, last)
+    # The norm's output is called as the classifier is, whose weight has the name that a merged weight would get; a bias
+    # that lies along the tokens before a scale that lies along the channels.
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["c", "g", "o", "o", "g"], ["fc"]),
+        helper.make_node("Reshape", ["fc", "tokens"], ["t"]),
+        helper.make_node("MatMul", ["t", "fc.weight"], ["m"]), helper.make_node("Add", ["m", "fc.bias"], ["a"]),
+        helper.make_node("Mul", ["a", "g"], ["s"]), helper.make_node("ReduceMean", ["s"], ["y"], axes=[1], keepdims=0),
+    ]
+    initializers = [
+        initializer("k", RNG.standard_normal((4, 3, 3, 3))), initializer("g", [0.5, 1.0, 1.5, 2.0]),
+        initializer("o", [0.1, 0.2, 0.3, 0.4]), initializer("tokens", [-1, 4, 256], np.int64),
+        initializer("fc.weight", RNG.standard_normal((256, 4))), initializer("fc.bias", RNG.standard_normal((4, 1))),
+    ]
+    yield "taken_names", graph(nodes, initializers)
     # Made for one picture: shapes hold the 1.
     nodes = [
         helper.make_node("GlobalAveragePool", ["x"], ["p"]),
@@ -197,6 +222,21 @@ def bad():
         for key, value in (("location", location), ("offset", "0"), ("length", "48")):
             tensor.external_data.add(key=key, value=value)
         yield name, model
+    ended = [*POOL, helper.make_node("Gemm", ["f", "w", "b"], ["z"], transB=1), helper.make_node("Softmax", ["z"], ["s"]), helper.make_node("Flatten", ["s"], ["y"])]
+    yield "hidden_softmax", graph(ended, [WEIGHT, BIAS])
+    drawn = [*POOL, helper.make_node("RandomNormalLike", ["f"], ["r"]), helper.make_node("Gemm", ["r", "w", "b"], ["y"], transB=1)]
+    yield "random", graph(drawn, [WEIGHT, BIAS])
+    token = [*POOL, helper.make_node("Reshape", ["f", "s3"], ["f3"]), helper.make_node("Concat", ["token", "f3"], ["t"], axis=1),
+             helper.make_node("ReduceSum", ["t", "axes"], ["q"], keepdims=0), helper.make_node("Gemm", ["q", "w", "b"], ["y"], transB=1)]
+    initializers = [initializer("s3", [8, 1, 3], np.int64), initializer("token", RNG.standard_normal((8, 1, 3))),
+                    initializer("axes", [1], np.int64), WEIGHT, BIAS]
+    eight = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8, 3, SIDE, SIDE])]
+    yield "eight_at_a_time", graph(token, initializers, eight, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, 4])])
+    constant = [*POOL, helper.make_node("Mul", ["f", "zero"], ["z"]), helper.make_node("Gemm", ["z", "w", "b"], ["y"], transB=1)]
+    yield "blind", graph(constant, [WEIGHT, BIAS, initializer("zero", 0.0)])
+    short = graph([*POOL, GEMM], [WEIGHT, BIAS])
+    short.graph.initializer[0].dims[0] = 1 << 40
+    yield "short_weight", short
     newer = graph([*POOL, GEMM], [WEIGHT, BIAS])
     newer.ir_version = 99
     yield "newer_ir", newer
@@ -206,6 +246,7 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     expected = {}
     for seed, form in enumerate(["added", "clamped", "weight only", "affine outside"]):
+        torch.manual_seed(seed)
         model = lively(Small(form), seed)
         x = torch.from_numpy(picture(seed))
         for dynamo in (False, True):
@@ -225,7 +266,8 @@ def main():
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, OUT / f"{name}.onnx")
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        y = session.run(None, {"x": picture(9)})[0]
+        x = picture(9)
+        y = session.run(None, {"x": x.transpose(0, 2, 3, 1) if name == "channels_last" else x})[0]
         expected[name] = {"seed": 9, "outputs": np.asarray(y)[0].tolist()}
     for name, model in bad():
         onnx.save(model, OUT / f"bad_{name}.onnx")

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use nbn::bundle::Exif;
+use nbn::bundle::{Exif, Filter, Resize};
 use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::inspect;
-use nbn::fold::preprocessing::PreprocessingSource;
+use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource};
 use nbn::runtime::Library;
 
 #[derive(Args)]
@@ -39,6 +39,24 @@ pub(crate) struct Export {
     /// preprocessor_config.json [default: the checkpoint's own, or guessed from the network]
     #[arg(long, value_name = "NAME|FILE")]
     preprocessing: Option<PreprocessingSource>,
+    /// Length that the shorter side, or with --squash both sides, are resized to before the crop
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    resize_to: Option<u32>,
+    /// Resize both sides, whatever the ratio
+    #[arg(long)]
+    squash: bool,
+    /// Filter that pictures are resized by
+    #[arg(long)]
+    filter: Option<Filter>,
+    /// Factor that bytes are multiplied by, such as 1 for a network that takes 0 to 255 [default: 1/255]
+    #[arg(long)]
+    factor: Option<f64>,
+    /// Mean that is subtracted from scaled values, three numbers separated by commas: red, green, blue
+    #[arg(long, value_parser = three)]
+    mean: Option<[f32; 3]>,
+    /// Standard deviation that values are divided by then, as --mean
+    #[arg(long, value_parser = three)]
+    std: Option<[f32; 3]>,
     /// Side of the network's square input in pixels [default: as the preprocessing says]
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=4096))]
     input_size: Option<u32>,
@@ -85,6 +103,13 @@ enum ExifArg {
     Ignore,
 }
 
+/// Three numbers separated by commas.
+fn three(text: &str) -> Result<[f32; 3], String> {
+    let numbers: Option<Vec<f32>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
+    let three = numbers.and_then(|numbers| <[f32; 3]>::try_from(numbers).ok());
+    three.ok_or_else(|| "expected three numbers separated by commas, such as 0.485,0.456,0.406".into())
+}
+
 pub(crate) fn run(args: Export) -> anyhow::Result<()> {
     let library = Library::load(args.onnxruntime.as_deref())?;
     let options = ExportOptions {
@@ -92,6 +117,14 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         out: args.out,
         classes: args.classes,
         preprocessing: args.preprocessing,
+        changes: PreprocessingChanges {
+            resize: args.squash.then_some(Resize::Both),
+            shorter_side: args.resize_to,
+            filter: args.filter,
+            factor: args.factor,
+            mean: args.mean,
+            std: args.std,
+        },
         input_size: args.input_size,
         exif: match args.exif {
             ExifArg::Apply => Exif::Apply,

@@ -12,7 +12,7 @@ use super::value::{Float, Value};
 const MAX_VALUES: usize = 1 << 22;
 
 /// Every operator that [`evaluate`] knows.
-pub(crate) const OPERATORS: [&str; 56] = [
+pub(crate) const OPERATORS: [&str; 57] = [
     "Abs",
     "Add",
     "And",
@@ -69,6 +69,7 @@ pub(crate) const OPERATORS: [&str; 56] = [
     "Tanh",
     "Transpose",
     "Unsqueeze",
+    "Where",
 ];
 
 /// The one output of `node`, whose inputs have the values `inputs`; an input that is left out has none. `opset` is the
@@ -205,6 +206,7 @@ pub(crate) fn evaluate(node: &Node, inputs: &[Option<&Value>], opset: i64) -> Op
             gather(first()?, integers(input(1)?)?, axis)
         }
         "Slice" => slice(node, inputs),
+        "Where" => chosen(integers(first()?)?, input(1)?, input(2)?),
         _ => None,
     }
 }
@@ -244,7 +246,8 @@ fn common(a: &[usize], b: &[usize]) -> Option<IxDyn> {
 }
 
 fn small(dims: &[usize]) -> bool {
-    dims.iter().try_fold(1usize, |count, &d| count.checked_mul(d)).is_some_and(|count| count <= MAX_VALUES)
+    // An axis of length 0 makes the others no smaller.
+    dims.iter().try_fold(1usize, |count, &d| count.checked_mul(d.max(1))).is_some_and(|count| count <= MAX_VALUES)
 }
 
 fn sizes(list: &[i64]) -> Option<IxDyn> {
@@ -434,12 +437,36 @@ fn moved(value: &Value, by: &Move) -> Option<Value> {
     })
 }
 
+/// Of each pair, the first where `which` is true.
+fn chosen(which: &ArrayD<i64>, a: &Value, b: &Value) -> Option<Value> {
+    fn choose<T: Copy>(which: &ArrayD<i64>, a: &ArrayD<T>, b: &ArrayD<T>) -> Option<ArrayD<T>> {
+        zipped(which, &zipped(a, b, |a, b| (a, b))?, |which, (a, b)| if which != 0 { a } else { b })
+    }
+    match (a, b) {
+        (Value::Float(float, a), Value::Float(other, b)) if float == other => {
+            Some(Value::Float(*float, choose(which, a, b)?))
+        }
+        (Value::Integer(kind, a), Value::Integer(other, b)) if kind == other => {
+            Some(Value::Integer(*kind, choose(which, a, b)?))
+        }
+        _ => None,
+    }
+}
+
 fn joined(values: &[&Value], axis: usize) -> Option<Value> {
     fn join<T: Copy>(arrays: &[Option<&ArrayD<T>>], axis: usize) -> Option<ArrayD<T>> {
         let views: Vec<ArrayViewD<T>> = arrays.iter().map(|a| a.map(|a| a.view())).collect::<Option<_>>()?;
         concatenate(Axis(axis), &views).ok()
     }
-    if values.iter().any(|v| v.kind() != values[0].kind()) {
+    let first = values[0].dims();
+    let fits = |v: &&Value| {
+        let dims = v.dims();
+        v.kind() == values[0].kind()
+            && dims.len() == first.len()
+            && (0..dims.len()).all(|n| n == axis || dims[n] == first[n])
+    };
+    let count: usize = values.iter().map(|v| v.dims().iter().product::<usize>()).sum();
+    if axis >= first.len() || !values.iter().all(fits) || count > MAX_VALUES {
         return None;
     }
     match values[0] {
@@ -683,6 +710,7 @@ mod tests {
             unit("Cast", vec![int("to", kind::BOOL.into())], vec![whole(&[0, 2])]),
             unit("Cast", vec![int("to", kind::INT8.into())], vec![whole(&[300, -1])]),
             unit("CastLike", vec![], vec![whole(&[3, -1]), floats(&[1], 0.0)]),
+            unit("Where", vec![], vec![truth(&[1, 0, 1]), floats(&[2, 3], -0.9), floats(&[1], 9.0)]),
             unit("MatMul", vec![], vec![floats(&[2, 3], -0.9), floats(&[3, 4], 0.1)]),
             unit(
                 "Gemm",

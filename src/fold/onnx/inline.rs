@@ -8,7 +8,10 @@ use super::proto::{Attribute, Function, Graph, Model, Node, OperatorSet};
 /// Most nodes that functions may become: they may call each other.
 const MAX_NODES: usize = 1 << 20;
 
-type Functions = HashMap<(String, String, String), Function>;
+/// Domain, name and overload.
+type Key = (String, String, String);
+
+type Functions = HashMap<Key, Function>;
 
 /// Leaves no call of a function of the file, and no function.
 ///
@@ -20,7 +23,15 @@ pub(crate) fn inline(model: &mut Model) -> Result<(), OnnxError> {
         return Ok(());
     }
     let mut functions = Functions::new();
-    for function in std::mem::take(&mut model.functions) {
+    for mut function in std::mem::take(&mut model.functions) {
+        // Each call gets the function's constants; as bytes they are shared.
+        let attributes = function.node.iter_mut().flat_map(|node| &mut node.attribute);
+        for tensor in attributes.filter_map(|attribute| attribute.t.as_mut()) {
+            let floats = std::mem::take(&mut tensor.float_data.0);
+            if !floats.is_empty() {
+                tensor.raw_data = Some(floats.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into());
+            }
+        }
         adopt(&mut model.opset_import, &function)?;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         functions.insert((text(&function.domain), text(&function.name), text(&function.overload)), function);
@@ -65,13 +76,13 @@ struct Inliner {
 }
 
 impl Inliner {
-    fn graph(&mut self, graph: &mut Graph, within: &mut Vec<String>) -> Result<(), OnnxError> {
+    fn graph(&mut self, graph: &mut Graph, within: &mut Vec<Key>) -> Result<(), OnnxError> {
         graph.node = self.nodes(std::mem::take(&mut graph.node), within)?;
         Ok(())
     }
 
     /// `within` are the functions whose nodes these are.
-    fn nodes(&mut self, nodes: Vec<Node>, within: &mut Vec<String>) -> Result<Vec<Node>, OnnxError> {
+    fn nodes(&mut self, nodes: Vec<Node>, within: &mut Vec<Key>) -> Result<Vec<Node>, OnnxError> {
         let mut out = Vec::with_capacity(nodes.len());
         for mut node in nodes {
             self.nodes += 1;
@@ -87,13 +98,13 @@ impl Inliner {
                 out.push(node);
                 continue;
             };
-            let name = key.1;
-            if within.contains(&name) {
+            let name = key.1.clone();
+            if within.contains(&key) {
                 return Err(OnnxError::Refused(format!("its function {name} calls itself")));
             }
             self.calls += 1;
             let body = Call::new(&node, function, self.calls).body(function);
-            within.push(name);
+            within.push(key);
             out.extend(self.nodes(body, within)?);
             within.pop();
         }

@@ -19,6 +19,9 @@ const NEWEST_IR: i64 = 13;
 const OPSETS: std::ops::RangeInclusive<i64> = 11..=26;
 /// Domains of operators that ONNX Runtime has, besides those that a file defines by functions.
 const DOMAINS: [&str; 4] = ["", "ai.onnx", "ai.onnx.ml", "com.microsoft"];
+/// Operators that draw.
+const RANDOM: [&str; 6] =
+    ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"];
 /// Characters of a name that an error quotes.
 const QUOTED: usize = 100;
 
@@ -80,6 +83,9 @@ impl Network {
     pub fn load(path: &Path) -> Result<Self, OnnxError> {
         let read = |cause| OnnxError::Read { path: path.to_owned(), cause };
         let metadata = fs::metadata(path).map_err(read)?;
+        if !metadata.is_file() {
+            return OnnxError::refused("it is not a regular file: give the network's file itself");
+        }
         if metadata.len() > MAX_MESSAGE as u64 {
             return OnnxError::refused(
                 "it is larger than 2 GiB, which protobuf cannot hold: export it with external data",
@@ -131,22 +137,37 @@ impl Network {
     /// # Errors
     /// When one cannot be read.
     pub(crate) fn embed(&mut self) -> Result<(), OnnxError> {
-        let external = self.graph().initializer.iter().filter(|tensor| tensor.is_external());
-        let bytes = external.map(|tensor| self.external(tensor).map(|(.., length)| length)).sum::<Result<u64, _>>()?;
-        if bytes > MAX_MESSAGE as u64 {
-            return OnnxError::refused(format!(
-                "its weights in other files take {bytes} bytes; a bundle's network has at most {MAX_MESSAGE}: export a \
-                 smaller network"
-            ));
+        let mut graph = std::mem::take(self.graph_mut());
+        let mut left = MAX_MESSAGE as u64;
+        let embedded = self.embed_graph(&mut graph, &mut left);
+        *self.graph_mut() = graph;
+        embedded
+    }
+
+    fn embed_graph(&self, graph: &mut Graph, left: &mut u64) -> Result<(), OnnxError> {
+        graph.initializer.iter_mut().try_for_each(|tensor| self.embed_tensor(tensor, left))?;
+        for node in &mut graph.node {
+            let tensors = node.attribute.iter_mut().filter_map(|attribute| attribute.t.as_mut());
+            tensors.into_iter().try_for_each(|tensor| self.embed_tensor(tensor, left))?;
+            node.graphs_mut().try_for_each(|graph| self.embed_graph(graph, left))?;
         }
-        let mut weights = std::mem::take(&mut self.graph_mut().initializer);
-        for tensor in weights.iter_mut().filter(|tensor| tensor.is_external()) {
-            let bytes = self.external_bytes(tensor)?;
-            tensor.raw_data = Some(bytes.into());
-            tensor.external_data.clear();
-            tensor.data_location = None;
+        Ok(())
+    }
+
+    fn embed_tensor(&self, tensor: &mut Tensor, left: &mut u64) -> Result<(), OnnxError> {
+        if !tensor.is_external() {
+            return Ok(());
         }
-        self.graph_mut().initializer = weights;
+        let length = self.external(tensor)?.2;
+        *left = left.checked_sub(length).ok_or_else(|| {
+            OnnxError::Refused(format!(
+                "its weights in other files take more than {MAX_MESSAGE} bytes, which a bundle's network cannot hold yet: \
+                 export a smaller network"
+            ))
+        })?;
+        tensor.raw_data = Some(self.external_bytes(tensor)?.into());
+        tensor.external_data.clear();
+        tensor.data_location = None;
         Ok(())
     }
 
@@ -211,11 +232,55 @@ impl Network {
                     kind::name(tensor.data_type.unwrap_or_default())
                 ));
             }
-            if tensor.is_external() {
-                self.external(tensor)?;
+        }
+        let bodies = self.model.functions.iter().flat_map(|function| &function.node);
+        self.fills(&graph.initializer, graph.node.iter().chain(bodies))?;
+        self.check("")
+    }
+
+    /// Whether every tensor, in nodes and graphs within them, too, has as many bytes as its shape says.
+    fn fills<'a>(&self, tensors: &[Tensor], nodes: impl Iterator<Item = &'a Node>) -> Result<(), OnnxError> {
+        tensors.iter().try_for_each(|tensor| self.fills_its_shape(tensor))?;
+        for node in nodes {
+            node.attribute.iter().filter_map(|a| a.t.as_ref()).try_for_each(|tensor| self.fills_its_shape(tensor))?;
+            for graph in node.graphs() {
+                self.fills(&graph.initializer, graph.node.iter())?;
             }
         }
-        self.check("")
+        Ok(())
+    }
+
+    fn fills_its_shape(&self, tensor: &Tensor) -> Result<(), OnnxError> {
+        let each = match tensor.data_type.unwrap_or_default() {
+            kind::DOUBLE | kind::INT64 => 8,
+            kind::FLOAT | kind::INT32 | kind::UINT32 => 4,
+            kind::INT16 | kind::UINT16 => 2,
+            kind::INT8 | kind::UINT8 | kind::BOOL => 1,
+            // Other types are for the runtime to read.
+            _ if tensor.is_external() => return self.external(tensor).map(|_| ()),
+            _ => return Ok(()),
+        };
+        let count = tensor.dims.iter().try_fold(1u64, |count, &d| count.checked_mul(u64::try_from(d).ok()?));
+        let typed = [
+            tensor.float_data.0.len(),
+            tensor.int32_data.0.len(),
+            tensor.int64_data.0.len(),
+            tensor.double_data.0.len(),
+            tensor.uint64_data.0.len(),
+        ];
+        let found = match &tensor.raw_data {
+            _ if tensor.is_external() => self.external(tensor)?.2,
+            Some(raw) => raw.len() as u64,
+            None => typed.iter().sum::<usize>() as u64 * each,
+        };
+        match count.and_then(|count| count.checked_mul(each)) {
+            Some(expected) if expected == found => Ok(()),
+            _ => OnnxError::refused(format!(
+                "its weight {} has the shape {:?}, but {found} bytes: the file is damaged, or of another export",
+                quoted(tensor.name()),
+                tensor.dims
+            )),
+        }
     }
 
     /// The version of ONNX's own operators.
@@ -406,6 +471,13 @@ fn is_known(node: &Node, own: &HashSet<(&str, &str)>) -> Result<(), OnnxError> {
             quoted(node.label()),
             quoted(node.op()),
             quoted(domain)
+        ));
+    }
+    if node.is_standard() && RANDOM.contains(&node.op()) {
+        return OnnxError::refused(format!(
+            "node {} is {}, which gives other values each time: export the network in evaluation mode (model.eval())",
+            quoted(node.label()),
+            node.op()
         ));
     }
     node.graphs().flat_map(|graph| &graph.node).try_for_each(|node| is_known(node, own))

@@ -1,5 +1,7 @@
 //! The network's ends: one input `images`, the outputs `logits` and, where they can be told, `features`.
 
+use std::collections::HashSet;
+
 use super::super::network::quoted;
 use super::super::proto::{Attribute, Dimension, Graph, Node, Shape, TensorType, Type, ValueInfo, kind};
 use super::super::value::Value;
@@ -56,6 +58,8 @@ pub struct Ends {
     pub input: Input,
     /// The file's own name of the output that is served.
     pub output: String,
+    /// The file's own name of what is served.
+    pub value: String,
     /// What was cut off.
     pub ending: Ending,
     /// The file's own name of what the classifier sees, where that was found.
@@ -150,7 +154,8 @@ pub(crate) fn name(
             ));
         }
     };
-    let (mut logits, ending) = ending(graph, &output)?;
+    let (mut logits, ending) = ending(network, &output)?;
+    let value = logits.clone();
     let mut found = if features { classifier_input(network, &logits) } else { None };
     let graph = network.graph_mut();
     // Only what is served is left.
@@ -164,19 +169,33 @@ pub(crate) fn name(
         graph.output.truncate(1);
     }
     let found = found.filter(|(value, _)| !value.is_empty());
-    rename(graph, &input.name, IMAGES, &mut [&mut logits]);
-    rename(graph, &logits.clone(), LOGITS, &mut []);
-    if let Some((value, _)) = &found {
-        let value = if *value == LOGITS { format!("{LOGITS}.1") } else { value.clone() };
-        rename(graph, &value, FEATURES, &mut []);
+    let mut classifier_sees = found.as_ref().map(|(value, _)| value.clone()).unwrap_or_default();
+    rename(graph, &input.name, IMAGES, &mut [&mut logits, &mut classifier_sees]);
+    rename(graph, &logits.clone(), LOGITS, &mut [&mut classifier_sees]);
+    if found.is_some() {
+        rename(graph, &classifier_sees.clone(), FEATURES, &mut []);
     }
-    let sizes = match input.layout {
-        Layout::Nchw => [input.channels, height, width],
-        Layout::Nhwc => [height, width, input.channels],
-    };
-    graph.input = vec![info(IMAGES, batch, &sizes.map(Some))];
+    if input.layout == Layout::Nhwc {
+        channels_last(graph);
+    }
+    graph.input = vec![info(IMAGES, batch, &[input.channels, height, width].map(Some))];
     network.prune();
-    Ok(Ends { input, output, ending, features: found.map(|(value, _)| value), batch })
+    Ok(Ends { input, output, value, ending, features: found.map(|(value, _)| value), batch })
+}
+
+/// Puts a Transpose before a graph that wants its channels last: bundles have them first.
+fn channels_last(graph: &mut Graph) {
+    let within = format!("{IMAGES}.channels_last");
+    rename(graph, IMAGES, &within, &mut []);
+    let transpose = Node {
+        input: vec![IMAGES.into()],
+        output: vec![within.clone()],
+        name: Some(within),
+        op_type: Some("Transpose".into()),
+        attribute: vec![Attribute::ints("perm", &[0, 2, 3, 1])],
+        ..Node::default()
+    };
+    graph.node.insert(0, transpose);
 }
 
 /// Lets a graph that was exported for `fixed` pictures take any number. Pictures are the outermost axis, so a Reshape to
@@ -267,21 +286,29 @@ fn maker<'a>(graph: &'a Graph, name: &str) -> Option<&'a Node> {
     graph.node.iter().find(|node| node.output.iter().any(|output| output == name))
 }
 
+/// Operators that a last function can hide behind: they move values or leave them as they are.
+const THROUGH: [&str; 9] =
+    ["Cast", "Clip", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"];
+
 /// The value before the function that ends the network, and which that is.
-fn ending(graph: &Graph, output: &str) -> Result<(String, Ending), OnnxError> {
+fn ending(network: &Network, output: &str) -> Result<(String, Ending), OnnxError> {
+    let graph = network.graph();
     let mut name = output.to_owned();
-    loop {
-        let Some(node) = maker(graph, &name) else { return Ok((output.to_owned(), Ending::Logits)) };
+    let mut between: Option<String> = None;
+    // A graph has no circle, so this ends; an empty name is nobody's.
+    while let Some(node) = maker(graph, &name).filter(|node| node.is_standard()) {
         let before = node.input(0).unwrap_or_default().to_owned();
-        match node.op() {
-            _ if !node.is_standard() => return Ok((output.to_owned(), Ending::Logits)),
-            "Identity" => name = before,
-            "Softmax" => return Ok((before, Ending::Softmax)),
-            "LogSoftmax" => return Ok((before, Ending::LogSoftmax)),
-            "Log" if maker(graph, &before).is_some_and(|node| node.is("Softmax")) => {
-                let softmax = maker(graph, &before).and_then(|node| node.input(0)).unwrap_or_default();
-                return Ok((softmax.to_owned(), Ending::LogSoftmax));
+        let op = node.op();
+        if THROUGH.contains(&op) && !before.is_empty() {
+            if op != "Identity" {
+                between = between.or_else(|| Some(op.to_owned()));
             }
+            name = before;
+            continue;
+        }
+        let after_softmax = op == "Log" && maker(graph, &before).is_some_and(|node| node.is("Softmax"));
+        let softmax = if after_softmax { maker(graph, &before).unwrap_or(node) } else { node };
+        match op {
             "Sigmoid" | "HardSigmoid" => {
                 return OnnxError::refused(format!(
                     "its output {} ends in a sigmoid: its classes do not exclude each other, and nbn's scores are for \
@@ -289,9 +316,29 @@ fn ending(graph: &Graph, output: &str) -> Result<(String, Ending), OnnxError> {
                     quoted(output)
                 ));
             }
-            _ => return Ok((output.to_owned(), Ending::Logits)),
+            "Softmax" | "LogSoftmax" | "Log" if op != "Log" || after_softmax => {
+                let axis = softmax.int("axis").unwrap_or(if network.opset() < 13 { 1 } else { -1 });
+                if let Some(between) = between {
+                    return OnnxError::refused(format!(
+                        "its output {} ends in a softmax and then {between}: export the network so that it gives the \
+                         values before the softmax",
+                        quoted(output)
+                    ));
+                }
+                if ![1, -1].contains(&axis) {
+                    return OnnxError::refused(format!(
+                        "its output {} ends in a softmax over axis {axis}; over the classes it is 1 or -1: export the \
+                         network without it",
+                        quoted(output)
+                    ));
+                }
+                let ending = if op == "Softmax" { Ending::Softmax } else { Ending::LogSoftmax };
+                return Ok((softmax.input(0).unwrap_or_default().to_owned(), ending));
+            }
+            _ => break,
         }
     }
+    Ok((output.to_owned(), Ending::Logits))
 }
 
 /// What the last linear layer sees, and how many values that is.
@@ -327,7 +374,10 @@ fn rename(graph: &mut Graph, from: &str, to: &str, kept: &mut [&mut String]) {
     if from == to {
         return;
     }
-    let other = format!("{to}.1");
+    let mut names = HashSet::new();
+    collect(graph, &mut names);
+    let free = (1..).map(|n| format!("{to}.{n}")).find(|name| !names.contains(name) && name != from);
+    let other = free.unwrap_or_default();
     let renamed = |name: &mut String| {
         if name == from {
             *name = to.to_owned();
@@ -337,6 +387,16 @@ fn rename(graph: &mut Graph, from: &str, to: &str, kept: &mut [&mut String]) {
     };
     kept.iter_mut().for_each(|name| renamed(name));
     everywhere(graph, &renamed);
+}
+
+/// Every name of a value.
+fn collect(graph: &Graph, names: &mut HashSet<String>) {
+    names.extend(graph.initializer.iter().map(|tensor| tensor.name().to_owned()));
+    names.extend(graph.input.iter().filter_map(|info| info.name.clone()));
+    for node in &graph.node {
+        names.extend(node.output.iter().chain(&node.input).cloned());
+        node.graphs().for_each(|graph| collect(graph, names));
+    }
 }
 
 fn everywhere(graph: &mut Graph, renamed: &dyn Fn(&mut String)) {

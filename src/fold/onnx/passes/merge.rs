@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 
-use super::super::proto::{Attribute, Node, Tensor, kind};
+use super::super::proto::{Attribute, Graph, Node, Tensor, kind};
 use super::super::value::{Float, Value};
 use super::super::{Network, OnnxError, Uses};
 
@@ -59,17 +59,19 @@ enum Form {
 pub(crate) fn merge(network: &mut Network) -> Result<Merged, OnnxError> {
     let mut merged = Merged::default();
     let mut n = 0;
+    let mut uses = Uses::of(network.graph());
     while n < network.graph().node.len() {
         let node = &network.graph().node[n];
         let is_norm = node.is("BatchNormalization");
         if is_norm || ["Mul", "Div", "Add", "Sub"].iter().any(|op| node.is(op)) {
             let name = node.label().to_owned();
-            match step(network, n)? {
+            match step(network, &uses, n)? {
                 // The nodes behind it have moved up by one.
                 Ok(()) => {
                     if is_norm {
                         merged.merged.push(name);
                     }
+                    uses = Uses::of(network.graph());
                     continue;
                 }
                 Err(reason) if is_norm => merged.left.push((name, reason)),
@@ -83,13 +85,12 @@ pub(crate) fn merge(network: &mut Network) -> Result<Merged, OnnxError> {
 }
 
 /// Merges node `n`, if it can be.
-fn step(network: &mut Network, n: usize) -> Result<Result<(), &'static str>, OnnxError> {
-    let uses = Uses::of(network.graph());
+fn step(network: &mut Network, uses: &Uses, n: usize) -> Result<Result<(), &'static str>, OnnxError> {
     let node = &network.graph().node[n];
     let Some((data, affine)) = affine(network, node)? else {
         return Ok(Err("its parameters are not constant, or it is in training mode"));
     };
-    let linear = match linear(network, &uses, &data, affine.scale.len(), node)? {
+    let linear = match linear(network, uses, &data, affine.scale.len(), node)? {
         Ok(linear) => linear,
         Err(reason) => return Ok(Err(reason)),
     };
@@ -97,7 +98,7 @@ fn step(network: &mut Network, n: usize) -> Result<Result<(), &'static str>, Onn
     if linear.form == Form::MatMul && linear.bias.is_none() && affine.scale.iter().all(|&s| s == 1.0) {
         return Ok(Err("it is a bias"));
     }
-    apply(network, n, &linear, &affine)
+    apply(network, uses, n, &linear, &affine)
 }
 
 /// What the node does to each channel of its one input that is not constant.
@@ -169,7 +170,9 @@ fn linear(
         let found = [0, 1].into_iter().find_map(|n| {
             let (data, bias) = (node.input(n)?, node.input(1 - n)?);
             let matmul = *uses.made.get(data)?;
-            let fits = graph.node[matmul].is("MatMul") && weight(Some(bias)).is_some() && alone(data);
+            // Along the last axis: one of another shape is no bias of the channels.
+            let along = weight(Some(bias)).is_some_and(|bias| bias.dims.len() == 1);
+            let fits = graph.node[matmul].is("MatMul") && along && alone(data);
             fits.then_some((matmul, Some((made, 1 - n))))
         });
         match found {
@@ -192,19 +195,24 @@ fn linear(
     }
     let dim = |n: usize| tensor.dims.get(n).and_then(|&d| usize::try_from(d).ok()).unwrap_or(0);
     let (form, channels) = match node.op() {
-        "Conv" => (Form::Conv, dim(0)),
-        "ConvTranspose" => {
+        "Conv" if tensor.dims.len() > 2 => (Form::Conv, dim(0)),
+        "ConvTranspose" if tensor.dims.len() > 2 => {
             let groups = node.int("group").and_then(|g| usize::try_from(g).ok()).unwrap_or(1);
             (Form::ConvTranspose { groups }, dim(1) * groups)
         }
-        "Gemm" if node.int("transB") == Some(1) => (Form::GemmTransposed, dim(0)),
-        "Gemm" => (Form::Gemm, dim(1)),
+        "Gemm" if tensor.dims.len() == 2 && node.int("transB") == Some(1) => (Form::GemmTransposed, dim(0)),
+        "Gemm" if tensor.dims.len() == 2 => (Form::Gemm, dim(1)),
         "MatMul" if tensor.dims.len() == 2 => (Form::MatMul, dim(1)),
         _ => return Ok(Err(not)),
     };
     // A convolution's bias, where it has one, must be constant too.
-    if form != Form::MatMul && node.input(2).is_some() && weight(node.input(2)).is_none() {
-        return Ok(Err("the bias before it is not constant"));
+    if form != Form::MatMul && node.input(2).is_some() {
+        let Some(bias) = weight(node.input(2)) else { return Ok(Err("the bias before it is not constant")) };
+        if bias.dims.split_last().is_some_and(|(last, rest)| {
+            (*last == 1 && channels > 1 && !rest.is_empty()) || rest.iter().any(|&d| d != 1)
+        }) {
+            return Ok(Err("the bias before it does not lie along the channels"));
+        }
     }
     if count != channels && count != 1 {
         return Ok(Err("it has another number of channels than the layer before it"));
@@ -247,8 +255,22 @@ fn rank(network: &Network, name: &str) -> Option<usize> {
     Some(info.r#type.as_ref()?.tensor_type.as_ref()?.shape.as_ref()?.dim.len())
 }
 
+/// A name that nothing has yet.
+fn free_name(graph: &Graph, uses: &Uses, output: &str, part: &str) -> String {
+    let taken = |name: &str| {
+        uses.made.contains_key(name)
+            || uses.readers(name) > 0
+            || graph.initializer.iter().any(|tensor| tensor.name() == name)
+            || graph.input.iter().any(|info| info.name.as_deref() == Some(name))
+    };
+    let names = (0..).map(|n| if n == 0 { format!("{output}.{part}") } else { format!("{output}.{part}{n}") });
+    // There are more names than values.
+    names.into_iter().find(|name| !taken(name)).unwrap_or_default()
+}
+
 fn apply(
     network: &mut Network,
+    uses: &Uses,
     n: usize,
     linear: &Linear,
     affine: &Affine,
@@ -282,10 +304,9 @@ fn apply(
     let no_shift = after.iter().all(|&v| v == 0.0);
     let bias = Float::Single.round(ndarray::Array1::from_vec(after).into_dyn());
     let output = graph.node[n].output.first().cloned().unwrap_or_default();
-    let (weight_name, bias_name) = (format!("{output}.weight"), format!("{output}.bias"));
+    let (weight_name, bias_name) = (free_name(graph, uses, &output, "weight"), free_name(graph, uses, &output, "bias"));
     let (layer_node, form, add) = (linear.node, linear.form, linear.bias);
     let graph = network.graph_mut();
-    graph.initializer.retain(|t| t.name() != weight_name && t.name() != bias_name);
     graph.initializer.push(Tensor { name: Some(weight_name.clone()), ..scaled });
     graph.initializer.push(bias.tensor(&bias_name));
     graph.node[layer_node].input[1] = weight_name;

@@ -26,6 +26,15 @@ pub struct Folded {
     pub nodes: (usize, usize),
 }
 
+/// Merges the mean over a checkpoint's experts into one classifier.
+///
+/// # Errors
+/// When a weight cannot be read.
+pub fn merge_experts(network: &mut Network) -> Result<(), OnnxError> {
+    experts::merge(network)?;
+    network.check("merging experts")
+}
+
 /// Puts functions in their place, evaluates constants, and merges norms into the layers before them.
 ///
 /// # Errors
@@ -33,6 +42,8 @@ pub struct Folded {
 pub fn fold(network: &mut Network) -> Result<Folded, OnnxError> {
     inline(&mut network.model)?;
     network.check("putting functions in their place")?;
+    // What nobody needs is not computed.
+    network.prune();
     let before = network.graph().node.len();
     let constants = Constants::of(network)?;
     let normalized = nbn::find(network, &constants)?;
@@ -41,7 +52,5 @@ pub fn fold(network: &mut Network) -> Result<Folded, OnnxError> {
     network.check("evaluating constants")?;
     let norms = merge::merge(network)?;
     network.check("merging BatchNorms")?;
-    experts::merge(network)?;
-    network.check("merging experts")?;
     Ok(Folded { normalized, norms, unevaluated, nodes: (before, network.graph().node.len()) })
 }
