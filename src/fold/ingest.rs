@@ -30,6 +30,17 @@ pub(super) fn is_onnx(path: &Path) -> bool {
 /// Folds and proves the file at `options.checkpoint`. Gives the bundle's manifest and network.
 pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
     let path = &options.checkpoint;
+    // What the runtime says names no file.
+    folded(options, library).map_err(|error| match error {
+        FoldError::Runtime(cause) => {
+            FoldError::Onnx { path: path.clone(), cause: OnnxError::Refused(cause.to_string()) }
+        }
+        error => error,
+    })
+}
+
+fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
+    let path = &options.checkpoint;
     let overrides = &options.overrides;
     for (given, flag) in [
         (overrides.arch.is_some(), "--arch"),
