@@ -66,12 +66,12 @@ pub(crate) fn merge(network: &mut Network) -> Result<Merged, OnnxError> {
         if is_norm || ["Mul", "Div", "Add", "Sub"].iter().any(|op| node.is(op)) {
             let name = node.label().to_owned();
             match step(network, &uses, n)? {
-                // The nodes behind it have moved up by one.
-                Ok(()) => {
+                Ok((output, maker)) => {
                     if is_norm {
                         merged.merged.push(name);
                     }
-                    uses = Uses::of(network.graph());
+                    // All else is read and made as before, by nodes that keep their places.
+                    uses.made.insert(output, maker);
                     continue;
                 }
                 Err(reason) if is_norm => merged.left.push((name, reason)),
@@ -80,12 +80,14 @@ pub(crate) fn merge(network: &mut Network) -> Result<Merged, OnnxError> {
         }
         n += 1;
     }
+    // Nodes that were merged have nothing left.
+    network.graph_mut().node.retain(|node| !node.output.is_empty());
     network.prune();
     Ok(merged)
 }
 
-/// Merges node `n`, if it can be.
-fn step(network: &mut Network, uses: &Uses, n: usize) -> Result<Result<(), &'static str>, OnnxError> {
+/// Merges node `n`, if it can be. Gives its output, and the node that makes it now.
+fn step(network: &mut Network, uses: &Uses, n: usize) -> Result<Result<(String, usize), &'static str>, OnnxError> {
     let node = &network.graph().node[n];
     let Some((data, affine)) = affine(network, node)? else {
         return Ok(Err("its parameters are not constant, or it is in training mode"));
@@ -274,7 +276,7 @@ fn apply(
     n: usize,
     linear: &Linear,
     affine: &Affine,
-) -> Result<Result<(), &'static str>, OnnxError> {
+) -> Result<Result<(String, usize), &'static str>, OnnxError> {
     let channels = linear.channels;
     let along = |values: &[f64]| if values.len() == 1 { vec![values[0]; channels] } else { values.to_vec() };
     let (scale, shift) = (along(&affine.scale), along(&affine.shift));
@@ -311,36 +313,36 @@ fn apply(
     graph.initializer.push(bias.tensor(&bias_name));
     graph.node[layer_node].input[1] = weight_name;
     match (form, add) {
-        (Form::MatMul, None) if no_shift => graph.node[layer_node].output[0] = output,
+        (Form::MatMul, None) if no_shift => graph.node[layer_node].output[0] = output.clone(),
         (Form::MatMul, None) => {
             // The step becomes the addition of the bias.
             let data = graph.node[layer_node].output.first().cloned().unwrap_or_default();
             let step = &mut graph.node[n];
             *step = Node {
                 input: vec![data, bias_name],
-                output: vec![output],
+                output: vec![output.clone()],
                 name: step.name.take(),
                 op_type: Some("Add".into()),
                 ..Node::default()
             };
-            return Ok(Ok(()));
+            return Ok(Ok((output, n)));
         }
         (Form::MatMul, Some((add, at))) => {
             graph.node[add].input[at] = bias_name;
-            graph.node[add].output[0] = output;
+            graph.node[add].output[0] = output.clone();
         }
         _ => {
             let node = &mut graph.node[layer_node];
             node.input.truncate(2);
             node.input.push(bias_name);
-            node.output[0] = output;
+            node.output[0] = output.clone();
             for attribute in node.attribute.iter_mut().filter(|a| a.name.as_deref() == Some("beta")) {
                 *attribute = Attribute::float("beta", 1.0);
             }
         }
     }
-    graph.node.remove(n);
-    Ok(Ok(()))
+    graph.node[n] = Node::default();
+    Ok(Ok((output, add.map_or(layer_node, |(add, _)| add))))
 }
 
 /// The weight, each output channel times its scale.
