@@ -8,6 +8,7 @@ mod calibration;
 mod card;
 mod form;
 mod manifest;
+mod preprocessing;
 mod repository;
 
 use std::fs::{self, File};
@@ -25,10 +26,10 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, CropOffset, Ending, Exif, FileDigest, Filter, FoldReport, Group, Head, LeftNorm, Manifest,
-    ManifestError, OnnxReport, OutputProof, Preprocessing, Proof, Reference, Resize, SCHEMA_VERSION, Scale,
-    check_classes, check_kappa,
+    Alpha, Class, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError, OnnxReport,
+    OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa,
 };
+pub use preprocessing::{CropOffset, Exif, Filter, Preprocessing, Resize, Scale};
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 
 /// File name of the network in a bundle.

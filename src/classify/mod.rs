@@ -189,8 +189,13 @@ impl Classifier {
     /// Lets up to `max_batch` pictures into one run of the network: 1, 2, 4 … and `max_batch` itself.
     #[must_use]
     pub fn with_max_batch(mut self, max_batch: usize) -> Self {
-        self.sizes = batch_sizes(max_batch.min(self.manifest.max_batch().unwrap_or(usize::MAX)));
+        self.sizes = self.batch_sizes(max_batch);
         self
+    }
+
+    /// Sizes up to `limit`, and up to what the network itself takes.
+    fn batch_sizes(&self, limit: usize) -> Vec<usize> {
+        batch_sizes(limit.min(self.manifest.max_batch().unwrap_or(usize::MAX)))
     }
 
     /// Has predictions hold what the classifier of the network sees, if the network gives it.
@@ -223,7 +228,7 @@ impl Classifier {
     /// As [`Self::warm`].
     pub fn measure(&mut self, limit: usize) -> Result<Vec<(usize, Duration)>, ClassifyError> {
         let mut found = Vec::new();
-        for size in batch_sizes(limit) {
+        for size in self.batch_sizes(limit) {
             let first = self.time(size)?;
             if first > LONGEST_BATCH && !found.is_empty() {
                 break;

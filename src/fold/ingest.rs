@@ -52,7 +52,8 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
         }
     }
     let fail = |cause: OnnxError| FoldError::Onnx { path: path.clone(), cause };
-    let mut network = Network::load(path).map_err(fail)?;
+    let original = Network::load(path).map_err(fail)?;
+    let mut network = original.clone();
     let (opset, producer) = (network.opset(), network.producer());
     // Refused before the work begins.
     let input = ends::input(&network).map_err(fail)?;
@@ -67,7 +68,7 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
     let preprocessing = options.changes.apply(preprocessing);
     preprocessing.check().map_err(|error| FoldError::Input(format!("the preprocessing for {side} pixels: {error}")))?;
     let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
-    let subject = Subject { options, library, side, pictures };
+    let subject = Subject { options, library, original, side, pictures };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
     let classes = classes(options.classes.as_deref(), proof.classes)?;
     let nodes = (folded.nodes.0, network.nodes());
@@ -98,6 +99,7 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
                 ending: ends.ending,
                 nodes_before: nodes.0,
                 nodes_after: nodes.1,
+                unevaluated: folded.unevaluated,
                 one_by_one,
             }),
             proof: proof.proof,
@@ -166,6 +168,8 @@ fn stem(path: &Path) -> String {
 struct Subject<'a> {
     options: &'a ExportOptions,
     library: &'a Library,
+    /// As the file has it; its weights are shared, not copied.
+    original: Network,
     side: usize,
     /// The user's own pictures, prepared.
     pictures: Vec<Vec<f32>>,
@@ -218,7 +222,7 @@ impl Subject<'_> {
         let options = SessionOptions { device: Device::Cpu, threads };
         // What is served may be no output of the file itself: the value before a softmax, and what the classifier sees.
         let fail = |cause: OnnxError| FoldError::Onnx { path: self.options.checkpoint.clone(), cause };
-        let mut shown = Network::load(&self.options.checkpoint).and_then(|n| n.showing(&ends.value)).map_err(fail)?;
+        let mut shown = self.original.clone().showing(&ends.value).map_err(fail)?;
         if let Some(value) = &ends.features {
             shown = shown.showing(value).map_err(fail)?;
         }

@@ -101,6 +101,9 @@ pub fn manifest(manifest: &Manifest) -> String {
             Ending::Softmax => writeln!(out, "output      {:?}, without the softmax that ends it", onnx.output),
             Ending::LogSoftmax => writeln!(out, "output      {:?}, without the log-softmax that ends it", onnx.output),
         };
+        for node in &onnx.unevaluated {
+            let _ = writeln!(out, "left        {node}: it depends on constants alone, and is computed by the runtime");
+        }
         if onnx.one_by_one {
             let _ = writeln!(out, "batch       1: the network takes one picture at a time");
         }

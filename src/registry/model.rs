@@ -95,7 +95,6 @@ impl ServedModel {
                 Classifier::open_each(&bundle, library, session, limits, cache, workers, |mut classifier, runs_on| {
                     device = runs_on;
                     let max_batch = match (batch, max_batch) {
-                        _ if bundle.manifest.max_batch() == Some(1) => 1,
                         (BatchChoice::Fixed(n), _) | (BatchChoice::Measured, Some(n)) => n,
                         (BatchChoice::Measured, None) => {
                             let notes = if device == Device::Cpu { cache } else { &no_cache };

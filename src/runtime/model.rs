@@ -79,7 +79,7 @@ pub struct OnnxModel {
     session: Session,
     device: Device,
     /// Names of the outputs that a run gives: the first, which is the logits, and perhaps the features.
-    wanted: Vec<String>,
+    wanted: Arc<[String]>,
 }
 
 impl OnnxModel {
@@ -219,7 +219,7 @@ impl Runner for OnnxModel {
     fn give_features(&mut self) {
         let has = self.session.outputs().iter().any(|output| output.name() == FEATURES);
         if has && self.wanted.len() == 1 {
-            self.wanted.push(FEATURES.to_owned());
+            self.wanted = self.wanted.iter().cloned().chain([FEATURES.to_owned()]).collect();
         }
     }
 }
