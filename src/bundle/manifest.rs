@@ -42,6 +42,9 @@ pub struct Manifest {
     pub checkpoint: FileDigest,
     /// The network file of this bundle.
     pub model: FileDigest,
+    /// Files of this bundle that hold weights of the network which are not in its own file. That names their digests, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub model_data: Vec<FileDigest>,
     /// Measured accuracy and how it was measured, as given to `nbn fold export --evaluation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<Value>,
@@ -149,6 +152,9 @@ pub struct OnnxReport {
     pub producer: Option<String>,
     /// The file's own name of the output that is served as logits.
     pub output: String,
+    /// Files with weights that lay beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<FileDigest>,
     /// What was cut off behind the logits.
     pub ending: Ending,
     /// Nodes of the file, its functions in their place.
@@ -261,7 +267,7 @@ pub struct OutputProof {
 }
 
 /// A file and its SHA-256.
-#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct FileDigest {
     /// File name, without a folder.
@@ -319,7 +325,10 @@ impl Manifest {
     /// The oldest version of the form that can say what this manifest does.
     pub fn lowest_schema_version(&self) -> u32 {
         let fold = &self.fold;
-        let plain = fold.head.is_some() && fold.onnx.is_none() && fold.batch_norms_left.is_empty();
+        let plain = fold.head.is_some()
+            && fold.onnx.is_none()
+            && fold.batch_norms_left.is_empty()
+            && self.model_data.is_empty();
         let proved = fold.proof.reference == Reference::Checkpoint && fold.proof.pictures == 0;
         if plain && proved && self.preprocessing.is_of_first_schema() { OLDEST_SCHEMA_VERSION } else { SCHEMA_VERSION }
     }
@@ -348,8 +357,25 @@ impl Manifest {
         self.fold.check()?;
         self.checkpoint.check("checkpoint")?;
         self.model.check("model")?;
+        self.model_data.iter().try_for_each(|file| {
+            file.check("model_data")?;
+            // A name must not lead out of the bundle.
+            match is_data_file(&file.file) {
+                true => Ok(()),
+                false => Err(value("model_data.file", &format!("{:?}", cut(&file.file)), "it must be model.data.N")),
+            }
+        })?;
         self.evaluation.as_ref().map_or(Ok(()), |evaluation| check_free(None, evaluation))
     }
+}
+
+/// Prefix of the names of files with weights; a number follows.
+pub const DATA_FILE: &str = "model.data.";
+
+/// Whether `name` is that of a bundle's file with weights.
+pub fn is_data_file(name: &str) -> bool {
+    let number = name.strip_prefix(DATA_FILE);
+    number.is_some_and(|n| (1..=5).contains(&n.len()) && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Checks the number of classes, their labels and their counts.
@@ -435,6 +461,7 @@ impl FoldReport {
         if let Some(onnx) = &self.onnx {
             onnx.unevaluated.iter().try_for_each(|node| check_name("a name in fold.onnx.unevaluated", node))?;
             check_name("fold.onnx.output", &onnx.output)?;
+            onnx.data.iter().try_for_each(|file| file.check("fold.onnx.data"))?;
             check_name("fold.onnx.producer", onnx.producer.as_deref().unwrap_or_default())?;
         }
         self.kappa.map_or(Ok(()), check_kappa)?;

@@ -1,7 +1,7 @@
 //! The bundle: one folder per model version, written by `fold` and read by `nbn`.
 //!
-//! `models/<name>/<version>/` holds `model.onnx`, `manifest.json` and, when calibrated, `calibration.json`; once
-//! evaluated, `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256
+//! `models/<name>/<version>/` holds `model.onnx`, with weights of large networks in `model.data.0` and so on,
+//! `manifest.json` and, when calibrated, `calibration.json`; once evaluated, `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256
 //! is the one the manifest names, a calibration that was made for both, and figures that were measured with all three.
 
 mod calibration;
@@ -12,7 +12,7 @@ mod preprocessing;
 mod repository;
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -26,8 +26,8 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError, OnnxReport,
-    OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa,
+    Alpha, Class, DATA_FILE, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError,
+    OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
 };
 pub use preprocessing::{CropOffset, Exif, Filter, Preprocessing, Resize, Scale};
 pub use repository::{Repository, VersionFolder, VersionPolicy};
@@ -41,7 +41,7 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const CALIBRATION_FILE: &str = "calibration.json";
 /// File name of the measured figures in a bundle.
 pub const EVALUATION_FILE: &str = "evaluation.json";
-/// Every file of a bundle.
+/// The files of a bundle, but for those with weights.
 pub const BUNDLE_FILES: [&str; 4] = [MODEL_FILE, MANIFEST_FILE, CALIBRATION_FILE, EVALUATION_FILE];
 
 /// A calibration and the name that answers give it.
@@ -67,33 +67,49 @@ impl BoundCalibration {
     }
 }
 
-/// The network's file. Its bytes are read, and checked against the manifest's SHA-256, when they are first asked for.
+/// The network's file. Its bytes are read, and checked against the manifest's SHA-256, when they are first asked for; so are
+/// the files with its weights.
 #[derive(Debug, Clone)]
 pub struct Network {
     /// Where it lies.
     pub path: PathBuf,
     /// SHA-256 in lower-case hexadecimal, from the manifest.
     pub sha256: String,
+    /// Files with weights, and their SHA-256.
+    data: Vec<(PathBuf, String)>,
     bytes: OnceLock<Vec<u8>>,
 }
 
 impl Network {
-    fn new(path: PathBuf, sha256: String) -> Self {
-        Self { path, sha256, bytes: OnceLock::new() }
+    fn new(folder: &Path, manifest: &Manifest) -> Self {
+        let data = manifest.model_data.iter().map(|file| (folder.join(&file.file), file.sha256.clone())).collect();
+        Self { path: folder.join(MODEL_FILE), sha256: manifest.model.sha256.clone(), data, bytes: OnceLock::new() }
     }
 
-    /// The checked bytes of `model.onnx`.
+    /// Files that hold weights beside `model.onnx`.
+    pub fn data_files(&self) -> Vec<PathBuf> {
+        self.data.iter().map(|(path, _)| path.clone()).collect()
+    }
+
+    /// The bytes of `model.onnx`; it and the files with weights were checked.
     ///
     /// # Errors
-    /// When the file cannot be read, or is not the one that the manifest describes.
+    /// When a file cannot be read, or is not the one that the manifest describes.
     pub fn bytes(&self) -> Result<&[u8], BundleError> {
         if let Some(bytes) = self.bytes.get() {
             return Ok(bytes);
         }
         let bytes = read(&self.path)?;
-        let found = sha256_hex(&bytes);
-        if found != self.sha256 {
-            return Err(BundleError::Digest { path: self.path.clone(), found, expected: self.sha256.clone() });
+        let is_as_described = |path: &Path, found: String, expected: &String| {
+            if found == *expected {
+                return Ok(());
+            }
+            Err(BundleError::Digest { path: path.to_owned(), found, expected: expected.clone() })
+        };
+        is_as_described(&self.path, sha256_hex(&bytes), &self.sha256)?;
+        for (path, expected) in &self.data {
+            let found = sha256_of_file(path).map_err(|cause| BundleError::Read { path: path.clone(), cause })?;
+            is_as_described(path, found, expected)?;
         }
         Ok(self.bytes.get_or_init(|| bytes))
     }
@@ -168,7 +184,7 @@ pub enum BundleError {
         /// Which rule is broken.
         cause: CalibrationError,
     },
-    /// `model.onnx` is not the file that the manifest describes.
+    /// `model.onnx`, or a file with weights, is not the one that the manifest describes.
     #[error(
         "{path}: SHA-256 is {found}, the manifest says {expected}: the file was changed after `nbn fold export`; \
          restore it or export the checkpoint again"
@@ -256,8 +272,8 @@ impl Bundle {
     }
 
     /// Where its files lie, or would lie.
-    pub fn files(&self) -> [PathBuf; 4] {
-        BUNDLE_FILES.map(|name| self.folder.join(name))
+    pub fn files(&self) -> Vec<PathBuf> {
+        BUNDLE_FILES.iter().map(|name| self.folder.join(name)).chain(self.network.data_files()).collect()
     }
 
     fn open_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
@@ -267,7 +283,7 @@ impl Bundle {
         let manifest: Manifest =
             serde_json::from_slice(&read(&path)?).map_err(|cause| BundleError::Parse { path: path.clone(), cause })?;
         manifest.check().map_err(|cause| BundleError::Manifest { path, cause })?;
-        let network = Network::new(folder.join(MODEL_FILE), manifest.model.sha256.clone());
+        let network = Network::new(&folder, &manifest);
         let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         let (name, version) = (part(folder.parent()), part(Some(&folder)));
         Ok(Self { name, version, manifest, network, calibration: None, evaluation: None, stale_card: None, folder })
@@ -303,6 +319,25 @@ fn open_file(path: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     File::open(path)
+}
+
+/// SHA-256 of the file at `path`, in lower-case hexadecimal.
+///
+/// # Errors
+/// When it cannot be read, or is no regular file.
+pub fn sha256_of_file(path: &Path) -> io::Result<String> {
+    let mut digest = Sha256::new();
+    let mut file = BufReader::with_capacity(1 << 20, open_file(path)?);
+    loop {
+        let part = file.fill_buf()?;
+        if part.is_empty() {
+            break;
+        }
+        digest.update(part);
+        let read = part.len();
+        file.consume(read);
+    }
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// SHA-256 of `bytes` in lower-case hexadecimal.

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::bundle::{Bundle, BundleError, Manifest};
+use crate::bundle::{self, Bundle, BundleError, Manifest};
 use crate::pixels::{DecodeError, DecodeLimits, Picture, Preprocessor, TensorBatch, TensorLength};
 use crate::runtime::{
-    Device, Library, NetworkCache, NetworkFile, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions,
+    Device, Library, NetworkCache, NetworkFile, NetworkSource, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions,
 };
 use crate::scores::{Logits, LogitsError};
 use crate::stop::Stop;
@@ -183,7 +183,7 @@ impl Classifier {
         // What CUDA makes of a network is not kept.
         let no_cache = NetworkCache::none();
         let cache = if options.device == Device::Cpu { cache } else { &no_cache };
-        cache.open(library, &network_file(bundle), || Ok(bundle.network.bytes()?), options, workers, opened)
+        cache.open(library, &network_file(bundle), || Ok(source(bundle)?), options, workers, opened)
     }
 
     /// Lets up to `max_batch` pictures into one run of the network: 1, 2, 4 … and `max_batch` itself.
@@ -372,7 +372,14 @@ type Answer = (Logits, Option<Vec<f32>>);
 
 /// The file behind `bundle`'s network.
 pub fn network_file(bundle: &Bundle) -> NetworkFile {
-    NetworkFile { path: bundle.network.path.clone(), sha256: bundle.network.sha256.clone() }
+    let bundle::Network { path, sha256, .. } = &bundle.network;
+    NetworkFile { path: path.clone(), sha256: sha256.clone(), data: bundle.network.data_files() }
+}
+
+/// The network, its files checked.
+fn source(bundle: &Bundle) -> Result<NetworkSource<'_>, BundleError> {
+    let folder = (!bundle.manifest.model_data.is_empty()).then_some(bundle.folder.as_path());
+    Ok(NetworkSource { graph: bundle.network.bytes()?, folder })
 }
 
 /// 1, 2, 4 … below `max_batch`, and `max_batch`.

@@ -4,14 +4,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
+use super::draft::{Draft, own_files};
 use super::ingest::{from_onnx, is_onnx};
 use super::preprocessing::{PreprocessingChanges, PreprocessingSource, from_file};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
-    BUNDLE_FILES, Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError,
-    Preprocessing, SCHEMA_VERSION, check_classes, check_kappa, is_manifest, sha256_hex,
+    Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError, Preprocessing,
+    SCHEMA_VERSION, check_classes, check_kappa, is_manifest, sha256_hex,
 };
-use crate::files::{draft_of, foreign, name_of_draft, remove_own, replace, replace_folder};
+use crate::files::foreign;
 use crate::runtime::Library;
 
 /// Files of others that an error names.
@@ -81,6 +82,8 @@ pub struct ExportOptions {
     pub images: Option<PathBuf>,
     /// How much of the training prior the loss took out of the logits, where the file does not say.
     pub kappa: Option<f64>,
+    /// Puts weights into files of their own; without it only those that one file cannot hold.
+    pub external_data: bool,
 }
 
 /// Folds, proves, and only then writes. Returns the manifest that was written.
@@ -101,15 +104,23 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         check_replaceable(&options.out, options.force)?;
         refuse_inputs_inside(options)?;
     }
-    let (mut manifest, model) =
-        if is_onnx(&options.checkpoint) { from_onnx(options, library)? } else { from_checkpoint(options, library)? };
+    let mut draft = Draft::of(&options.out, options.external_data);
+    let (mut manifest, model) = if is_onnx(&options.checkpoint) {
+        from_onnx(options, library, &mut draft)?
+    } else {
+        from_checkpoint(options, library, &mut draft)?
+    };
     manifest.evaluation = options.evaluation.as_deref().map(evaluation).transpose()?;
     manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
-    write(&options.out, &manifest, &model)?;
+    draft.publish(&manifest, &model)?;
     Ok(manifest)
 }
 
-fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
+fn from_checkpoint(
+    options: &ExportOptions,
+    library: &Library,
+    draft: &mut Draft,
+) -> Result<(Manifest, Vec<u8>), FoldError> {
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
     let stored = match &options.preprocessing {
@@ -153,8 +164,10 @@ fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manife
     // Found out now, not after the proof.
     preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
-    let model = super::fold(&network.graph)?.encode();
-    let proof = verify::prove(&network.graph, &model, library)?;
+    let mut folded = super::fold(&network.graph)?;
+    draft.hold(&mut folded)?;
+    let model = folded.encode();
+    let proof = verify::prove(&network.graph, draft.source(&model), library)?;
     let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         arch: network.arch,
@@ -177,6 +190,7 @@ fn from_checkpoint(options: &ExportOptions, library: &Library) -> Result<(Manife
             sha256: sha256_hex(&read(&options.checkpoint)?),
         },
         model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },
+        model_data: draft.data(),
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
@@ -232,16 +246,6 @@ fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
          give the next version number",
         named.join(", ")
     ))
-}
-
-/// Names of the files that a bundle at `out` may hold: its own, and the drafts of them that ended runs have left.
-fn own_files(out: &Path) -> Vec<String> {
-    let mut own: Vec<String> = foreign(out, &BUNDLE_FILES)
-        .into_iter()
-        .filter(|name| name_of_draft(name).is_some_and(|draft| BUNDLE_FILES.contains(&draft)))
-        .collect();
-    own.extend(BUNDLE_FILES.map(str::to_owned));
-    own
 }
 
 /// `stored` for inputs of `side` pixels: the resize keeps its ratio to the crop.
@@ -336,28 +340,6 @@ fn has_a_number_at_the_end(line: &str) -> bool {
 fn evaluation(path: &Path) -> Result<serde_json::Value, FoldError> {
     serde_json::from_slice(&read(path)?)
         .map_err(|error| FoldError::Input(format!("{}: not JSON: {error}", path.display())))
-}
-
-/// Writes the bundle as a whole, so that no reader sees half of it and a full disk leaves what was there.
-fn write(out: &Path, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |cause| FoldError::File { path, cause }
-    };
-    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(at(parent))?;
-    let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
-    let draft = draft_of(out);
-    let own = own_files(out);
-    let own: Vec<&str> = own.iter().map(String::as_str).collect();
-    let write = || {
-        fs::create_dir(&draft)?;
-        replace(&draft.join(MODEL_FILE), model)?;
-        replace(&draft.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
-        replace_folder(&draft, out, &own)
-    };
-    // The reason to tell is the first one.
-    write().map_err(at(out)).inspect_err(|_| remove_own(&draft, &BUNDLE_FILES))
 }
 
 pub(super) fn read(path: &Path) -> Result<Vec<u8>, FoldError> {

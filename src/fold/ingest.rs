@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn};
 
+use super::draft::Draft;
 use super::export::{ExportOptions, Preset, at_side, classes, file_name, read};
 use super::onnx::passes::ends::{self, Ends, Layout};
 use super::onnx::passes::{self, Folded};
@@ -12,11 +13,11 @@ use super::preprocessing::{PreprocessingSource, from_file};
 use super::{FoldError, verify};
 use crate::bundle::{
     Alpha, FileDigest, FoldReport, LeftNorm, MODEL_FILE, Manifest, OnnxReport, OutputProof, Preprocessing, Proof,
-    SCHEMA_VERSION, sha256_hex,
+    SCHEMA_VERSION, sha256_hex, sha256_of_file,
 };
 use crate::listing::walk;
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
-use crate::runtime::{Device, FEATURES, Library, PlainSession, SessionOptions};
+use crate::runtime::{Device, FEATURES, Library, NetworkSource, PlainSession, SessionOptions};
 use crate::stop::Stop;
 
 /// Most of the user's pictures that the proof looks at.
@@ -28,10 +29,14 @@ pub(super) fn is_onnx(path: &Path) -> bool {
 }
 
 /// Folds and proves the file at `options.checkpoint`. Gives the bundle's manifest and network.
-pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
+pub(super) fn from_onnx(
+    options: &ExportOptions,
+    library: &Library,
+    draft: &mut Draft,
+) -> Result<(Manifest, Vec<u8>), FoldError> {
     let path = &options.checkpoint;
     // What the runtime says names no file.
-    folded(options, library).map_err(|error| match error {
+    folded(options, library, draft).map_err(|error| match error {
         FoldError::Runtime(cause) => {
             FoldError::Onnx { path: path.clone(), cause: OnnxError::Refused(cause.to_string()) }
         }
@@ -39,7 +44,7 @@ pub(super) fn from_onnx(options: &ExportOptions, library: &Library) -> Result<(M
     })
 }
 
-fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u8>), FoldError> {
+fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<(Manifest, Vec<u8>), FoldError> {
     let path = &options.checkpoint;
     let overrides = &options.overrides;
     for (given, flag) in [
@@ -59,7 +64,7 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
     let input = ends::input(&network).map_err(fail)?;
     let side = square_side(&input, options).map_err(fail)?;
     let folded = passes::fold(&mut network).map_err(fail)?;
-    network.embed().map_err(fail)?;
+    draft.hold(&mut network)?;
     let preprocessing = match &options.preprocessing {
         Some(PreprocessingSource::File(path)) => at_side(from_file(path, options.exif)?, side as u32),
         Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(side as u32), options.exif),
@@ -68,7 +73,8 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
     let preprocessing = options.changes.apply(preprocessing);
     preprocessing.check().map_err(|error| FoldError::Input(format!("the preprocessing for {side} pixels: {error}")))?;
     let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
-    let subject = Subject { options, library, original, side, pictures };
+    let data = original.data_files().map_err(fail)?;
+    let subject = Subject { options, library, draft, original, side, pictures };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
     let classes = classes(options.classes.as_deref(), proof.classes)?;
     let nodes = (folded.nodes.0, network.nodes());
@@ -96,6 +102,7 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
                 opset,
                 producer,
                 output: ends.output,
+                data: data.iter().map(|path| digest(path)).collect::<Result<_, _>>()?,
                 ending: ends.ending,
                 nodes_before: nodes.0,
                 nodes_after: nodes.1,
@@ -104,12 +111,18 @@ fn folded(options: &ExportOptions, library: &Library) -> Result<(Manifest, Vec<u
             }),
             proof: proof.proof,
         },
-        checkpoint: FileDigest { file: file_name(path), sha256: sha256_hex(&read(path)?) },
+        checkpoint: digest(path)?,
         model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },
+        model_data: draft.data(),
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
     Ok((manifest, model))
+}
+
+fn digest(path: &Path) -> Result<FileDigest, FoldError> {
+    let sha256 = sha256_of_file(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })?;
+    Ok(FileDigest { file: file_name(path), sha256 })
 }
 
 /// The side in pixels of the network's square input.
@@ -168,6 +181,8 @@ fn stem(path: &Path) -> String {
 struct Subject<'a> {
     options: &'a ExportOptions,
     library: &'a Library,
+    /// Where the bundle's weights lie that are not in its network's file.
+    draft: &'a Draft,
     /// As the file has it; its weights are shared, not copied.
     original: Network,
     side: usize,
@@ -226,8 +241,11 @@ impl Subject<'_> {
         if let Some(value) = &ends.features {
             shown = shown.showing(value).map_err(fail)?;
         }
-        let mut original = PlainSession::of_bytes(self.library, &shown.encode(), options)?;
+        let graph = shown.encode();
         drop(shown);
+        let folder = (!self.original.fits_within()).then(|| self.original.folder());
+        let mut original = PlainSession::open(self.library, NetworkSource { graph: &graph, folder }, options)?;
+        drop(graph);
         let names: Vec<&str> = std::iter::once(&ends.value).chain(&ends.features).map(String::as_str).collect();
         let mut seen: Vec<f64> = Vec::new();
         let seeded = verify::varied_images(self.side);
@@ -258,14 +276,19 @@ impl Subject<'_> {
         }
         drop(original);
         let bytes = network.encode();
-        let moved = |n: usize| Ok(self.run(&verify::perturbed(network).encode(), &images, ends, false)?.swap_remove(n));
+        let moved = |n: usize| {
+            let mut moved = verify::perturbed(network).map_err(fail)?;
+            let mut place = Draft::of(&self.options.out, false);
+            place.hold(&mut moved)?;
+            Ok(self.run(place.source(&moved.encode()), &images, ends, false)?.swap_remove(n))
+        };
         let mut outputs: Vec<OutputProof> = Vec::new();
         // All at once, and a few at a time: what holds for one number of pictures may not for another.
         for in_parts in [true, false] {
             if !in_parts && ends.batch == ends::Batch::One {
                 break;
             }
-            let found = self.run(&bytes, &images, ends, in_parts)?;
+            let found = self.run(self.draft.source(&bytes), &images, ends, in_parts)?;
             let mut of_run = vec![verify::compare(ends::LOGITS, &expected, &found[0], classes, || moved(0))?];
             if let Some(found) = found.get(1) {
                 of_run.push(verify::compare(FEATURES, &seen, found, seen.len() / images.len().max(1), || moved(1))?);
@@ -291,9 +314,15 @@ impl Subject<'_> {
 
     /// The bundle's logits, and its features where it has some: of all images at once, or one by one where the network
     /// takes no more.
-    fn run(&self, model: &[u8], images: &[Vec<f32>], ends: &Ends, in_parts: bool) -> Result<Vec<Vec<f64>>, FoldError> {
+    fn run(
+        &self,
+        model: NetworkSource<'_>,
+        images: &[Vec<f32>],
+        ends: &Ends,
+        in_parts: bool,
+    ) -> Result<Vec<Vec<f64>>, FoldError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut session = PlainSession::of_bytes(self.library, model, SessionOptions { device: Device::Cpu, threads })?;
+        let mut session = PlainSession::open(self.library, model, SessionOptions { device: Device::Cpu, threads })?;
         let mut rest = images;
         let mut sizes = [1, 3, 2].into_iter().cycle();
         let names = if ends.features.is_some() { vec![ends::LOGITS, FEATURES] } else { vec![ends::LOGITS] };

@@ -5,6 +5,7 @@
 
 pub mod architecture;
 pub mod checkpoint;
+mod draft;
 mod error;
 pub mod export;
 pub mod graph;

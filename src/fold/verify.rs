@@ -4,25 +4,25 @@ use std::thread;
 
 use ndarray::ArrayView4;
 
-use super::onnx::Network;
 use super::onnx::passes::ends::LOGITS;
+use super::onnx::{Network, OnnxError};
 use super::reference::{self, Precision};
 use super::{FoldError, Graph};
 use crate::bundle::{OutputProof, Proof, Reference};
-use crate::runtime::{Device, Library, OnnxModel, SessionOptions};
+use crate::runtime::{Device, Library, NetworkSource, OnnxModel, SessionOptions};
 
 /// Largest difference accepted, in standard deviations of the output.
 pub const TOLERANCE: f64 = 1e-4;
 /// Seed of the inputs.
 pub(super) const SEED: u64 = 2501_03122;
 
-/// Compares `model` (ONNX bytes) with the `unfolded` graph on seeded inputs. Where f32 itself cannot hold
+/// Compares `model` with the `unfolded` graph on seeded inputs. Where f32 itself cannot hold
 /// [`TOLERANCE`], because variances near the BatchNorm's epsilon amplify rounding, twice the unfolded network's own
 /// f32-to-f64 difference is accepted instead.
 ///
 /// # Errors
 /// When an output differs by more, or ONNX Runtime cannot run the network.
-pub fn prove(unfolded: &Graph, model: &[u8], library: &Library) -> Result<Proof, FoldError> {
+pub fn prove<'a>(unfolded: &Graph, model: impl Into<NetworkSource<'a>>, library: &Library) -> Result<Proof, FoldError> {
     let inputs = images(unfolded.side);
     let images = inputs.len();
     let threads = thread::available_parallelism().map_or(1, usize::from);
@@ -148,7 +148,10 @@ fn spread(values: &[f64]) -> f64 {
 }
 
 /// The network with every weight moved by one unit in the last place, up or down by a seeded coin.
-pub(super) fn perturbed(network: &Network) -> Network {
+///
+/// # Errors
+/// When a weight cannot be read.
+pub(super) fn perturbed(network: &Network) -> Result<Network, OnnxError> {
     let mut state = SEED;
     network.clone().with_floats(&mut |value| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

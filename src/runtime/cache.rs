@@ -6,7 +6,7 @@
 //! build and the processor's features. It is made in a folder of its own and renamed into place, and never changed
 //! afterwards. Whoever can write the cache can change what runs.
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,8 +15,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
-use super::model::{builder, optimised};
-use super::{Library, OnnxModel, RuntimeError, SessionOptions};
+use super::model::{builder, commit, optimised};
+use super::{Library, NetworkSource, OnnxModel, RuntimeError, SessionOptions};
 use crate::files::{draft_of, name_of_draft, place_folder, remove_own, replace};
 
 const GRAPH: &str = "network.onnx";
@@ -29,8 +29,11 @@ const STALE: Duration = Duration::from_secs(3600);
 pub struct NetworkFile {
     /// Where it lies.
     pub path: PathBuf,
-    /// SHA-256 in lower-case hexadecimal that its bytes must have.
+    /// SHA-256 in lower-case hexadecimal that its bytes must have. It stands for the weights in `data`, too: the file names their
+    /// digests.
     pub sha256: String,
+    /// Files that hold weights beside it.
+    pub data: Vec<PathBuf>,
 }
 
 /// A folder of optimised networks, or none.
@@ -67,7 +70,7 @@ impl NetworkCache {
         &self,
         library: &Library,
         network: &NetworkFile,
-        read: impl Fn() -> Result<&'a [u8], E>,
+        read: impl Fn() -> Result<NetworkSource<'a>, E>,
         options: SessionOptions,
         sessions: usize,
         mut opened: impl FnMut(OnnxModel) -> Result<(), E>,
@@ -77,9 +80,9 @@ impl NetworkCache {
         };
         let Some(entry) = self.entry(network) else { return plain(&mut opened, sessions) };
         if !self.vouches(&entry, network) {
-            let bytes = read()?;
+            let source = read()?;
             if !entry.join(GRAPH).is_file()
-                && let Err(reason) = self.make(&entry, library, bytes, options)
+                && let Err(reason) = self.make(&entry, library, source, options)
             {
                 tracing::warn!(cache = %entry.display(), reason, "the optimised network could not be cached, so starts stay slow: give a writable --cache, or none");
             }
@@ -127,21 +130,24 @@ impl NetworkCache {
 
     /// Whether `network`'s file is, by size and time of change, the one that was checked when the entry was made.
     fn vouches(&self, entry: &Path, network: &NetworkFile) -> bool {
-        let stamp = fs::metadata(&network.path).ok().and_then(|metadata| stamp(&metadata));
-        entry.join(GRAPH).is_file()
-            && stamp
-                .is_some_and(|stamp| fs::read(entry.join(stamp_name(&network.path))).is_ok_and(|kept| kept == stamp))
+        let kept = || fs::read(entry.join(stamp_name(&network.path))).ok();
+        entry.join(GRAPH).is_file() && stamp(network).is_some_and(|stamp| kept() == Some(stamp))
     }
 
     fn stamp(&self, entry: &Path, network: &NetworkFile) {
-        let stamp = fs::metadata(&network.path).ok().and_then(|metadata| stamp(&metadata));
-        if let Some(stamp) = stamp.filter(|_| entry.is_dir()) {
+        if let Some(stamp) = stamp(network).filter(|_| entry.is_dir()) {
             // Without it, the file is read and checked again next time.
             let _ = replace(&entry.join(stamp_name(&network.path)), &stamp);
         }
     }
 
-    fn make(&self, entry: &Path, library: &Library, bytes: &[u8], options: SessionOptions) -> Result<(), String> {
+    fn make(
+        &self,
+        entry: &Path,
+        library: &Library,
+        source: NetworkSource<'_>,
+        options: SessionOptions,
+    ) -> Result<(), String> {
         let text = |error: io::Error| error.to_string();
         let parent = entry.parent().ok_or("the cache folder has no name")?;
         fs::create_dir_all(parent).map_err(text)?;
@@ -150,7 +156,7 @@ impl NetworkCache {
         fs::create_dir(&draft).map_err(text)?;
         let made = builder(library, options)
             .and_then(|b| optimised(b, &draft.join(GRAPH), WEIGHTS))
-            .and_then(|mut b| b.commit_from_memory(bytes))
+            .and_then(|b| commit(b, source))
             .map_err(|error| error.to_string())
             .and_then(|_session| {
                 for name in [GRAPH, WEIGHTS] {
@@ -172,10 +178,15 @@ impl NetworkCache {
     }
 }
 
-/// Size and time of change, as text.
-fn stamp(metadata: &Metadata) -> Option<Vec<u8>> {
-    let changed = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-    Some(format!("{} {}", metadata.len(), changed.as_nanos()).into_bytes())
+/// Size and time of change of its files, as text.
+fn stamp(network: &NetworkFile) -> Option<Vec<u8>> {
+    let of_file = |path: &PathBuf| {
+        let metadata = fs::metadata(path).ok()?;
+        let changed = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        Some(format!("{} {}", metadata.len(), changed.as_nanos()))
+    };
+    let files: Option<Vec<String>> = std::iter::once(&network.path).chain(&network.data).map(of_file).collect();
+    Some(files?.join("\n").into_bytes())
 }
 
 /// The name of a file's stamp: the same network may lie in several places.

@@ -10,12 +10,29 @@ pub use library::{Library, LibraryError, disable_telemetry};
 pub use model::{Device, OnnxModel, RuntimeError, SessionOptions};
 pub use plain::PlainSession;
 
+use std::path::Path;
+
 use ndarray::{Array2, ArrayView4};
 
 use crate::stop::Stop;
 
 /// Name of the network's output that [`Outputs::features`] is read from.
 pub const FEATURES: &str = "features";
+
+/// A network in ONNX.
+#[derive(Debug, Clone, Copy)]
+pub struct NetworkSource<'a> {
+    /// The file's bytes.
+    pub graph: &'a [u8],
+    /// Where the files lie that hold weights which are not in `graph`.
+    pub folder: Option<&'a Path>,
+}
+
+impl<'a, B: AsRef<[u8]> + ?Sized> From<&'a B> for NetworkSource<'a> {
+    fn from(graph: &'a B) -> Self {
+        Self { graph: graph.as_ref(), folder: None }
+    }
+}
 
 /// What a network gives for a batch of N pictures.
 #[derive(Debug, Clone)]

@@ -11,7 +11,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{RunOptions, Session, SessionOutputs};
 use ort::value::{Tensor, TensorRef};
 
-use super::{FEATURES, Library, Outputs, Runner};
+use super::{FEATURES, Library, NetworkSource, Outputs, Runner};
 use crate::stop::Stop;
 
 /// Where a network runs.
@@ -83,11 +83,16 @@ pub struct OnnxModel {
 }
 
 impl OnnxModel {
-    /// Opens `model` (ONNX bytes). With [`Device::Auto`], a CUDA failure is logged and the processor is used.
+    /// Opens `model`. With [`Device::Auto`], a CUDA failure is logged and the processor is used.
     ///
     /// # Errors
-    /// When the bytes are no network that ONNX Runtime can open, or CUDA was demanded and fails.
-    pub fn open(library: &Library, model: &[u8], options: SessionOptions) -> Result<Self, RuntimeError> {
+    /// When it is no network that ONNX Runtime can open, or CUDA was demanded and fails.
+    pub fn open<'a>(
+        library: &Library,
+        model: impl Into<NetworkSource<'a>>,
+        options: SessionOptions,
+    ) -> Result<Self, RuntimeError> {
+        let model = model.into();
         let on_cuda = || Self::on_cuda(library, model, options).map_err(|reason| concise(&reason));
         match options.device {
             Device::Cpu => {}
@@ -99,7 +104,7 @@ impl OnnxModel {
             },
         }
         let session = builder(library, options)
-            .and_then(|mut b| b.commit_from_memory(model))
+            .and_then(|b| commit(b, model))
             .map_err(|error| RuntimeError::Open(error.to_string()))?;
         Ok(Self::of(session, Device::Cpu))
     }
@@ -118,12 +123,12 @@ impl OnnxModel {
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn on_cuda(_: &Library, _: &[u8], _: SessionOptions) -> Result<Self, String> {
+    fn on_cuda(_: &Library, _: NetworkSource<'_>, _: SessionOptions) -> Result<Self, String> {
         Err("this build has no CUDA support (cargo feature `cuda`)".into())
     }
 
     #[cfg(feature = "cuda")]
-    fn on_cuda(library: &Library, model: &[u8], options: SessionOptions) -> Result<Self, String> {
+    fn on_cuda(library: &Library, model: NetworkSource<'_>, options: SessionOptions) -> Result<Self, String> {
         use ort::ep;
         // EXHAUSTIVE would stall on each new batch size.
         let cuda = ep::CUDA::default()
@@ -132,7 +137,7 @@ impl OnnxModel {
             .error_on_failure();
         let session = builder(library, options)
             .and_then(|b| Ok(b.with_execution_providers([cuda])?))
-            .and_then(|mut b| b.commit_from_memory(model))
+            .and_then(|b| commit(b, model))
             .map_err(|error| error.to_string())?;
         Ok(Self::of(session, Device::Cuda))
     }
@@ -244,6 +249,16 @@ pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result
         .with_inter_threads(1)?
         .with_intra_op_spinning(false)?
         .with_inter_op_spinning(false)?)
+}
+
+/// Opens `model`; weights in other files are mapped.
+pub(super) fn commit(builder: SessionBuilder, model: NetworkSource<'_>) -> ort::Result<Session> {
+    let mut builder = match model.folder {
+        Some(folder) => builder
+            .with_config_entry("session.model_external_initializers_file_folder_path", folder.to_string_lossy())?,
+        None => builder,
+    };
+    builder.commit_from_memory(model.graph)
 }
 
 /// Has the session write its optimised graph to `graph`, with weights of 1 KiB and more in `weights` beside it.

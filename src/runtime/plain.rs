@@ -1,43 +1,34 @@
 //! A session that runs a network as its file has it, to compare networks: without optimisation, by any names.
 
-use std::path::Path;
-
 use ndarray::{ArrayD, ArrayViewD};
 use ort::logging::LogLevel;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{OutputSelector, RunOptions, Session};
 use ort::value::TensorRef;
 
-use super::model::builder;
-use super::{Library, RuntimeError, SessionOptions};
+use super::model::{builder, commit};
+use super::{Library, NetworkSource, RuntimeError, SessionOptions};
 
 /// A network as it is.
 pub struct PlainSession(Session);
 
 impl PlainSession {
-    /// Opens the file at `path`, with what it has beside it.
+    /// Opens a network.
     ///
     /// # Errors
     /// When it is no network that ONNX Runtime can open.
-    pub fn open(library: &Library, path: &Path, options: SessionOptions) -> Result<Self, RuntimeError> {
+    pub fn open<'a>(
+        library: &Library,
+        model: impl Into<NetworkSource<'a>>,
+        options: SessionOptions,
+    ) -> Result<Self, RuntimeError> {
         let session = builder(library, options)
             .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
+            // Weights are not laid out anew for a few runs.
+            .and_then(|b| Ok(b.with_config_entry("session.disable_prepacking", "1")?))
             // What fails is told by its error, and may be tried another way.
             .and_then(|b| Ok(b.with_log_level(LogLevel::Fatal)?))
-            .and_then(|mut b| b.commit_from_file(path));
-        session.map(Self).map_err(|error| RuntimeError::Open(error.to_string()))
-    }
-
-    /// Opens a network with all of its weights in `bytes`.
-    ///
-    /// # Errors
-    /// As [`PlainSession::open`].
-    pub fn of_bytes(library: &Library, bytes: &[u8], options: SessionOptions) -> Result<Self, RuntimeError> {
-        let session = builder(library, options)
-            .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::Disable)?))
-            // What fails is told by its error, and may be tried another way.
-            .and_then(|b| Ok(b.with_log_level(LogLevel::Fatal)?))
-            .and_then(|mut b| b.commit_from_memory(bytes));
+            .and_then(|b| commit(b, model.into()));
         session.map(Self).map_err(|error| RuntimeError::Open(error.to_string()))
     }
 

@@ -14,7 +14,7 @@ use nbn::stop::Stop;
 use ndarray::ArrayView4;
 use safetensors::SafeTensors;
 
-use crate::support::{data, fold, library, root, text};
+use crate::support::{data, fold, library, nbn, picture, root, text};
 
 fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
     ExportOptions {
@@ -32,6 +32,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         logits: None,
         images: None,
         kappa: None,
+        external_data: false,
     }
 }
 
@@ -470,4 +471,78 @@ fn what_older_releases_wrote_is_read_and_would_be_written_the_same() {
     assert_eq!(bundle.manifest.lowest_schema_version(), 1);
     let file = fs::read_to_string(folder.join("manifest.json")).unwrap();
     assert_eq!(serde_json::to_string_pretty(&bundle.manifest).unwrap() + "\n", file);
+}
+
+#[test]
+fn weights_may_lie_in_files_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let (within, apart) = (folder.path().join("m/1"), folder.path().join("m/2"));
+    let cache = folder.path().join("cache");
+    let photo = folder.path().join("photo.png");
+    fs::write(&photo, picture(40, 30, image::ImageFormat::Png)).unwrap();
+    let checkpoint = data("checkpoints/cifar_a.safetensors");
+    export(&options(&checkpoint, &within, 32), library()).unwrap();
+    let external = ExportOptions { external_data: true, ..options(&checkpoint, &apart, 32) };
+    let manifest = export(&external, library()).unwrap();
+    assert_eq!((manifest.schema_version, manifest.model_data.len()), (2, 1));
+    let names = |folder: &Path| {
+        let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&apart), ["manifest.json", "model.data.0", "model.onnx"]);
+    let size = |path: &Path| fs::metadata(path).unwrap().len();
+    assert!(size(&apart.join("model.onnx")) < size(&within.join("model.onnx")) / 3);
+    // The network's own file stands for the weights: its digest names theirs.
+    let own = fs::read(apart.join("model.onnx")).unwrap();
+    assert!(own.windows(64).any(|part| part == manifest.model_data[0].sha256.as_bytes()));
+
+    let cache = cache.to_str().unwrap();
+    let score = |bundle: &Path, more: &[&str]| {
+        let named = ["score", "--model", bundle.to_str().unwrap(), "--logits", photo.to_str().unwrap()];
+        nbn(&[&named, more].concat())
+    };
+    let logits = |out: std::process::Output| {
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()["logits"].clone()
+    };
+    let expected = logits(score(&within, &["--cache", "none"]));
+    // Without a cache, to fill it, and from it.
+    for more in [&["--cache", "none"][..], &["--cache", cache], &["--cache", cache]] {
+        assert_eq!(logits(score(&apart, more)), expected, "{more:?}");
+    }
+    // It is ONNX like any other: what was made from it says so.
+    let again = folder.path().join("m/3");
+    let from_bundle = apart.join("model.onnx");
+    export(&ExportOptions { external_data: true, ..options(&from_bundle, &again, 32) }, library()).unwrap();
+    let told = Bundle::load(&again).unwrap().manifest;
+    assert_eq!(told.fold.onnx.unwrap().data, manifest.model_data);
+
+    // A change is noticed, also by a cache that has the old weights.
+    let weights = apart.join("model.data.0");
+    let kept = fs::read(&weights).unwrap();
+    let mut changed = kept.clone();
+    changed[4] ^= 1;
+    fs::write(&weights, changed).unwrap();
+    for more in [&["--cache", "none"][..], &["--cache", cache]] {
+        let out = score(&apart, more);
+        assert_eq!(out.status.code(), Some(1), "{more:?}");
+        let words = "model.data.0: SHA-256 is ";
+        assert!(text(&out.stderr).contains(words), "{}", text(&out.stderr));
+    }
+    fs::remove_file(&weights).unwrap();
+    let error = Bundle::load(&apart).unwrap_err().to_string();
+    assert!(error.contains("model.data.0: No such file"), "{error}");
+    // What a manifest names must not lead elsewhere.
+    let path = apart.join("manifest.json");
+    let written = fs::read_to_string(&path).unwrap();
+    fs::write(&path, written.replace("\"model.data.0\"", "\"../1/model.onnx\"")).unwrap();
+    let error = Bundle::load(&apart).unwrap_err().to_string();
+    assert!(error.contains("model_data.file is \"../1/model.onnx\"; it must be model.data.N"), "{error}");
+    fs::write(&path, written).unwrap();
+    fs::write(&weights, kept).unwrap();
+    // A bundle with one file takes its place, and nothing of it is left.
+    export(&ExportOptions { force: true, ..options(&checkpoint, &apart, 32) }, library()).unwrap();
+    assert_eq!(names(&apart), ["manifest.json", "model.onnx"]);
+    assert_eq!(names(&folder.path().join("m")), ["1", "2", "3"]);
 }

@@ -85,6 +85,9 @@ pub(crate) struct Export {
     /// Balanced Softmax), if the file does not say
     #[arg(long)]
     kappa: Option<f64>,
+    /// Write the weights into files beside model.onnx, as is always done with more than 2 GiB of them
+    #[arg(long)]
+    external_data: bool,
     /// Replace an existing bundle
     #[arg(long)]
     force: bool,
@@ -137,6 +140,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         logits: args.logits,
         images: args.images,
         kappa: args.kappa,
+        external_data: args.external_data,
     };
     let manifest = export(&options, library)?;
     eprint!("{}", inspect::manifest(&manifest));

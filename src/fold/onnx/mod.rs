@@ -5,6 +5,7 @@
 //! told; `passes` change it.
 
 pub(crate) mod evaluate;
+mod external;
 pub(crate) mod inline;
 mod lower;
 mod network;
@@ -15,6 +16,7 @@ pub(crate) mod wire;
 
 use std::path::PathBuf;
 
+pub use external::DataFile;
 pub use lower::lower;
 pub use network::Network;
 pub(crate) use network::Uses;

@@ -1,16 +1,13 @@
 //! An ONNX file with its weights.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
-use std::path::{Component, Path, PathBuf};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
 use super::OnnxError;
 use super::proto::{Graph, Model, Node, Tensor, ValueInfo, kind};
-use super::value::Value;
 use super::wire::{self, MAX_MESSAGE};
 
 /// Newest `ir_version` that ONNX Runtime 1.28 reads.
@@ -30,7 +27,7 @@ const QUOTED: usize = 100;
 pub struct Network {
     pub(crate) model: Model,
     /// Where its external data lies.
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
 }
 
 /// Who makes and who reads each value.
@@ -117,74 +114,20 @@ impl Network {
         wire::encode(&self.model)
     }
 
-    /// The network with the value `name` among its outputs, all of its weights within, and its functions in their place.
+    /// The network with the value `name` among its outputs, its weights where [`Network::gather`] puts them, and its functions in
+    /// their place.
     ///
     /// # Errors
     /// When a weight cannot be read.
     pub(crate) fn showing(mut self, name: &str) -> Result<Self, OnnxError> {
         super::inline::inline(&mut self.model)?;
-        self.embed()?;
+        self.gather()?;
         let shown = ValueInfo { name: Some(name.to_owned()), ..ValueInfo::default() };
         let graph = self.graph_mut();
         if !graph.output.iter().any(|info| info.name.as_deref() == Some(name)) {
             graph.output.push(shown);
         }
         Ok(self)
-    }
-
-    /// Brings weights that lie in other files into this one.
-    ///
-    /// # Errors
-    /// When one cannot be read.
-    pub(crate) fn embed(&mut self) -> Result<(), OnnxError> {
-        let mut graph = std::mem::take(self.graph_mut());
-        let mut left = MAX_MESSAGE as u64;
-        let embedded = self.embed_graph(&mut graph, &mut left);
-        *self.graph_mut() = graph;
-        embedded
-    }
-
-    fn embed_graph(&self, graph: &mut Graph, left: &mut u64) -> Result<(), OnnxError> {
-        graph.initializer.iter_mut().try_for_each(|tensor| self.embed_tensor(tensor, left))?;
-        for node in &mut graph.node {
-            let tensors = node.attribute.iter_mut().filter_map(|attribute| attribute.t.as_mut());
-            tensors.into_iter().try_for_each(|tensor| self.embed_tensor(tensor, left))?;
-            node.graphs_mut().try_for_each(|graph| self.embed_graph(graph, left))?;
-        }
-        Ok(())
-    }
-
-    fn embed_tensor(&self, tensor: &mut Tensor, left: &mut u64) -> Result<(), OnnxError> {
-        if !tensor.is_external() {
-            return Ok(());
-        }
-        let length = self.external(tensor)?.2;
-        *left = left.checked_sub(length).ok_or_else(|| {
-            OnnxError::Refused(format!(
-                "its weights in other files take more than {MAX_MESSAGE} bytes, which a bundle's network cannot hold yet: \
-                 export a smaller network"
-            ))
-        })?;
-        tensor.raw_data = Some(self.external_bytes(tensor)?.into());
-        tensor.external_data.clear();
-        tensor.data_location = None;
-        Ok(())
-    }
-
-    /// The network with each 32-bit float of its weights replaced.
-    pub(crate) fn with_floats(mut self, by: &mut dyn FnMut(f32) -> f32) -> Self {
-        for tensor in &mut self.graph_mut().initializer {
-            if tensor.data_type != Some(kind::FLOAT) {
-                continue;
-            }
-            tensor.float_data.0.iter_mut().for_each(|value| *value = by(*value));
-            if let Some(raw) = &tensor.raw_data {
-                let (values, _) = raw.as_chunks::<4>();
-                let moved: Vec<u8> = values.iter().flat_map(|&v| by(f32::from_le_bytes(v)).to_le_bytes()).collect();
-                tensor.raw_data = Some(moved.into());
-            }
-        }
-        self
     }
 
     /// What wrote the file, and which version of it.
@@ -238,51 +181,6 @@ impl Network {
         self.check("")
     }
 
-    /// Whether every tensor, in nodes and graphs within them, too, has as many bytes as its shape says.
-    fn fills<'a>(&self, tensors: &[Tensor], nodes: impl Iterator<Item = &'a Node>) -> Result<(), OnnxError> {
-        tensors.iter().try_for_each(|tensor| self.fills_its_shape(tensor))?;
-        for node in nodes {
-            node.attribute.iter().filter_map(|a| a.t.as_ref()).try_for_each(|tensor| self.fills_its_shape(tensor))?;
-            for graph in node.graphs() {
-                self.fills(&graph.initializer, graph.node.iter())?;
-            }
-        }
-        Ok(())
-    }
-
-    fn fills_its_shape(&self, tensor: &Tensor) -> Result<(), OnnxError> {
-        let each = match tensor.data_type.unwrap_or_default() {
-            kind::DOUBLE | kind::INT64 => 8,
-            kind::FLOAT | kind::INT32 | kind::UINT32 => 4,
-            kind::INT16 | kind::UINT16 => 2,
-            kind::INT8 | kind::UINT8 | kind::BOOL => 1,
-            // Other types are for the runtime to read.
-            _ if tensor.is_external() => return self.external(tensor).map(|_| ()),
-            _ => return Ok(()),
-        };
-        let count = tensor.dims.iter().try_fold(1u64, |count, &d| count.checked_mul(u64::try_from(d).ok()?));
-        let typed = [
-            tensor.float_data.0.len(),
-            tensor.int32_data.0.len(),
-            tensor.int64_data.0.len(),
-            tensor.double_data.0.len(),
-            tensor.uint64_data.0.len(),
-        ];
-        let found = match &tensor.raw_data {
-            _ if tensor.is_external() => self.external(tensor)?.2,
-            Some(raw) => raw.len() as u64,
-            None => typed.iter().sum::<usize>() as u64 * each,
-        };
-        match count.and_then(|count| count.checked_mul(each)) {
-            Some(expected) if expected == found => Ok(()),
-            _ => OnnxError::refused(format!(
-                "its weight {} has the shape {:?}, but {found} bytes: the file is damaged, or of another export",
-                quoted(tensor.name()),
-                tensor.dims
-            )),
-        }
-    }
-
     /// The version of ONNX's own operators.
     pub(crate) fn opset(&self) -> i64 {
         let own = self.model.opset_import.iter().find(|import| ["", "ai.onnx"].contains(&import.domain()));
@@ -296,80 +194,6 @@ impl Network {
 
     pub(crate) fn graph_mut(&mut self) -> &mut Graph {
         self.model.graph.get_or_insert_default()
-    }
-
-    /// Where the values of an external tensor lie: file, first byte, number of bytes.
-    fn external(&self, tensor: &Tensor) -> Result<(PathBuf, u64, u64), OnnxError> {
-        let name = quoted(tensor.name());
-        let entry = |key: &str| {
-            tensor.external_data.iter().find(|e| e.key.as_deref() == Some(key)).and_then(|e| e.value.as_deref())
-        };
-        let number = |key: &str| match entry(key).map(str::parse::<u64>) {
-            None => Ok(None),
-            Some(Ok(number)) => Ok(Some(number)),
-            Some(Err(_)) => {
-                OnnxError::refused(format!("the {key} of its weight {name} is not a number: the file is damaged"))
-            }
-        };
-        let Some(location) = entry("location") else {
-            return OnnxError::refused(format!("its weight {name} lies in another file, but it does not say in which"));
-        };
-        let relative = Path::new(location);
-        if location.is_empty() || !relative.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir))
-        {
-            return OnnxError::refused(format!(
-                "its weight {name} lies in {}, outside of the network's folder: put both into one folder and export \
-                 again",
-                quoted(location)
-            ));
-        }
-        let path = self.folder.join(relative);
-        let metadata = fs::metadata(&path).map_err(|cause| {
-            OnnxError::Refused(format!(
-                "its weight {name} lies in {}, which cannot be read: {cause}: copy it beside the network",
-                path.display()
-            ))
-        })?;
-        // A link may lead out of the folder, to what is not the network's.
-        let inside = fs::canonicalize(&path).ok().zip(fs::canonicalize(&self.folder).ok());
-        if !metadata.is_file() || !inside.is_some_and(|(path, folder)| path.starts_with(folder)) {
-            return OnnxError::refused(format!(
-                "its weight {name} lies in {}, which is not a file in the network's folder: copy it there",
-                quoted(location)
-            ));
-        }
-        let offset = number("offset")?.unwrap_or(0);
-        let length = number("length")?.unwrap_or_else(|| metadata.len().saturating_sub(offset));
-        if offset.checked_add(length).is_none_or(|end| end > metadata.len()) {
-            return OnnxError::refused(format!(
-                "its weight {name} ends at byte {}; {} has {}: it is cut off, or of another export",
-                offset.saturating_add(length),
-                path.display(),
-                metadata.len()
-            ));
-        }
-        Ok((path, offset, length))
-    }
-
-    /// The bytes of a tensor that lies in another file.
-    pub(crate) fn external_bytes(&self, tensor: &Tensor) -> Result<Vec<u8>, OnnxError> {
-        let (path, offset, length) = self.external(tensor)?;
-        let read = |cause| OnnxError::Read { path: path.clone(), cause };
-        let mut file = File::open(&path).map_err(read)?;
-        file.seek(SeekFrom::Start(offset)).map_err(read)?;
-        let mut bytes = vec![0; length as usize];
-        file.read_exact(&mut bytes).map_err(read)?;
-        Ok(bytes)
-    }
-
-    /// The values of a constant; none when its type is not one that is held.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub(crate) fn value_of(&self, tensor: &Tensor) -> Result<Option<Value>, OnnxError> {
-        let external =
-            if tensor.is_external() { Cow::Owned(self.external_bytes(tensor)?) } else { Cow::Borrowed(&[][..]) };
-        Ok(Value::of(tensor, tensor.is_external().then_some(&*external)))
     }
 
     /// Drops nodes and constants that no output needs.

@@ -60,6 +60,7 @@ messages! {
         producer_version: Option<String> = 3,
         graph: Option<Graph> = 7,
         opset_import: Vec<OperatorSet> = 8,
+        metadata_props: Vec<StringEntry> = 14,
         functions: Vec<Function> = 25,
     }
 

@@ -60,7 +60,7 @@ fn runtime(node: &Node, inputs: &[Value]) -> Vec<f64> {
         }),
         ..Model::default()
     });
-    let mut session = PlainSession::of_bytes(library, &model.encode(), SessionOptions::default())
+    let mut session = PlainSession::open(library, &model.encode(), SessionOptions::default())
         .unwrap_or_else(|error| panic!("{}: {error}", node.op()));
     let found = session.run("x", ArrayD::zeros(IxDyn(&[1])).view(), &["y"]).unwrap();
     found[0].iter().map(|&v| f64::from(v)).collect()
