@@ -165,9 +165,9 @@ pub fn manifest(data: &[u8]) {
     let written = serde_json::to_vec(&manifest).expect("a manifest can be written");
     let again: Manifest = serde_json::from_slice(&written).expect("a manifest that was written can be read");
     assert_eq!(again, manifest);
-    if manifest.preprocessing.shorter_side <= 16 {
-        let values = 3 * manifest.preprocessing.crop.pow(2);
-        let mut classifier = models::mirror(Manifest { classes: models::classes(values as usize), ..manifest });
+    let values: usize = manifest.preprocessing.shape().iter().product();
+    if values <= 3 * 16 * 16 {
+        let mut classifier = models::mirror(Manifest { classes: models::classes(values), ..manifest });
         look_at(&mut classifier, &models::bmp([200, 100, 50])).expect("every preprocessing has finite values");
     }
 }

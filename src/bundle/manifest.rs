@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::preprocessing::Preprocessing;
+use super::preprocessing::{Color, MAX_SIDE, Preprocessing, Resize, Size};
 
 /// Newest version of the manifest's form, which this build writes where the first cannot say what it has to; it reads both.
 pub const SCHEMA_VERSION: u32 = 2;
@@ -303,21 +303,35 @@ pub enum ManifestError {
     },
     /// Sizes out of range.
     #[error(
-        "shorter_side {shorter_side} and crop {crop}; both must lie in 1..=4096 and crop may not exceed shorter_side"
+        "the preprocessing has \"{resize}\" and crop {crop}; sides must lie in 1..={MAX_SIDE}, and a crop may be larger than what \
+         pictures are resized to only where they are fitted in"
     )]
     Size {
-        /// The resize's target.
-        shorter_side: u32,
-        /// The crop's side.
-        crop: u32,
+        /// What pictures are resized to.
+        resize: Resize,
+        /// What is cut out of them.
+        crop: Size,
+    },
+    /// A mean or standard deviation of other channels.
+    #[error(
+        "{color} has {} channel{}, but mean {mean:?} and std {std:?} have {} and {}", color.channels(),
+        if color.channels() == 1 { "" } else { "s" }, mean.len(), std.len()
+    )]
+    Channels {
+        /// The channels.
+        color: Color,
+        /// Mean per channel.
+        mean: Vec<f32>,
+        /// Standard deviation per channel.
+        std: Vec<f32>,
     },
     /// A mean or standard deviation that leaves no usable pixels.
     #[error("mean {mean:?}, std {std:?}; every mean must lie in -1000..=1000 and every std in 0.000001..=1000000")]
     Normalization {
         /// Mean per channel.
-        mean: [f32; 3],
+        mean: Vec<f32>,
         /// Standard deviation per channel.
-        std: [f32; 3],
+        std: Vec<f32>,
     },
 }
 

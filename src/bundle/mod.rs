@@ -29,7 +29,7 @@ pub use manifest::{
     Alpha, Class, DATA_FILE, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError,
     OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
 };
-pub use preprocessing::{CropOffset, Exif, Filter, Preprocessing, Resize, Scale};
+pub use preprocessing::{Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Preprocessing, Resize, Scale, Size};
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 
 /// File name of the network in a bundle.

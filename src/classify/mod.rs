@@ -34,7 +34,7 @@ const MEASURED_TIME: Duration = Duration::from_millis(500);
 pub enum Input {
     /// An encoded picture.
     Encoded(Bytes),
-    /// The network's own input `[3, side, side]`: normalised, row-major, f32 in little-endian bytes.
+    /// The network's own input, of the manifest's shape: normalised, row-major, f32 in little-endian bytes.
     Pixels(Bytes),
 }
 
@@ -120,7 +120,7 @@ impl Classifier {
 
     /// A classifier of any parts, one picture a batch.
     pub fn with_parts(manifest: Arc<Manifest>, prepare: Box<dyn Prepare>, runner: Box<dyn Runner>) -> Self {
-        let batch = TensorBatch::new(prepare.side());
+        let batch = TensorBatch::new(prepare.shape());
         Self { manifest, prepare, runner, sizes: vec![1], batch }
     }
 

@@ -15,15 +15,15 @@ pub struct StageTimes {
     pub preprocess: Duration,
 }
 
-/// Something that adds a picture's tensor `[3, side, side]` to a batch.
+/// Something that adds a picture's tensor to a batch.
 pub trait Prepare: Send {
-    /// Height and width of the tensor, in pixels.
-    fn side(&self) -> usize;
+    /// The shape of the tensor.
+    fn shape(&self) -> [usize; 3];
 
     /// Adds the tensor of a decoded picture.
     ///
     /// # Errors
-    /// When the batch is of another side.
+    /// When the batch is of another shape.
     fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength>;
 
     /// Decodes and adds the tensor, unless `stop` is asked for meanwhile.
@@ -34,8 +34,8 @@ pub trait Prepare: Send {
 }
 
 impl Prepare for Preprocessor {
-    fn side(&self) -> usize {
-        self.side()
+    fn shape(&self) -> [usize; 3] {
+        self.shape()
     }
 
     fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength> {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use super::architecture::{self, Extras, Family, Overrides};
 use super::draft::{Draft, own_files};
 use super::ingest::{from_onnx, is_onnx};
-use super::preprocessing::{PreprocessingChanges, PreprocessingSource, from_file};
+use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
 use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError, Preprocessing,
-    SCHEMA_VERSION, check_classes, check_kappa, is_manifest, sha256_hex,
+    SCHEMA_VERSION, Size, check_classes, check_kappa, is_manifest, sha256_hex,
 };
 use crate::files::foreign;
 use crate::runtime::Library;
@@ -39,15 +39,16 @@ impl Preset {
         }
     }
 
-    /// The pipeline; `side` overrules the crop, and the resize keeps its ratio to it.
-    pub fn preprocessing(self, side: Option<u32>, exif: Exif) -> Preprocessing {
+    /// The pipeline; `size` overrules the crop, and the resize keeps its ratio to it.
+    pub fn preprocessing(self, size: Option<Size>, exif: Exif) -> Preprocessing {
         let (shorter_side, crop, mean, std) = match self {
             Self::Imagenet => (256, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
             Self::Inaturalist => (256, 224, [0.466, 0.471, 0.380], [0.195, 0.194, 0.192]),
             Self::Cifar => (32, 32, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
         };
+        let (mean, std) = (Vec::from(mean), Vec::from(std));
         let own = Preprocessing { mean, std, exif, ..Preprocessing::bilinear(shorter_side, crop) };
-        at_side(own, side.unwrap_or(crop))
+        at_size(own, size.unwrap_or(Size::square(crop)))
     }
 }
 
@@ -64,8 +65,8 @@ pub struct ExportOptions {
     pub preprocessing: Option<PreprocessingSource>,
     /// What overrules single settings of the pipeline.
     pub changes: PreprocessingChanges,
-    /// The network's input side in pixels, when it differs from the preset's.
-    pub input_size: Option<u32>,
+    /// The size of the network's input, when it differs from the preset's.
+    pub input_size: Option<Size>,
     /// What serving does with EXIF orientation.
     pub exif: Exif,
     /// Measured accuracy, JSON, for the model card.
@@ -86,11 +87,27 @@ pub struct ExportOptions {
     pub external_data: bool,
 }
 
-/// Folds, proves, and only then writes. Returns the manifest that was written.
+/// What was written.
+#[derive(Debug, Clone)]
+pub struct Exported {
+    /// The bundle's manifest.
+    pub manifest: Manifest,
+    /// Where its preprocessing comes from, and what of it was guessed; a sentence.
+    pub preprocessing_from: String,
+}
+
+/// A bundle that was proved, not written yet.
+pub(super) struct Proved {
+    pub(super) exported: Exported,
+    /// `model.onnx`.
+    pub(super) model: Vec<u8>,
+}
+
+/// Folds, proves, and only then writes.
 ///
 /// # Errors
 /// Nothing is written on an error.
-pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, FoldError> {
+pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, FoldError> {
     let version = file_name(&options.out);
     if version.parse::<u64>().is_err() {
         return Err(FoldError::Input(format!(
@@ -105,22 +122,19 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Manifest, Fo
         refuse_inputs_inside(options)?;
     }
     let mut draft = Draft::of(&options.out, options.external_data);
-    let (mut manifest, model) = if is_onnx(&options.checkpoint) {
+    let Proved { mut exported, model } = if is_onnx(&options.checkpoint) {
         from_onnx(options, library, &mut draft)?
     } else {
         from_checkpoint(options, library, &mut draft)?
     };
+    let manifest = &mut exported.manifest;
     manifest.evaluation = options.evaluation.as_deref().map(evaluation).transpose()?;
     manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
-    draft.publish(&manifest, &model)?;
-    Ok(manifest)
+    draft.publish(manifest, &model)?;
+    Ok(exported)
 }
 
-fn from_checkpoint(
-    options: &ExportOptions,
-    library: &Library,
-    draft: &mut Draft,
-) -> Result<(Manifest, Vec<u8>), FoldError> {
+fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<Proved, FoldError> {
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
     let stored = match &options.preprocessing {
@@ -132,13 +146,19 @@ fn from_checkpoint(
         Some(PreprocessingSource::Preset(preset)) => Some(preset),
         _ => None,
     };
-    let side = match (options.input_size, preset, &stored) {
-        (Some(side), ..) => side as usize,
-        (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop as usize,
-        (None, None, Some(stored)) => stored.crop as usize,
-        (None, None, None) => architecture::family(&checkpoint)?.default_side(),
+    let size = match (options.input_size, preset, &stored) {
+        (Some(size), ..) => size,
+        (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop,
+        (None, None, Some(stored)) => stored.crop,
+        (None, None, None) => Size::square(architecture::family(&checkpoint)?.default_side() as u32),
     };
-    let network = architecture::build(&checkpoint, side, options.extras, &options.overrides)?;
+    if size.height != size.width {
+        return Err(FoldError::Input(format!(
+            "its input would be {size}; checkpoints are read for square inputs only: give --input-size SIDE, or export the \
+             network as ONNX"
+        )));
+    }
+    let network = architecture::build(&checkpoint, size.height as usize, options.extras, &options.overrides)?;
     if options.extras.expert_logits && network.experts == 1 {
         let reason = "--expert-logits: this network has only one expert, whose logits are those of the network: leave \
                       the flag out";
@@ -154,15 +174,31 @@ fn from_checkpoint(
     };
     let kappa = metadata(&checkpoint, KAPPA_KEY, |kappa: &f64| check_kappa(*kappa), "another checkpoint")?;
     drop(checkpoint);
-    let preprocessing = match stored {
-        Some(stored) => Preprocessing { exif: options.exif, ..at_side(stored, side as u32) },
-        None => preset
-            .unwrap_or_else(|| Preset::guess(network.family, network.classes))
-            .preprocessing(Some(side as u32), options.exif),
+    let (preprocessing, from) = match (stored, &options.preprocessing) {
+        (Some(stored), source) => {
+            let from = source.as_ref().map_or("the checkpoint".into(), PreprocessingSource::to_string);
+            (Preprocessing { exif: options.exif, ..at_size(stored, size) }, from)
+        }
+        (None, source) => {
+            let preset = preset.unwrap_or_else(|| Preset::guess(network.family, network.classes));
+            let name = PreprocessingSource::Preset(preset).to_string();
+            let from = match source {
+                Some(_) => name,
+                None => {
+                    format!("{name}, guessed from the network's kind (--preprocessing NAME or FILE says otherwise)")
+                }
+            };
+            (preset.preprocessing(Some(size), options.exif), from)
+        }
     };
-    let preprocessing = options.changes.apply(preprocessing);
+    let preprocessing = options.changes.apply(preprocessing)?;
     // Found out now, not after the proof.
-    preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {side}: {error}")))?;
+    preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {size}: {error}")))?;
+    if preprocessing.shape() != [3, size.height as usize, size.width as usize] {
+        let reason = "the preprocessing is for one channel, or for channels last; networks of checkpoints take three \
+                      channels first: give another --preprocessing";
+        return Err(FoldError::Input(reason.into()));
+    }
     let batch_norms_merged = network.graph.nodes.iter().filter(|node| is_norm(&node.op)).count();
     let mut folded = super::fold(&network.graph)?;
     draft.hold(&mut folded)?;
@@ -194,7 +230,7 @@ fn from_checkpoint(
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
-    Ok((manifest, model))
+    Ok(Proved { exported: Exported { manifest, preprocessing_from: from }, model })
 }
 
 /// Refuses a link at `out`: what it leads to has another name, and may belong to somebody else.
@@ -246,12 +282,6 @@ fn check_replaceable(out: &Path, force: bool) -> Result<(), FoldError> {
          give the next version number",
         named.join(", ")
     ))
-}
-
-/// `stored` for inputs of `side` pixels: the resize keeps its ratio to the crop.
-pub(super) fn at_side(stored: Preprocessing, side: u32) -> Preprocessing {
-    let shorter_side = (u64::from(side) * u64::from(stored.shorter_side)).div_ceil(u64::from(stored.crop.max(1)));
-    Preprocessing { shorter_side: u32::try_from(shorter_side).unwrap_or(u32::MAX), crop: side, ..stored }
 }
 
 fn is_norm(op: &super::graph::Op) -> bool {

@@ -1,19 +1,21 @@
 //! `nbn fold export` of an ONNX file: any classifier, with or without NBN.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn};
 
 use super::draft::Draft;
-use super::export::{ExportOptions, Preset, at_side, classes, file_name, read};
-use super::onnx::passes::ends::{self, Ends, Layout};
+use super::export::{self, ExportOptions, Exported, Preset, classes, file_name, read};
+use super::onnx::passes::ends::{self, Ends};
 use super::onnx::passes::{self, Folded};
 use super::onnx::{Network, OnnxError};
-use super::preprocessing::{PreprocessingSource, from_file};
+use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
 use super::{FoldError, verify};
 use crate::bundle::{
-    Alpha, FileDigest, FoldReport, LeftNorm, MODEL_FILE, Manifest, OnnxReport, OutputProof, Preprocessing, Proof,
-    SCHEMA_VERSION, sha256_hex, sha256_of_file,
+    Alpha, Color, FileDigest, FoldReport, LeftNorm, MAX_SIDE, MODEL_FILE, Manifest, OnnxReport, OutputProof,
+    Preprocessing, Proof, SCHEMA_VERSION, Size, sha256_hex, sha256_of_file,
 };
 use crate::listing::walk;
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
@@ -23,9 +25,15 @@ use crate::stop::Stop;
 /// Most of the user's pictures that the proof looks at.
 const MOST_PICTURES: usize = 64;
 
-/// Whether `path` is an ONNX file by its name.
+/// Whether `path` is an ONNX file, by its name or, under another one, by how it begins: with the field `ir_version`, where
+/// checkpoints begin as archives, pickles, or a header's length and a brace.
 pub(super) fn is_onnx(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("onnx"))
+    let begins_so = || {
+        let mut begin = [0; 9];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+        read.is_ok() && begin[0] == 8 && (3..0x80).contains(&begin[1]) && begin[8] != b'{'
+    };
+    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("onnx")) || begins_so()
 }
 
 /// Folds and proves the file at `options.checkpoint`. Gives the bundle's manifest and network.
@@ -33,7 +41,7 @@ pub(super) fn from_onnx(
     options: &ExportOptions,
     library: &Library,
     draft: &mut Draft,
-) -> Result<(Manifest, Vec<u8>), FoldError> {
+) -> Result<export::Proved, FoldError> {
     let path = &options.checkpoint;
     // What the runtime says names no file.
     folded(options, library, draft).map_err(|error| match error {
@@ -44,7 +52,7 @@ pub(super) fn from_onnx(
     })
 }
 
-fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<(Manifest, Vec<u8>), FoldError> {
+fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<export::Proved, FoldError> {
     let path = &options.checkpoint;
     let overrides = &options.overrides;
     for (given, flag) in [
@@ -62,19 +70,14 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     let (opset, producer) = (network.opset(), network.producer());
     // Refused before the work begins.
     let input = ends::input(&network).map_err(fail)?;
-    let side = square_side(&input, options).map_err(fail)?;
+    let size = input_size(&input, options).map_err(fail)?;
+    let (preprocessing, from) = prepared(&input, size, options)?;
+    let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
     let folded = passes::fold(&mut network).map_err(fail)?;
     draft.hold(&mut network)?;
-    let preprocessing = match &options.preprocessing {
-        Some(PreprocessingSource::File(path)) => at_side(from_file(path, options.exif)?, side as u32),
-        Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(side as u32), options.exif),
-        None => Preset::Imagenet.preprocessing(Some(side as u32), options.exif),
-    };
-    let preprocessing = options.changes.apply(preprocessing);
-    preprocessing.check().map_err(|error| FoldError::Input(format!("the preprocessing for {side} pixels: {error}")))?;
-    let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
     let data = original.data_files().map_err(fail)?;
-    let subject = Subject { options, library, draft, original, side, pictures };
+    let shape = preprocessing.shape();
+    let subject = Subject { options, library, draft, original, shape, size, pictures };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
     let classes = classes(options.classes.as_deref(), proof.classes)?;
     let nodes = (folded.nodes.0, network.nodes());
@@ -117,7 +120,7 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
-    Ok((manifest, model))
+    Ok(export::Proved { exported: Exported { manifest, preprocessing_from: from }, model })
 }
 
 fn digest(path: &Path) -> Result<FileDigest, FoldError> {
@@ -125,16 +128,45 @@ fn digest(path: &Path) -> Result<FileDigest, FoldError> {
     Ok(FileDigest { file: file_name(path), sha256 })
 }
 
-/// The side in pixels of the network's square input.
-fn square_side(input: &ends::Input, options: &ExportOptions) -> Result<usize, OnnxError> {
-    if input.channels != 3 {
-        return OnnxError::refused(format!(
-            "its input {:?} has {} channel; this version serves three, RGB: repeat the channel inside the network",
-            input.name, input.channels
-        ));
+/// The preprocessing of a network with this input, and where it comes from.
+fn prepared(input: &ends::Input, size: Size, options: &ExportOptions) -> Result<(Preprocessing, String), FoldError> {
+    let source = match &options.preprocessing {
+        Some(PreprocessingSource::File(path)) => at_size(from_file(path, options.exif)?, size),
+        Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(size), options.exif),
+        None => Preset::Imagenet.preprocessing(Some(size), options.exif),
+    };
+    let mut settings = options.changes.apply(Preprocessing { layout: input.layout, ..source })?;
+    let guessed = options.preprocessing.is_none();
+    if guessed && input.channels == 1 && options.changes.color.is_none() {
+        // What is known of three channels says nothing of one.
+        settings.color = Color::Grey;
+        settings.mean = options.changes.mean.clone().unwrap_or(vec![0.0]);
+        settings.std = options.changes.std.clone().unwrap_or(vec![1.0]);
     }
-    const LARGEST: usize = 4096;
-    let given = options.input_size.map(|side| side as usize);
+    let from = match &options.preprocessing {
+        Some(source) => source.to_string(),
+        None if options.changes == PreprocessingChanges::default() => {
+            "ImageNet's, guessed: an ONNX file does not say how its pictures were prepared (--preprocessing NAME or FILE does)".into()
+        }
+        None => "single settings as given, the others ImageNet's, guessed (--preprocessing NAME or FILE gives all)".into(),
+    };
+    if settings.color.channels() != input.channels {
+        return Err(FoldError::Input(format!(
+            "the network's input {:?} has {} channel{}, the preprocessing is {}: give --color and, for each channel, \
+             --mean and --std",
+            input.name,
+            input.channels,
+            if input.channels == 1 { "" } else { "s" },
+            settings.color
+        )));
+    }
+    settings.check().map_err(|error| FoldError::Input(format!("the preprocessing for {size} pixels: {error}")))?;
+    Ok((settings, from))
+}
+
+/// Height and width of the network's input.
+fn input_size(input: &ends::Input, options: &ExportOptions) -> Result<Size, OnnxError> {
+    const LARGEST: usize = MAX_SIDE as usize;
     if let Some(size) = [input.height, input.width].into_iter().flatten().find(|&size| size > LARGEST) {
         return OnnxError::refused(format!(
             "its input {:?} has {size} pixels a side; at most {LARGEST} are served: export the network at a smaller size",
@@ -147,21 +179,24 @@ fn square_side(input: &ends::Input, options: &ExportOptions) -> Result<usize, On
             input.name
         ));
     }
-    match (input.height, input.width, given) {
-        (Some(height), Some(width), _) if height != width => OnnxError::refused(format!(
-            "its input {:?} is {height}×{width}; this version serves square inputs only",
-            input.name
-        )),
-        (Some(side), Some(_), Some(given)) if side != given => OnnxError::refused(format!(
-            "its input {:?} has {side} pixels a side, --input-size asks for {given}: leave the flag out, or export the \
-             network at that size",
-            input.name
-        )),
-        (Some(side), Some(_), _) | (_, _, Some(side)) => Ok(side),
-        (_, _, None) => OnnxError::refused(format!(
+    let given = options.input_size;
+    let side = |own: Option<usize>, given: Option<u32>| own.and_then(|own| u32::try_from(own).ok()).or(given);
+    let height = side(input.height, given.map(|given| given.height));
+    let width = side(input.width, given.map(|given| given.width));
+    let Some((height, width)) = height.zip(width) else {
+        return OnnxError::refused(format!(
             "its input {:?} leaves the height or width open: give --input-size PIXELS, the size it was trained for",
             input.name
+        ));
+    };
+    let size = Size { height, width };
+    match given.filter(|given| *given != size) {
+        Some(given) => OnnxError::refused(format!(
+            "its input {:?} has {size} pixels, --input-size asks for {given}: leave the flag out, or export the network \
+             at that size",
+            input.name
         )),
+        None => Ok(size),
     }
 }
 
@@ -185,7 +220,9 @@ struct Subject<'a> {
     draft: &'a Draft,
     /// As the file has it; its weights are shared, not copied.
     original: Network,
-    side: usize,
+    /// Of one picture, as the network takes it.
+    shape: [usize; 3],
+    size: Size,
     /// The user's own pictures, prepared.
     pictures: Vec<Vec<f32>>,
 }
@@ -203,9 +240,10 @@ impl Subject<'_> {
         let fail = |cause: OnnxError| FoldError::Onnx { path: path.clone(), cause };
         let logits = self.options.logits.as_deref();
         let features = self.options.extras.features;
+        let size = (self.size.height as usize, self.size.width as usize);
         let fixed = ends::input(&network).map_err(fail)?.batch;
         let mut free = network.clone();
-        let found = ends::name(&mut free, logits, (self.side, self.side), features, ends::Batch::Free).map_err(fail)?;
+        let found = ends::name(&mut free, logits, size, features, ends::Batch::Free).map_err(fail)?;
         free.check("naming the ends").map_err(fail)?;
         match self.prove(&free, &found) {
             Ok(proof) => Ok((free, found, proof, false)),
@@ -217,8 +255,7 @@ impl Subject<'_> {
                     "the network takes one picture at a time, because several do not work: export it with a dynamic batch"
                 );
                 let mut single = network;
-                let found = ends::name(&mut single, logits, (self.side, self.side), features, ends::Batch::One)
-                    .map_err(fail)?;
+                let found = ends::name(&mut single, logits, size, features, ends::Batch::One).map_err(fail)?;
                 let proof = self.prove(&single, &found)?;
                 Ok((single, found, proof, true))
             }
@@ -248,20 +285,13 @@ impl Subject<'_> {
         drop(graph);
         let names: Vec<&str> = std::iter::once(&ends.value).chain(&ends.features).map(String::as_str).collect();
         let mut seen: Vec<f64> = Vec::new();
-        let seeded = verify::varied_images(self.side);
+        let seeded = verify::varied_images(self.shape);
         let images: Vec<Vec<f32>> = seeded.iter().chain(&self.pictures).cloned().collect();
         let mut expected: Vec<f64> = Vec::new();
         let mut classes = 0;
-        let shape = |n: usize| IxDyn(&[n, 3, self.side, self.side]);
-        let array = |values: Vec<f32>, n: usize| {
-            ArrayD::from_shape_vec(shape(n), values).map_err(|error| FoldError::Input(error.to_string()))
-        };
         for image in &images {
             let n = ends.input.batch.unwrap_or(1).max(1);
-            let mut input = array(image.repeat(n), n)?;
-            if ends.input.layout == Layout::Nhwc {
-                input = input.permuted_axes(vec![0, 2, 3, 1]).as_standard_layout().into_owned();
-            }
+            let input = self.array(image.repeat(n), n)?;
             let mut outputs = original.run(&ends.input.name, input.view(), &names)?.into_iter();
             let output = outputs.next().unwrap_or_default();
             let &[rows, k] = output.shape() else { return Err(not_rows(ends, output.shape())) };
@@ -312,6 +342,11 @@ impl Subject<'_> {
         Ok(Proved { proof, classes })
     }
 
+    fn array(&self, values: Vec<f32>, n: usize) -> Result<ArrayD<f32>, FoldError> {
+        let [a, b, c] = self.shape;
+        ArrayD::from_shape_vec(IxDyn(&[n, a, b, c]), values).map_err(|error| FoldError::Input(error.to_string()))
+    }
+
     /// The bundle's logits, and its features where it has some: of all images at once, or one by one where the network
     /// takes no more.
     fn run(
@@ -335,8 +370,7 @@ impl Subject<'_> {
             };
             let (part, behind) = rest.split_at(size.min(rest.len()));
             rest = behind;
-            let shape = IxDyn(&[part.len(), 3, self.side, self.side]);
-            let input = ArrayD::from_shape_vec(shape, part.concat()).map_err(|e| FoldError::Input(e.to_string()))?;
+            let input = self.array(part.concat(), part.len())?;
             let outputs = session.run(ends::IMAGES, input.view(), &names)?;
             for (found, output) in found.iter_mut().zip(outputs) {
                 found.extend(output.iter().map(|&v| f64::from(v)));

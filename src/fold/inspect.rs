@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use super::architecture::{self, Extras, Overrides};
+use super::export::Exported;
 use super::graph::{BatchNorm, Op};
 use super::{Checkpoint, FoldError};
-use crate::bundle::{Ending, Group, Manifest, Reference, Resize, Scale};
+use crate::bundle::{Ending, Group, Manifest, Reference};
 
 /// Longer metadata, such as a hundred classes, is for programs.
 const LONGEST_VALUE: usize = 80;
@@ -79,8 +80,17 @@ fn length(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// The manifest's content, as `nbn fold export` and `nbn fold inspect` print it.
+/// The manifest's content, as `nbn fold inspect` prints it.
 pub fn manifest(manifest: &Manifest) -> String {
+    described(manifest, None)
+}
+
+/// As [`manifest`], and where the preprocessing comes from: what `nbn fold export` prints.
+pub fn exported(exported: &Exported) -> String {
+    described(&exported.manifest, Some(&exported.preprocessing_from))
+}
+
+fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
     let mut out = String::new();
     let fold = &manifest.fold;
     let p = &manifest.preprocessing;
@@ -117,23 +127,16 @@ pub fn manifest(manifest: &Manifest) -> String {
     } else {
         let _ = writeln!(out, "groups      unknown: no training counts were given (--classes FILE with label,count)");
     }
+    let [x, y, z] = p.shape();
+    let border = if p.fill == [0; 3] { String::new() } else { format!(", border {:?}", p.fill) };
     let _ = writeln!(
         out,
-        "input       images [batch, 3, {c}, {c}]; {} to {}, {}, centre crop {c}, {}, mean {:?}, std {:?}",
-        match p.resize {
-            Resize::ShorterSide => "shorter side",
-            Resize::Both => "both sides",
-        },
-        p.shorter_side,
-        p.filter,
-        match p.scale {
-            Scale::Div255 => "divided by 255".to_owned(),
-            Scale::Factor(factor) => format!("times {factor}"),
-        },
-        p.mean,
-        p.std,
-        c = p.crop
+        "input       images [batch, {x}, {y}, {z}], {}; {}, {}, centre crop {}{border}, {}, mean {:?}, std {:?}",
+        p.color, p.resize, p.filter, p.crop, p.scale, p.mean, p.std,
     );
+    if let Some(from) = preprocessing_from {
+        let _ = writeln!(out, "            from {from}");
+    }
     let _ = writeln!(
         out,
         "merged      {} of {} BatchNorm layers; {} are normalised",

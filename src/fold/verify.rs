@@ -62,24 +62,28 @@ pub fn prove<'a>(unfolded: &Graph, model: impl Into<NetworkSource<'a>>, library:
 
 /// The seeded inputs for networks of `side` pixels: few large ones, more small ones.
 pub(super) fn images(side: usize) -> Vec<Vec<f32>> {
-    inputs(if side > 64 { 2 } else { 8 }, side)
+    inputs(if side > 64 { 2 } else { 8 }, 3 * side * side)
 }
 
 /// Most that a network's own sensitivity may raise [`TOLERANCE`] by.
 const MOST: f64 = 10.0;
 
-/// As [`images`], few, and others that noise does not stand for: of one brightness, of large values, and smooth ones.
-pub(super) fn varied_images(side: usize) -> Vec<Vec<f32>> {
-    let mut all = images(side);
-    let plane = side * side;
+/// As [`images`], of any shape, and others that noise does not stand for: of one brightness, of large values, and smooth
+/// ones.
+pub(super) fn varied_images(shape: [usize; 3]) -> Vec<Vec<f32>> {
+    let [_, rows, columns] = shape;
+    let length = shape.iter().product();
+    let mut all = inputs(if length > 3 * 64 * 64 { 2 } else { 8 }, length);
+    // By the axes as they lie, whatever they mean.
+    let plane = rows * columns;
     let smooth = |n: usize| {
-        let (y, x) = (n % plane / side, n % side);
-        let part = |at: usize| at as f32 / side.max(1) as f32;
-        2.0 * (3.0 * part(x) + n as f32 / plane as f32).sin() - 1.5 * part(y)
+        let (y, x) = (n % plane / columns, n % columns);
+        let part = |at: usize, of: usize| at as f32 / of.max(1) as f32;
+        2.0 * (3.0 * part(x, columns) + part(n, plane)).sin() - 1.5 * part(y, rows)
     };
-    all.push(vec![-1.8; 3 * plane]);
-    all.push((0..3 * plane).map(|n| 1.5 + 0.5 * (n / plane) as f32).collect());
-    all.push((0..3 * plane).map(smooth).collect());
+    all.push(vec![-1.8; length]);
+    all.push((0..length).map(|n| 1.5 + 0.5 * (n / plane) as f32 / shape[0].max(1) as f32).collect());
+    all.push((0..length).map(smooth).collect());
     all.push(all[0].iter().map(|v| 1.0 + v.abs()).collect());
     all
 }
@@ -111,6 +115,13 @@ pub(super) fn compare(
              holds its logits"
         )));
     }
+    if output == LOGITS && expected.chunks_exact(row.max(1)).all(is_distribution) {
+        return Err(FoldError::Input(
+            "the values that would be served as logits are probabilities, of each image between 0 and 1 and 1 in sum: a \
+             softmax is written out in the network; export it without, or name the values before it by --logits NAME"
+                .into(),
+        ));
+    }
     // Most features may be 0.
     let spread = if output == LOGITS { spread(expected) } else { standard_deviation(expected) };
     let max_absolute = max_difference(found, expected);
@@ -132,6 +143,11 @@ pub(super) fn compare(
         );
     }
     Ok(OutputProof { output: output.into(), max_absolute, max_relative, tolerance })
+}
+
+/// Whether these are the probabilities of classes that exclude each other.
+fn is_distribution(row: &[f64]) -> bool {
+    row.iter().all(|p| (0.0..=1.0).contains(p)) && (row.iter().sum::<f64>() - 1.0).abs() < 1e-4
 }
 
 /// The standard deviation, or a robust estimate of it (1.4826 times the median distance from the median) where that is
@@ -183,7 +199,7 @@ fn evaluate_all<T: Precision>(graph: &Graph, inputs: &[Vec<f32>]) -> Result<Vec<
 }
 
 /// Approximately normal values (a sum of twelve uniform ones), from SplitMix64.
-fn inputs(images: usize, side: usize) -> Vec<Vec<f32>> {
+fn inputs(images: usize, length: usize) -> Vec<Vec<f32>> {
     let mut state = SEED;
     let mut uniform = move || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -193,7 +209,7 @@ fn inputs(images: usize, side: usize) -> Vec<Vec<f32>> {
         ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 24) as f32
     };
     let mut normal = move || (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
-    (0..images).map(|_| (0..3 * side * side).map(|_| normal()).collect()).collect()
+    (0..images).map(|_| (0..length).map(|_| normal()).collect()).collect()
 }
 
 fn max_difference(a: &[f64], b: &[f64]) -> f64 {

@@ -13,13 +13,14 @@ mod webp;
 pub use decode::decode;
 pub use image::RgbImage;
 pub use limits::{DecodeError, DecodeLimits};
+use picture::Channels;
 pub use picture::{Picture, PictureError, TensorBatch, TensorLength};
 #[cfg(feature = "train")]
 pub(crate) use resize::{shorter_side_then_centre_crop, stretch};
 
 use std::path::Path;
 
-use crate::bundle::{Preprocessing, Scale};
+use crate::bundle::{Color, Preprocessing, Scale};
 use crate::stop::Stop;
 
 /// Endings of the files that are taken for pictures when a folder is read.
@@ -37,7 +38,7 @@ pub struct Preprocessor {
     settings: Preprocessing,
     limits: DecodeLimits,
     /// The network's value for each byte of each channel, in the order of operations that [`Scale`] names.
-    tables: Box<[[f32; 256]; 3]>,
+    channels: Channels,
 }
 
 impl Scale {
@@ -45,6 +46,7 @@ impl Scale {
     fn of(self, value: u8) -> f32 {
         match self {
             Self::Div255 => f32::from(value) / 255.0,
+            Self::Divisor(divisor) => f32::from(value) / divisor,
             Self::Factor(factor) => (f64::from(value) * factor) as f32,
         }
     }
@@ -53,18 +55,14 @@ impl Scale {
 impl Preprocessor {
     /// A preprocessor for checked `settings`.
     pub fn new(settings: Preprocessing, limits: DecodeLimits) -> Self {
-        let mut tables = Box::new([[0.0; 256]; 3]);
-        for (channel, table) in tables.iter_mut().enumerate() {
-            for (value, entry) in table.iter_mut().enumerate() {
-                *entry = (settings.scale.of(value as u8) - settings.mean[channel]) / settings.std[channel];
-            }
-        }
-        Self { settings, limits, tables }
+        let Preprocessing { scale, mean, std, .. } = &settings;
+        let channels = Channels::new(&settings, |byte, channel| (scale.of(byte) - mean[channel]) / std[channel]);
+        Self { settings, limits, channels }
     }
 
-    /// Height and width of the tensor, in pixels.
-    pub fn side(&self) -> usize {
-        self.settings.crop as usize
+    /// The shape of a picture's tensor.
+    pub fn shape(&self) -> [usize; 3] {
+        self.settings.shape()
     }
 
     /// Decodes, and turns upright if asked.
@@ -72,7 +70,8 @@ impl Preprocessor {
     /// # Errors
     /// When the bytes are no picture of a known format, are damaged, or exceed the limits, or `stop` is asked for.
     pub fn decode(&self, bytes: &[u8], stop: &Stop) -> Result<Picture, DecodeError> {
-        decode(bytes, self.settings.exif, &self.limits, stop)
+        let picture = decode(bytes, self.settings.exif, &self.limits, stop)?;
+        Ok(if self.settings.color == Color::Grey { picture.grey() } else { picture })
     }
 
     /// Decodes, turns upright if asked, resizes, crops and normalises: as [`Self::normalize`].
@@ -83,31 +82,35 @@ impl Preprocessor {
         Ok(self.normalize(&self.decode(bytes, stop)?))
     }
 
-    /// Resizes, crops and normalises a decoded picture of any size: its tensor `[3, side, side]`, planes R, G, B, each row by
-    /// row.
+    /// Resizes, crops and normalises a decoded picture of any size: its tensor, of [`Self::shape`], row by row.
     pub fn normalize(&self, picture: &Picture) -> Vec<f32> {
         let cropped = self.crop(picture);
-        let (pixels, _) = cropped.as_chunks::<3>();
-        let planes = self.tables.iter().enumerate();
-        planes.flat_map(|(channel, table)| pixels.iter().map(move |pixel| table[usize::from(pixel[channel])])).collect()
+        let mut values = Vec::with_capacity(self.shape().iter().product());
+        self.channels.write(cropped.as_chunks::<3>().0, &mut values);
+        values
     }
 
     /// As [`Self::normalize`], as one more picture of `batch`.
     ///
     /// # Errors
-    /// When the batch is of another side; then nothing is added.
+    /// When the batch is of another shape; then nothing is added.
     pub fn normalize_into(&self, picture: &Picture, batch: &mut TensorBatch) -> Result<(), TensorLength> {
-        batch.push(&self.crop(picture), &self.tables)
+        batch.push(&self.crop(picture), &self.channels)
     }
 
-    /// Side × side RGB triples.
+    /// RGB triples, as many as the crop has pixels.
     fn crop(&self, picture: &Picture) -> Vec<u8> {
         resize::resize_then_centre_crop(picture, &self.settings)
     }
 
     /// A grey picture's tensor, for warming a network up.
     pub fn blank(&self) -> Vec<f32> {
-        let side = self.side();
-        self.tables.iter().flat_map(|table| std::iter::repeat_n(table[128], side * side)).collect()
+        let [a, b, c] = self.shape();
+        let mut values = Vec::with_capacity(a * b * c);
+        self.channels.write(
+            &vec![[128; 3]; self.settings.crop.height as usize * self.settings.crop.width as usize],
+            &mut values,
+        );
+        values
     }
 }

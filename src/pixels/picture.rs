@@ -5,6 +5,8 @@ use std::ops::{Deref, Range};
 use image::RgbImage;
 use ndarray::ArrayView4;
 
+use crate::bundle::{Color, Layout, Preprocessing};
+
 /// A decoded picture, 8-bit RGB: at least one pixel wide and high, and every pixel written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture(RgbImage);
@@ -44,6 +46,17 @@ impl Picture {
     }
 }
 
+impl Picture {
+    /// Without colours, as Pillow's mode L has it: ITU-R 601-2's luma in all three channels.
+    pub(super) fn grey(mut self) -> Self {
+        for pixel in self.0.pixels_mut() {
+            let [r, g, b] = pixel.0.map(u32::from);
+            pixel.0 = [((19_595 * r + 38_470 * g + 7_471 * b + 0x8000) >> 16) as u8; 3];
+        }
+        self
+    }
+}
+
 impl TryFrom<RgbImage> for Picture {
     type Error = PictureError;
 
@@ -67,30 +80,68 @@ impl Deref for Picture {
 pub struct TensorLength {
     /// Bytes given.
     pub found: usize,
-    /// Bytes of `[3, side, side]` in f32.
+    /// Bytes of one picture's tensor in f32.
     pub expected: usize,
 }
 
-/// Pictures that are ready for the network: `[N, 3, side, side]`, row-major, normalised.
+/// From RGB triples to the values of a network's channels, in the order that its layout says.
+#[derive(Debug, Clone)]
+pub(super) struct Channels {
+    /// Of each channel: which of a triple's bytes it is made from, and its value for each byte.
+    tables: Vec<(usize, Box<[f32; 256]>)>,
+    layout: Layout,
+}
+
+impl Channels {
+    /// The channels that checked `settings` ask for; `value` gives the value of a byte in a channel.
+    pub(super) fn new(settings: &Preprocessing, value: impl Fn(u8, usize) -> f32) -> Self {
+        let table = |channel: usize| {
+            let source = if settings.color == Color::Bgr { 2 - channel } else { channel };
+            let mut table = Box::new([0.0; 256]);
+            (0..=255).for_each(|byte: u8| table[usize::from(byte)] = value(byte, channel));
+            (source, table)
+        };
+        Self { tables: (0..settings.color.channels()).map(table).collect(), layout: settings.layout }
+    }
+
+    /// Appends the tensor of `pixels`, RGB triples row by row.
+    pub(super) fn write(&self, pixels: &[[u8; 3]], out: &mut Vec<f32>) {
+        let value = |pixel: &[u8; 3], (source, table): &(usize, Box<[f32; 256]>)| table[usize::from(pixel[*source])];
+        match self.layout {
+            Layout::Nchw => {
+                for channel in &self.tables {
+                    out.extend(pixels.iter().map(|pixel| value(pixel, channel)));
+                }
+            }
+            Layout::Nhwc => {
+                for pixel in pixels {
+                    out.extend(self.tables.iter().map(|channel| value(pixel, channel)));
+                }
+            }
+        }
+    }
+}
+
+/// Pictures that are ready for the network: `[N, C, H, W]` or `[N, H, W, C]`, row-major, normalised.
 ///
 /// It is used again for one batch after another, so it holds whole pictures only: what a picture adds is checked to be
 /// exactly one tensor, and after [`TensorBatch::clear`] nothing of earlier pictures can be read.
 #[derive(Debug)]
 pub struct TensorBatch {
-    side: usize,
-    /// A multiple of 3 × side × side.
+    shape: [usize; 3],
+    /// A multiple of one picture's values.
     values: Vec<f32>,
 }
 
 impl TensorBatch {
-    /// An empty batch of tensors of this height and width, in pixels.
-    pub fn new(side: usize) -> Self {
-        Self { side, values: Vec::new() }
+    /// An empty batch of tensors of this shape, [`Preprocessing::shape`].
+    pub fn new(shape: [usize; 3]) -> Self {
+        Self { shape, values: Vec::new() }
     }
 
-    /// Height and width in pixels.
-    pub fn side(&self) -> usize {
-        self.side
+    /// The shape of one picture.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
     }
 
     /// Pictures.
@@ -126,18 +177,17 @@ impl TensorBatch {
         Ok(())
     }
 
-    /// Adds a picture of side × side RGB triples, with each byte looked up in its channel's table.
+    /// Adds a picture of RGB triples.
     ///
     /// # Errors
-    /// When there are more or fewer of them; then nothing is added.
-    pub(super) fn push(&mut self, pixels: &[u8], tables: &[[f32; 256]; 3]) -> Result<(), TensorLength> {
+    /// When there are more or fewer of them than the shape has pixels; then nothing is added.
+    pub(super) fn push(&mut self, pixels: &[u8], channels: &Channels) -> Result<(), TensorLength> {
         let (pixels, rest) = pixels.as_chunks::<3>();
-        if 3 * pixels.len() != self.item() || !rest.is_empty() {
-            return Err(TensorLength { found: 12 * pixels.len() + 4 * rest.len(), expected: 4 * self.item() });
+        let found = channels.tables.len() * pixels.len();
+        if found != self.item() || !rest.is_empty() {
+            return Err(TensorLength { found: 4 * (found + rest.len()), expected: 4 * self.item() });
         }
-        for (channel, table) in tables.iter().enumerate() {
-            self.values.extend(pixels.iter().map(|pixel| table[usize::from(pixel[channel])]));
-        }
+        channels.write(pixels, &mut self.values);
         Ok(())
     }
 
@@ -147,16 +197,17 @@ impl TensorBatch {
         self.values.resize(pictures * self.item(), 0.0);
     }
 
-    /// The tensor `[pictures, 3, side, side]` of some of the pictures; none when there are not so many.
+    /// The tensor of some of the pictures; none when there are not so many.
     pub fn view(&self, pictures: Range<usize>) -> Option<ArrayView4<'_, f32>> {
-        let shape = (pictures.len(), 3, self.side, self.side);
+        let [a, b, c] = self.shape;
+        let shape = (pictures.len(), a, b, c);
         let values = self.values.get(pictures.start * self.item()..pictures.end * self.item())?;
         ArrayView4::from_shape(shape, values).ok()
     }
 
     /// Values of one picture.
     fn item(&self) -> usize {
-        3 * self.side * self.side
+        self.shape.iter().product()
     }
 }
 
@@ -176,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_batch_shows_whole_pictures_and_nothing_after_it_was_cleared() {
-        let mut batch = TensorBatch::new(2);
+        let mut batch = TensorBatch::new([3, 2, 2]);
         let secret: Vec<u8> = [7.0f32; 12].iter().flat_map(|v| v.to_le_bytes()).collect();
         batch.push_bytes(&secret).unwrap();
         for wrong in [&secret[..47], &secret[..44], &[]] {
@@ -187,10 +238,23 @@ mod tests {
         assert!(batch.view(0..1).is_some() && batch.view(0..2).is_none() && batch.view(1..2).is_none());
         batch.clear();
         assert!(batch.is_empty() && batch.view(0..1).is_none());
-        let tables = Box::new([[0.0; 256], [1.0; 256], [2.0; 256]]);
-        batch.push(&[9; 12], &tables).unwrap();
-        assert!(batch.push(&[9; 9], &tables).is_err() && batch.push(&[9; 11], &tables).is_err());
-        let expected = [[0.0; 4], [1.0; 4], [2.0; 4]].concat();
-        assert_eq!(batch.view(0..1).unwrap().iter().copied().collect::<Vec<_>>(), expected);
+        let channels = |settings: &Preprocessing| Channels::new(settings, |byte, n| f32::from(byte) + n as f32 * 100.0);
+        let plain = Preprocessing::bilinear(2, 2);
+        let rgb = channels(&plain);
+        let pixels = [1, 2, 3].repeat(4);
+        batch.push(&pixels, &rgb).unwrap();
+        assert!(batch.push(&pixels[..9], &rgb).is_err() && batch.push(&pixels[..11], &rgb).is_err());
+        let shown = |batch: &TensorBatch| batch.view(0..1).unwrap().iter().copied().collect::<Vec<_>>();
+        assert_eq!(shown(&batch), [[1.0; 4], [102.0; 4], [203.0; 4]].concat());
+        // Other orders, and one channel.
+        let of = |color: Color, layout: Layout| {
+            let settings = Preprocessing { color, layout, ..plain.clone() };
+            let mut batch = TensorBatch::new(settings.shape());
+            batch.push(&pixels, &channels(&settings)).unwrap();
+            shown(&batch)
+        };
+        assert_eq!(of(Color::Bgr, Layout::Nchw), [[3.0; 4], [102.0; 4], [201.0; 4]].concat());
+        assert_eq!(of(Color::Bgr, Layout::Nhwc), [3.0, 102.0, 201.0].repeat(4));
+        assert_eq!(of(Color::Grey, Layout::Nhwc), [1.0; 4]);
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use image::RgbImage;
 
 use super::picture::Picture;
-use crate::bundle::{CropOffset, Filter, Preprocessing, Resize};
+use crate::bundle::{CropOffset, Filter, Preprocessing, Resize, Size};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -25,27 +25,80 @@ struct Taps {
     longest: usize,
 }
 
-/// Resizes as `settings` say, then cuts the central `crop × crop` pixels. Returns `crop × crop` RGB triples, row by row.
-/// `settings` must be checked.
-pub(crate) fn resize_then_centre_crop(picture: &Picture, settings: &Preprocessing) -> Vec<u8> {
-    let Preprocessing { shorter_side, crop, resize: mode, filter, crop_offset, .. } = *settings;
-    let (width, height) = picture.dimensions();
-    let short = width.min(height);
-    let scaled = |side: u32| match mode {
-        Resize::Both => u64::from(shorter_side),
-        Resize::ShorterSide if side == short => u64::from(shorter_side),
-        Resize::ShorterSide => (u64::from(shorter_side) as f64 * f64::from(side) / f64::from(short)) as u64,
-    };
-    let taps = |side: u32| {
-        let scaled = scaled(side);
-        Taps::new(side, scaled, crop_offset.of(scaled, crop)..crop_offset.of(scaled, crop) + u64::from(crop), filter)
-    };
-    let (columns, rows) = (taps(width), taps(height));
-    if vertical_first((width, height), (scaled(width), scaled(height))) {
-        // Both passes round to bytes, so their order shows.
-        return resize_vertically_first(picture, &columns, &rows);
+/// Which samples of a resized side are kept, and how many of the border stand before them and in all.
+struct Window {
+    kept: Range<u64>,
+    before: usize,
+    length: usize,
+}
+
+impl Window {
+    /// The central `crop` samples of `scaled`, with a border where those are fewer.
+    fn new(scaled: u64, crop: u32, offset: CropOffset) -> Self {
+        let length = crop as usize;
+        match scaled.checked_sub(crop.into()) {
+            Some(spare) => {
+                let first = offset.of_spare(spare);
+                Self { kept: first..first + u64::from(crop), before: 0, length }
+            }
+            None => Self { kept: 0..scaled, before: offset.of_border(u64::from(crop) - scaled) as usize, length },
+        }
     }
-    resize(picture, &columns, &rows)
+}
+
+/// Resizes as `settings` say, then cuts the central pixels out, or puts a border around them. Returns RGB triples, row by
+/// row, as many as the crop says. `settings` must be checked.
+pub(crate) fn resize_then_centre_crop(picture: &Picture, settings: &Preprocessing) -> Vec<u8> {
+    let (width, height) = picture.dimensions();
+    let (scaled_width, scaled_height) = scaled((width, height), settings.resize);
+    let window = |scaled: u64, crop: u32| Window::new(scaled, crop, settings.crop_offset);
+    let (across, down) = (window(scaled_width, settings.crop.width), window(scaled_height, settings.crop.height));
+    let columns = Taps::new(width, scaled_width, across.kept.clone(), settings.filter);
+    let rows = Taps::new(height, scaled_height, down.kept.clone(), settings.filter);
+    let pixels = if vertical_first((width, height), (scaled_width, scaled_height)) {
+        // Both passes round to bytes, so their order shows.
+        resize_vertically_first(picture, &columns, &rows)
+    } else {
+        resize(picture, &columns, &rows)
+    };
+    if pixels.len() == 3 * across.length * down.length {
+        pixels
+    } else {
+        framed(&pixels, &across, &down, settings.fill)
+    }
+}
+
+/// Width and height of a picture after its resize.
+fn scaled((width, height): (u32, u32), resize: Resize) -> (u64, u64) {
+    let ratio = |size: Size| {
+        let (rows, columns) = (f64::from(height) / f64::from(size.height), f64::from(width) / f64::from(size.width));
+        if matches!(resize, Resize::Fit(_)) { rows.max(columns) } else { rows.min(columns) }
+    };
+    let rounded = |side: u32, ratio: f64| ((f64::from(side) / ratio).round_ties_even() as u64).max(1);
+    match resize {
+        Resize::None => (width.into(), height.into()),
+        Resize::Both(size) => (size.width.into(), size.height.into()),
+        Resize::Cover(size) | Resize::Fit(size) => (rounded(width, ratio(size)), rounded(height, ratio(size))),
+        Resize::ShorterSide(pixels) => {
+            let short = width.min(height);
+            let of = |side: u32| match side == short {
+                true => u64::from(pixels),
+                false => (u64::from(pixels) as f64 * f64::from(side) / f64::from(short)) as u64,
+            };
+            (of(width), of(height))
+        }
+    }
+}
+
+/// `pixels`, as many as are kept of both sides, within a border of the colour `fill`.
+fn framed(pixels: &[u8], across: &Window, down: &Window, fill: [u8; 3]) -> Vec<u8> {
+    let mut out = fill.repeat(across.length * down.length);
+    let (line, stride) = (3 * (across.kept.end - across.kept.start) as usize, 3 * across.length);
+    let rows = out.chunks_exact_mut(stride.max(1)).skip(down.before);
+    for (row, from) in rows.zip(pixels.chunks_exact(line.max(1))) {
+        row[3 * across.before..][..line].copy_from_slice(from);
+    }
+    out
 }
 
 /// Whether Pillow (from 13 on, its pull request 9549) resizes the height before the width: where more than twice as many
@@ -74,12 +127,19 @@ pub(crate) fn shorter_side_then_centre_crop(picture: &Picture, shorter_side: u32
 }
 
 impl CropOffset {
-    /// The first of the central `crop` samples of `scaled`, which are as many at least.
-    fn of(self, scaled: u64, crop: u32) -> u64 {
-        let spare = scaled - u64::from(crop);
+    /// How many of `spare` samples stand before what is kept.
+    fn of_spare(self, spare: u64) -> u64 {
         match self {
             Self::HalfEven => (spare as f64 / 2.0).round_ties_even() as u64,
             Self::Floor => spare / 2,
+        }
+    }
+
+    /// How many samples of a border stand before the picture.
+    fn of_border(self, missing: u64) -> u64 {
+        match self {
+            Self::HalfEven => missing / 2,
+            Self::Floor => missing.div_ceil(2),
         }
     }
 }
@@ -307,8 +367,8 @@ mod tests {
             use Filter::{Bicubic, Bilinear, Box, Hamming, Lanczos, Nearest};
             for filter in [Nearest, Box, Bilinear, Hamming, Bicubic, Lanczos] {
                 let taps = |length: u32| {
-                    let first = CropOffset::HalfEven.of(scaled(length), crop);
-                    Taps::new(length, scaled(length), first..first + u64::from(crop), filter)
+                    let kept = Window::new(scaled(length), crop, CropOffset::HalfEven).kept;
+                    Taps::new(length, scaled(length), kept, filter)
                 };
                 let (columns, rows) = (taps(width), taps(height));
                 let found = resize(&picture, &columns, &rows);

@@ -51,7 +51,7 @@ impl From<Array2<f32>> for Outputs {
 
 /// Something that turns a batch of pictures into rows of logits.
 pub trait Runner: Send {
-    /// Runs the network on `pictures` `[N, 3, H, W]`.
+    /// Runs the network on `pictures`, `[N, C, H, W]` or `[N, H, W, C]`.
     ///
     /// # Errors
     /// When the runtime fails, or was told to end by `stop`.

@@ -152,7 +152,7 @@ impl OnnxModel {
         self.device
     }
 
-    /// Runs a batch `[N, 3, H, W]` and returns all outputs in order, the first being the logits `[N, K]`.
+    /// Runs a batch `[N, C, H, W]` or `[N, H, W, C]` and returns all outputs in order, the first being the logits `[N, K]`.
     ///
     /// # Errors
     /// When the runtime fails or the batch is empty.

@@ -49,7 +49,7 @@ pub(super) fn evaluate(
     images: &LabelledImages,
     name: &str,
 ) -> Result<Accuracy, TrainError> {
-    let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
+    let (classes, (_, side)) = (job.classes.len(), job.recipe.sides()?);
     let limits = DecodeLimits::OFFLINE;
     let preprocessor = Preprocessor::new(job.recipe.preprocessing.clone(), limits);
     let (mut hits, mut totals) = (vec![0usize; classes], vec![0usize; classes]);

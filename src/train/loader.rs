@@ -10,6 +10,7 @@ use fastrand::Rng;
 use super::TrainError;
 use super::augment::vary;
 use super::recipe::Recipe;
+use crate::bundle::{Preprocessing, Resize};
 use crate::data::LabelledImages;
 use crate::pixels::{DecodeLimits, Picture, Preprocessor};
 
@@ -117,11 +118,17 @@ fn work(
     sender: &SyncSender<Result<Batch, TrainError>>,
 ) {
     let limits = DecodeLimits::OFFLINE;
-    let settings = recipe.preprocessing.clone();
-    let (shorter_side, side) = (settings.shorter_side, settings.crop as usize);
-    let exif = settings.exif;
-    let mut exact = settings;
-    exact.shorter_side = exact.crop;
+    let (shorter_side, side) = match recipe.sides() {
+        Ok(sides) => sides,
+        Err(error) => {
+            // The receiver may have gone.
+            let _ = sender.send(Err(error));
+            return;
+        }
+    };
+    let exif = recipe.preprocessing.exif;
+    // What is varied has the crop's size already.
+    let exact = Preprocessing { resize: Resize::ShorterSide(side as u32), ..recipe.preprocessing.clone() };
     let preprocessor = Preprocessor::new(exact, limits);
     for step in steps {
         if stop.load(Ordering::Relaxed) {

@@ -263,7 +263,19 @@ impl Recipe {
         if self.nesterov && self.momentum == 0.0 {
             within("--momentum", 0.0, false, "above 0 with --nesterov")?;
         }
-        self.preprocessing.check().map_err(|error| TrainError::Input(error.to_string()))
+        self.preprocessing.check().map_err(|error| TrainError::Input(error.to_string()))?;
+        self.sides().map(|_| ())
+    }
+
+    /// Length that the shorter side is resized to in evaluation, and the side of the network's input.
+    ///
+    /// # Errors
+    /// When the preprocessing is of another kind than the trainer's.
+    pub fn sides(&self) -> Result<(u32, usize), TrainError> {
+        let sides = self.preprocessing.trained().map(|(shorter_side, side)| (shorter_side, side as usize));
+        sides.ok_or_else(|| {
+            TrainError::Input("the trainer takes square RGB inputs, cut from pictures by their shorter side".into())
+        })
     }
 
     /// The layers that are normalised in the end: none with plain BatchNorm.

@@ -115,7 +115,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let _lock = state::lock(&job.files)?;
     state::settle(&job.files)?;
     let classes = job.classes.len();
-    let side = job.recipe.preprocessing.crop as usize;
+    let (_, side) = job.recipe.sides()?;
     let (start, found) = blueprint::start(&job.recipe, classes, side)?;
     let mut network = Network::new(&found)?;
     let initial = network.load(&start, &job.device)?;
@@ -254,7 +254,7 @@ fn one_step(
     batch: loader::Batch,
     (step, rate): (usize, f64),
 ) -> Result<f64, TrainError> {
-    let (classes, side) = (job.classes.len(), job.recipe.preprocessing.crop as usize);
+    let (classes, (_, side)) = (job.classes.len(), job.recipe.sides()?);
     let images = TensorData::new(batch.images, [batch.size, 3, side, side]);
     let images = Tensor::<4>::from_data(images, &job.device);
     let tracked: Vec<Tensor<1>> =

@@ -161,8 +161,8 @@ async fn a_killed_client_ends_its_batch_and_frees_its_place() {
 struct Trap;
 
 impl Prepare for Trap {
-    fn side(&self) -> usize {
-        32
+    fn shape(&self) -> [usize; 3] {
+        [3, 32, 32]
     }
 
     fn normalize_into(&self, _: &Picture, _: &mut TensorBatch) -> Result<(), TensorLength> {
@@ -196,8 +196,8 @@ async fn a_panic_in_a_decoder_costs_one_500_and_not_its_neighbours() {
 struct Sloppy;
 
 impl Prepare for Sloppy {
-    fn side(&self) -> usize {
-        32
+    fn shape(&self) -> [usize; 3] {
+        [3, 32, 32]
     }
 
     fn normalize_into(&self, _: &Picture, _: &mut TensorBatch) -> Result<(), TensorLength> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use nbn::bundle::{Bundle, Exif};
+use nbn::bundle::{Bundle, Exif, Size};
 use nbn::fold::architecture::{self, Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource};
@@ -23,7 +23,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         classes: None,
         preprocessing: None,
         changes: PreprocessingChanges::default(),
-        input_size: Some(side),
+        input_size: Some(Size::square(side)),
         exif: Exif::Apply,
         evaluation: None,
         extras: Extras::default(),
@@ -68,7 +68,8 @@ fn every_layout_gives_pytorchs_own_logits() {
     for (name, head, experts, normalized) in cases {
         let side = if name.starts_with("cifar") { 32 } else { 64 };
         let out = folder.path().join(name).join("1");
-        let manifest = export(&options(&data(&format!("checkpoints/{name}.pth.tar")), &out, side), library()).unwrap();
+        let manifest =
+            export(&options(&data(&format!("checkpoints/{name}.pth.tar")), &out, side), library()).unwrap().manifest;
         assert_eq!(
             (manifest.fold.head.unwrap().to_string(), manifest.fold.experts),
             (head.to_owned(), experts),
@@ -139,7 +140,7 @@ fn features_are_what_the_classifier_sees() {
         let path = data(&format!("checkpoints/{name}.pth.tar"));
         let out = folder.path().join(name).join("1");
         let extras = Extras { expert_logits: false, features: true };
-        let manifest = export(&ExportOptions { extras, ..options(&path, &out, side) }, library()).unwrap();
+        let manifest = export(&ExportOptions { extras, ..options(&path, &out, side) }, library()).unwrap().manifest;
         assert!(manifest.has_output("features") && !manifest.has_output("expert_logits"));
         let bundle = Bundle::load(&out).unwrap();
         let mut model = OnnxModel::open(library(), bundle.network.bytes().unwrap(), SessionOptions::default()).unwrap();
@@ -313,10 +314,14 @@ fn every_number_of_a_checkpoints_metadata_is_checked_and_named() {
     };
     let long = "x".repeat(1001);
     let cases = [
-        ("nbn.preprocessing", preprocessing("0", "0", "1"), "shorter_side 0 and crop 0; both must lie in 1..=4096"),
+        (
+            "nbn.preprocessing",
+            preprocessing("0", "0", "1"),
+            "\"shorter side to 0\" and crop 0; sides must lie in 1..=4096",
+        ),
         ("nbn.preprocessing", preprocessing("32", "0", "1"), "crop 0"),
         ("nbn.preprocessing", preprocessing("16", "32", "1"), "crop 32"),
-        ("nbn.preprocessing", preprocessing("4294967295", "32", "1"), "shorter_side 4294967295"),
+        ("nbn.preprocessing", preprocessing("4294967295", "32", "1"), "shorter side to 4294967295"),
         ("nbn.preprocessing", preprocessing("32", "32", "0"), "std [1.0, 1.0, 0.0]"),
         ("nbn.preprocessing", preprocessing("32", "32", "1e-38"), "every std in 0.000001..=1000000"),
         ("nbn.preprocessing", preprocessing("-1", "32", "1"), "-1"),
@@ -343,7 +348,7 @@ fn every_number_of_a_checkpoints_metadata_is_checked_and_named() {
         preprocessing: Some(PreprocessingSource::Preset(nbn::fold::export::Preset::Cifar)),
         ..options(&path, &out, 32)
     };
-    assert_eq!(export(&given, library()).unwrap().preprocessing.crop, 32);
+    assert_eq!(export(&given, library()).unwrap().manifest.preprocessing.crop, Size::square(32));
     fs::remove_dir_all(&out).unwrap();
     // A size that the stored ratio carries beyond the limit.
     written(&path, &[("nbn.preprocessing", &preprocessing("4096", "1", "1"))], str::to_owned);
@@ -483,7 +488,7 @@ fn weights_may_lie_in_files_of_their_own() {
     let checkpoint = data("checkpoints/cifar_a.safetensors");
     export(&options(&checkpoint, &within, 32), library()).unwrap();
     let external = ExportOptions { external_data: true, ..options(&checkpoint, &apart, 32) };
-    let manifest = export(&external, library()).unwrap();
+    let manifest = export(&external, library()).unwrap().manifest;
     assert_eq!((manifest.schema_version, manifest.model_data.len()), (2, 1));
     let names = |folder: &Path| {
         let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();

@@ -4,14 +4,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nbn::bundle::{Bundle, Ending, Filter, Manifest, Reference, Resize, Scale};
+use nbn::bundle::{Bundle, Color, Ending, Filter, Layout, Manifest, Reference, Resize, Scale, Size};
 use nbn::fold::onnx::Network;
 use nbn::runtime::{Device, OnnxModel, Runner, SessionOptions};
+use nbn::serve::ServeOptions;
 use nbn::stop::Stop;
 use ndarray::{Array4, Axis, concatenate};
 use serde_json::Value;
 
-use crate::support::{data, fold, library, nbn, picture, text};
+use crate::support::{Server, data, fold, library, nbn, picture, text};
 
 fn file(name: &str) -> PathBuf {
     data(&format!("onnx/{name}.onnx"))
@@ -92,6 +93,12 @@ fn endings_functions_and_fixed_batches_become_logits_of_any_batch() {
         assert_eq!((report.ending, report.output.as_str()), (ending, "y"), "{name}");
         assert_eq!(report.one_by_one, name == "one_by_one");
         assert_eq!(manifest.max_batch(), (name == "one_by_one").then_some(1));
+        let [a, b, c] = manifest.preprocessing.shape();
+        assert_eq!([a, b, c], if name == "channels_last" { [16, 16, 3] } else { [3, 16, 16] }, "{name}");
+        let images = match manifest.preprocessing.layout {
+            Layout::Nchw => images.clone(),
+            Layout::Nhwc => images.clone().permuted_axes([0, 2, 3, 1]).as_standard_layout().into_owned(),
+        };
         let mut found = logits(&bundle, &images);
         let total: f64 = found.iter().map(|v| v.exp()).sum();
         match ending {
@@ -108,14 +115,57 @@ fn endings_functions_and_fixed_batches_become_logits_of_any_batch() {
 }
 
 #[test]
+fn values_within_can_be_served_and_features_are_what_one_classifier_sees() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, manifest) = export("bad_written_softmax", folder.path(), &["--logits", "z"]);
+    assert_eq!((manifest.fold.onnx.unwrap().output.as_str(), manifest.fold.proof.outputs.len()), ("z", 2));
+    let (_, manifest) = export("two_heads", folder.path(), &[]);
+    assert!(!manifest.has_output("features"));
+    // Under another name, too.
+    let other = folder.path().join("network.pth");
+    fs::copy(file("two_heads"), &other).unwrap();
+    let out = folder.path().join("other/1");
+    let done = fold(&["export", other.to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+}
+
+#[test]
 fn single_settings_of_the_preprocessing_can_be_given() {
     let folder = tempfile::tempdir().unwrap();
-    let flags = "--preprocessing cifar --resize-to 20 --squash --filter bicubic --factor 1 --mean 1,2,3 --std 4,5,6";
-    let (_, manifest) = export("channels_last", folder.path(), &flags.split(' ').collect::<Vec<_>>());
-    let found = manifest.preprocessing;
-    assert_eq!((found.resize, found.shorter_side, found.crop), (Resize::Both, 20, 16));
-    assert_eq!((found.filter, found.scale), (Filter::Bicubic, Scale::Factor(1.0)));
-    assert_eq!((found.mean, found.std), ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]));
+    let settings = |flags: &str| {
+        let more = [&["--force"][..], &flags.split(' ').collect::<Vec<_>>()].concat();
+        export("channels_last", folder.path(), &more).1.preprocessing
+    };
+    let found = settings(
+        "--preprocessing cifar --resize-to 20 --resize both --filter bicubic --factor 1 --mean 1,2,3 --std 4,5,6",
+    );
+    assert_eq!((found.resize, found.crop), (Resize::Both(Size::square(20)), Size::square(16)));
+    assert_eq!((found.filter, found.scale, found.layout), (Filter::Bicubic, Scale::Factor(1.0), Layout::Nhwc));
+    assert_eq!((found.mean, found.std), (vec![1.0, 2.0, 3.0], vec![4.0, 5.0, 6.0]));
+    let found =
+        settings("--color bgr --divisor 127.5 --crop-fraction 0.8 --resize fit --fill 1,2,3 --crop-offset floor");
+    assert_eq!((found.color, found.scale), (Color::Bgr, Scale::Divisor(127.5)));
+    assert_eq!((found.resize, found.fill), (Resize::Fit(Size::square(20)), [1, 2, 3]));
+    assert_eq!(settings("--resize none").resize, Resize::None);
+    assert_eq!(settings("--resize cover --resize-to 18x20").resize, Resize::Cover(Size { height: 18, width: 20 }));
+    for (flags, words) in [
+        ("--resize-to 18x20", "--resize-to 18×20 has two numbers, but only the shorter side is resized"),
+        ("--resize-to 12", "the preprocessing has \"shorter side to 12\" and crop 16"),
+        ("--color grey", "has 3 channels, the preprocessing is grey"),
+        ("--mean 1", "RGB has 3 channels, but mean [1.0] and std"),
+        ("--input-size 20", "has 16 pixels, --input-size asks for 20"),
+        ("--input-size 4x20", "a network's input has 8 pixels a side or more"),
+        ("--crop-fraction 2", "expected a number from 0.01 to 1"),
+        ("--fill 1,2,256", "expected three whole numbers from 0 to 255"),
+        ("--resize-to 20 --crop-fraction 0.9", "cannot be used with"),
+    ] {
+        let out = folder.path().join("models/x/1");
+        let more: Vec<&str> = flags.split(' ').collect();
+        let path = file("channels_last");
+        let done = fold(&[&["export", path.to_str().unwrap(), "--out", out.to_str().unwrap()], &more[..]].concat());
+        assert!(!done.status.success() && !out.exists(), "{flags}");
+        assert!(text(&done.stderr).contains(words), "{flags}: {}", text(&done.stderr));
+    }
     let out = folder.path().join("models/x/1");
     let wrong = fold(&["export", file("softmax").to_str().unwrap(), "--mean", "1,2", "--out", out.to_str().unwrap()]);
     assert!(text(&wrong.stderr).contains("expected three numbers separated by commas"), "{}", text(&wrong.stderr));
@@ -162,9 +212,12 @@ fn what_cannot_be_served_is_refused_by_name_and_writes_nothing() {
         (bad("eight_at_a_time"), vec![], "it takes 8 pictures at a time, and not any other number"),
         (bad("blind"), vec![], "logits is the same for every image"),
         (bad("short_weight"), vec![], "its weight \"w\" has the shape [1099511627776, 3], but 48 bytes"),
+        (bad("written_softmax"), vec![], "are probabilities, of each image between 0 and 1 and 1 in sum"),
+        (bad("training_norm"), vec![], "node \"norm\" is a BatchNormalization in training mode"),
+        (bad("training_dropout"), vec![], "node \"drop\" is a Dropout in training mode"),
         (file("softmax"), vec!["--arch", "resnet50"], "--arch is for checkpoints"),
         (bad("newer_ir"), vec![], "its ir_version is 99; this build reads 3 to 13"),
-        (file("softmax"), vec!["--input-size", "32"], "has 16 pixels a side, --input-size asks for 32"),
+        (file("softmax"), vec!["--input-size", "32"], "has 16 pixels, --input-size asks for 32"),
     ] {
         let out = folder.path().join("models/bad/1");
         let done = fold(&[&["export", path.to_str().unwrap(), "--out", out.to_str().unwrap()], &more[..]].concat());
@@ -217,4 +270,35 @@ fn a_network_from_elsewhere_is_calibrated_scored_and_told_of() {
     {
         assert!(told.contains(words), "{words}: {told}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grey_network_that_is_wider_than_high_with_its_channel_last_is_served_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = "--mean 0.45 --std 0.225 --resize both --resize-to 12x20";
+    let (bundle, manifest) = export("grey_wide", folder.path(), &flags.split(' ').collect::<Vec<_>>());
+    assert_eq!((manifest.preprocessing.color, manifest.preprocessing.shape()), (Color::Grey, [12, 20, 1]));
+    let photo = data("pixels/photo.jpg");
+    let done = nbn(&["score", "--model", bundle.to_str().unwrap(), "--logits", photo.to_str().unwrap()]);
+    let row: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let expected = numbers(&expected()["grey_wide"]["outputs"]);
+    close(&numbers(&row["logits"]), &expected, "grey_wide");
+
+    let server = Server::over(folder.path(), ServeOptions::default()).await;
+    let described = server.get("/v2/models/grey_wide").await.json();
+    assert_eq!(described["inputs"][0]["shape"], serde_json::json!([-1, 12, 20, 1]));
+    let ask = async |shape: [usize; 4]| {
+        let body = serde_json::json!({
+            "inputs": [{"name": "images", "datatype": "FP32", "shape": shape, "data": vec![0.5; 240]}],
+            "outputs": [{"name": "logits"}],
+        });
+        server.post("/v2/models/grey_wide/infer", "application/json", body.to_string()).await
+    };
+    let answer = ask([1, 12, 20, 1]).await;
+    assert_eq!(answer.status, 200, "{}", text(&answer.body));
+    assert_eq!(answer.json()["outputs"][0]["shape"], serde_json::json!([1, 4]));
+    let refused = text(&ask([1, 1, 12, 20]).await.body);
+    assert!(refused.contains("[1, 1, 12, 20]; expected [N, 12, 20, 1] with N from 1"), "{refused}");
+    let native = server.post("/v1/models/grey_wide/classify", "image/jpeg", fs::read(&photo).unwrap()).await;
+    assert_eq!(native.status, 200, "{}", text(&native.body));
 }

@@ -1,6 +1,6 @@
 """Makes tests/data/onnx: small networks in ONNX, as exporters write them, and files that cannot be served.
 
-    python tests/oracle/make_onnx.py     # needs torch, onnx, onnxscript
+    python tests/oracle/make_onnx.py     # needs torch, onnx, onnxruntime, onnxscript, pillow
 
 `expected.json` has, for each network that can be served, one input and what PyTorch, or ONNX Runtime on the original, gives
 for it; `picture_N.f32` are the inputs.
@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -240,6 +241,49 @@ def bad():
     newer = graph([*POOL, GEMM], [WEIGHT, BIAS])
     newer.ir_version = 99
     yield "newer_ir", newer
+    yield "written_softmax", written_softmax()
+    norm = helper.make_node("BatchNormalization", ["x", "g", "o", "o", "g"], ["n", "m", "v"], name="norm", training_mode=1)
+    statistics = [initializer("g", [0.5, 1.0, 1.5]), initializer("o", [0.1, 0.2, 0.3])]
+    pool = [helper.make_node("GlobalAveragePool", ["n"], ["p"]), POOL[1]]
+    yield "training_norm", graph([norm, *pool, GEMM], [WEIGHT, BIAS, *statistics])
+    drop = helper.make_node("Dropout", ["f", "ratio", "training"], ["d"], name="drop")
+    gemm = helper.make_node("Gemm", ["d", "w", "b"], ["y"], transB=1)
+    training = numpy_helper.from_array(np.array(True), "training")
+    yield "training_dropout", graph([*POOL, drop, gemm], [WEIGHT, BIAS, initializer("ratio", 0.5), training])
+
+
+def written_softmax():
+    """A softmax as its formula."""
+    nodes = [
+        *POOL, helper.make_node("Gemm", ["f", "w", "b"], ["z"], transB=1),
+        helper.make_node("ReduceMax", ["z"], ["most"], axes=[1]), helper.make_node("Sub", ["z", "most"], ["less"]),
+        helper.make_node("Exp", ["less"], ["e"]), helper.make_node("ReduceSum", ["e", "axes"], ["sum"]),
+        helper.make_node("Div", ["e", "sum"], ["y"]),
+    ]
+    return graph(nodes, [WEIGHT, BIAS, initializer("axes", [1], np.int64)])
+
+
+def two_heads():
+    """The sum of two classifiers, neither of whose inputs is what the network sees."""
+    nodes = [
+        *POOL, helper.make_node("Gemm", ["f", "w", "b"], ["z"], transB=1), helper.make_node("Relu", ["f"], ["r"]),
+        helper.make_node("Gemm", ["r", "w", "b"], ["z2"], transB=1), helper.make_node("Add", ["z", "z2"], ["y"]),
+    ]
+    return graph(nodes, [WEIGHT, BIAS])
+
+
+def grey_wide():
+    """One channel, which is last, and 12×20 pixels; its expected outputs are those of photo.jpg."""
+    random = np.random.default_rng(5)
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"], axis=1), helper.make_node("MatMul", ["f", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]), helper.make_node("MatMul", ["r", "v"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    initializers = [
+        initializer("w", random.standard_normal((240, 8)) / 16), initializer("v", random.standard_normal((8, 4))), BIAS,
+    ]
+    return graph(nodes, initializers, [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 12, 20, 1])])
 
 
 def main():
@@ -269,6 +313,13 @@ def main():
         x = picture(9)
         y = session.run(None, {"x": x.transpose(0, 2, 3, 1) if name == "channels_last" else x})[0]
         expected[name] = {"seed": 9, "outputs": np.asarray(y)[0].tolist()}
+    onnx.save(two_heads(), OUT / "two_heads.onnx")
+    model = grey_wide()
+    onnx.save(model, OUT / "grey_wide.onnx")
+    image = Image.open(OUT.parent / "pixels" / "photo.jpg").convert("L").resize((20, 12), Image.BILINEAR)
+    x = ((np.asarray(image, np.float32) / np.float32(255) - np.float32(0.45)) / np.float32(0.225))[None, :, :, None]
+    y = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    expected["grey_wide"] = {"seed": 9, "outputs": y[0].tolist()}
     for name, model in bad():
         onnx.save(model, OUT / f"bad_{name}.onnx")
     for entry in expected.values():

@@ -23,6 +23,13 @@ def timm_settings():
         yield f"timm_{filter}", {**base, "interpolation": filter, "crop_pct": 0.875, "crop_mode": "center"}
     yield "timm_squash", {**base, "interpolation": "bicubic", "crop_pct": 0.95, "crop_mode": "squash"}
     yield "timm_whole", {**base, "interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    yield "timm_border", {**base, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "border"}
+    wide = {**base, "input_size": [3, 23, 38], "interpolation": "bicubic", "crop_pct": 0.9}
+    for mode in ("center", "squash", "border"):
+        yield f"timm_wide_{mode}", {**wide, "crop_mode": mode}
+    grey = {"input_size": [1, 24, 24], "mean": [0.45], "std": [0.225], "interpolation": "bilinear", "crop_pct": 0.875}
+    yield "timm_grey", {**grey, "crop_mode": "center"}
+    yield "timm_grey_border", {**grey, "crop_mode": "border"}
 
 
 def hugging_face_settings():
@@ -34,6 +41,13 @@ def hugging_face_settings():
     }
     yield "hf_convnext", "ConvNextImageProcessorPil", {
         "size": {"shortest_edge": 40}, "crop_pct": 0.875, "resample": 3, **imagenet,
+    }
+    yield "hf_wide", "ViTImageProcessorPil", {"size": {"height": 23, "width": 38}, "resample": 2, **half}
+    yield "hf_wide_crop", "CLIPImageProcessorPil", {
+        "size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 41}, "resample": 3, **imagenet,
+    }
+    yield "hf_unresized", "CLIPImageProcessorPil", {
+        "do_resize": False, "crop_size": {"height": 41, "width": 38}, "resample": 3, **imagenet,
     }
     yield "hf_unscaled", "ViTImageProcessorPil", {
         "size": {"height": 40, "width": 40}, "resample": 1, "do_rescale": False,
@@ -52,6 +66,8 @@ def main():
         config = timm.data.resolve_data_config(pretrained_cfg={**settings, "fixed_input_size": False})
         transform = timm.data.create_transform(**config)
         for picture, image in pictures.items():
+            # As timm's own loader does with the mode that the channels ask for.
+            image = image.convert("L") if settings["input_size"][0] == 1 else image
             expected[f"{name}@{picture}"] = transform(image).contiguous()
     for name, kind, settings in hugging_face_settings():
         processor = getattr(transformers, kind, None) or getattr(transformers, kind.removesuffix("Pil"))

@@ -1,7 +1,9 @@
 """Exports networks of many families with both of PyTorch's exporters, folds each with the release `nbn-fold`, and compares
-the bundle with PyTorch.
+the bundle with PyTorch. Then each is calibrated on random pictures, scores them, and is served: the logits of `nbn score` are
+compared with PyTorch's on the pixels of Pillow, and the server's answer with the row of `nbn score`.
 
-    cargo build --release && python tests/oracle/onnx_networks.py [NAME…]     # needs torch, torchvision, timm, onnxscript
+    cargo build --release && python tests/oracle/onnx_networks.py [NAME…]
+    # needs torch, torchvision, timm, transformers, onnxscript, pillow
 
 PyTorch's newer exporter evaluates NBN itself when it optimises, so that nothing of it is left to find: networks with NBN
 are exported without. Prints a table: nodes before and after, BatchNorms merged and left, NBN layers put in and found, the largest difference
@@ -10,10 +12,12 @@ from PyTorch in standard deviations of the logits. Fails when one exceeds 1e-4, 
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -22,10 +26,13 @@ import onnxruntime
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-FOLD = Path(__file__).parents[2] / "target" / "release" / "nbn-fold"
+PROGRAMS = Path(__file__).parents[2] / "target" / "release"
+FOLD, NBN = PROGRAMS / "nbn-fold", PROGRAMS / "nbn"
+PICTURES = 48
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
@@ -108,7 +115,10 @@ def check(name, dynamo, folder):
         )
     bundle = folder / path.stem / "1"
     began = time.time()
-    done = subprocess.run([FOLD, "export", path, "--out", bundle], capture_output=True, text=True)
+    (folder / "classes.csv").write_text("label,count\n" + "".join(f"class {k},{1000 // (k + 1)}\n" for k in range(K)))
+    command = [FOLD, "export", path, "--classes", folder / "classes.csv", "--out", bundle]
+    flags = ["--resize", "both", "--resize-to", str(side), "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
     seconds = time.time() - began
     label = f"{name:<20} {'dynamo' if dynamo else 'script'}"
     if done.returncode:
@@ -124,16 +134,64 @@ def check(name, dynamo, folder):
     difference = np.abs(found - expected.numpy()).max() / expected.std().item()
     nbn, left = len(report["normalized_layers"]), len(report.get("batch_norms_left", []))
     good = difference < 1e-4 and nbn == count
+    scored = end_to_end(model, side, bundle, folder / f"{path.stem}-pictures")
+    good = good and scored < 1e-4
     outputs = [output["output"] for output in report["proof"]["outputs"]]
     print(
         f"{label} nodes {report['onnx']['nodes_before']:>5} → {report['onnx']['nodes_after']:<5} "
         f"BN merged {report['batch_norms_merged']:>3} left {left:>3}  NBN {nbn} of {count}  "
-        f"PyTorch {difference:.1e}  proof {report['proof']['outputs'][0]['max_relative']:.1e}  "
+        f"PyTorch {difference:.1e}  scored {scored:.1e}  proof {report['proof']['outputs'][0]['max_relative']:.1e}  "
         f"{'features ' if 'features' in outputs else ''}{'one by one ' if one_by_one else ''}"
         f"{seconds:.1f} s  {'' if good else 'FAILED'}",
         flush=True,
     )
     return good
+
+
+@torch.no_grad()
+def end_to_end(model, side, bundle, photos):
+    """Calibrates, scores and serves; gives the largest difference of a logit from PyTorch, in standard deviations."""
+    random = np.random.default_rng(7)
+    images = []
+    for _ in range(PICTURES):
+        small = random.integers(0, 256, (random.integers(3, 9), random.integers(3, 9), 3), dtype=np.uint8)
+        images.append(Image.fromarray(small).resize((random.integers(40, 300), random.integers(40, 300)), Image.BICUBIC))
+    inputs = np.stack([np.asarray(image.resize((side, side), Image.BILINEAR), np.float32) for image in images])
+    inputs = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    expected = torch.cat([model(part) for part in inputs.split(8)]).numpy()
+    # Random networks give nearly one class; what a picture has above the mean is its label.
+    labels = (expected - expected.mean(0)).argmax(1)
+    for n, (image, label) in enumerate(zip(images, labels)):
+        folder = photos / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{n:03}.png")
+    ask = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ask(FOLD, "calibrate", bundle, "--data", photos)
+    rows = [json.loads(row) for row in ask(NBN, "score", "--model", bundle, "--logits", photos).splitlines()]
+    assert len(rows) == PICTURES
+    found = np.array([row["logits"] for row in sorted(rows, key=lambda row: Path(row["path"]).name)])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    server = subprocess.Popen(
+        [NBN, "serve", "--models", bundle.parent.parent, "--default-model", bundle.parent.name, "--addr", address],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    try:
+        while subprocess.run([NBN, "health", "--addr", address], capture_output=True).returncode:
+            assert server.poll() is None, "the server ended"
+            time.sleep(0.1)
+        row = rows[0]
+        body = (Path(row["path"])).read_bytes()
+        url = f"http://{address}/v1/models/{bundle.parent.name}/classify"
+        request = urllib.request.Request(url, body, {"content-type": "image/png"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
+            answer = json.load(reply)
+        told, best = answer["predictions"][0], row["predictions"][0]
+        assert told["label"] == best["label"] and abs(told["score"] - best["score"]) < 1e-4, (told, best)
+    finally:
+        server.terminate()
+        server.wait()
+    return np.abs(found - expected).max() / expected.std()
 
 
 def main():

@@ -1,13 +1,14 @@
 //! `nbn fold export`'s command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use nbn::bundle::{Exif, Filter, Resize};
+use nbn::bundle::{Color, CropOffset, Exif, Filter, Scale, Size};
 use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::inspect;
-use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource};
+use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource, ResizeMode};
 use nbn::runtime::Library;
 
 #[derive(Args)]
@@ -39,27 +40,43 @@ pub(crate) struct Export {
     /// preprocessor_config.json [default: the checkpoint's own, or guessed from the network]
     #[arg(long, value_name = "NAME|FILE")]
     preprocessing: Option<PreprocessingSource>,
-    /// Length that the shorter side, or with --squash both sides, are resized to before the crop
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    resize_to: Option<u32>,
-    /// Resize both sides, whatever the ratio
+    /// Channels of the network's input [default: as the preprocessing says; grey for a network with one]
     #[arg(long)]
-    squash: bool,
+    color: Option<Color>,
+    /// What is resized before the crop
+    #[arg(long, value_name = "MODE")]
+    resize: Option<ResizeMode>,
+    /// Pixels that it is resized to, such as 256, or height and width, such as 192x256
+    #[arg(long, value_name = "PIXELS")]
+    resize_to: Option<Size>,
+    /// Share of the resized image's sides that the crop keeps, as timm's crop_pct: another way to give --resize-to
+    #[arg(long, value_parser = fraction, conflicts_with = "resize_to")]
+    crop_fraction: Option<f64>,
     /// Filter that pictures are resized by
     #[arg(long)]
     filter: Option<Filter>,
+    /// Where an odd number of spare pixels goes
+    #[arg(long)]
+    crop_offset: Option<CropOffset>,
+    /// Colour of the border around pictures that are smaller than the crop: red, green, blue from 0 to 255
+    #[arg(long, value_parser = color)]
+    fill: Option<[u8; 3]>,
     /// Factor that bytes are multiplied by, such as 1 for a network that takes 0 to 255 [default: 1/255]
     #[arg(long)]
     factor: Option<f64>,
-    /// Mean that is subtracted from scaled values, three numbers separated by commas: red, green, blue
-    #[arg(long, value_parser = three)]
-    mean: Option<[f32; 3]>,
+    /// Number that bytes are divided by, in 32 bits, such as 127.5
+    #[arg(long, conflicts_with = "factor")]
+    divisor: Option<f32>,
+    /// Mean that is subtracted from scaled values, a number for each channel in the network's order, separated by commas
+    #[arg(long, value_parser = channels)]
+    mean: Option<Channels>,
     /// Standard deviation that values are divided by then, as --mean
-    #[arg(long, value_parser = three)]
-    std: Option<[f32; 3]>,
-    /// Side of the network's square input in pixels [default: as the preprocessing says]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(8..=4096))]
-    input_size: Option<u32>,
+    #[arg(long, value_parser = channels)]
+    std: Option<Channels>,
+    /// Size of the network's input in pixels, such as 224, or height and width, such as 192x256 [default: as the
+    /// network's file or the preprocessing says]
+    #[arg(long, value_name = "PIXELS", value_parser = input_size)]
+    input_size: Option<Size>,
     /// What nbn does with the EXIF orientation of a photo
     #[arg(long, default_value = "apply")]
     exif: ExifArg,
@@ -98,6 +115,9 @@ pub(crate) struct Export {
     overrides: OverrideArgs,
 }
 
+/// Least height and width of a network's input, in pixels.
+const SMALLEST: u32 = 8;
+
 #[derive(Clone, Copy, ValueEnum)]
 enum ExifArg {
     /// Turn the picture upright
@@ -106,11 +126,34 @@ enum ExifArg {
     Ignore,
 }
 
-/// Three numbers separated by commas.
-fn three(text: &str) -> Result<[f32; 3], String> {
-    let numbers: Option<Vec<f32>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
-    let three = numbers.and_then(|numbers| <[f32; 3]>::try_from(numbers).ok());
-    three.ok_or_else(|| "expected three numbers separated by commas, such as 0.485,0.456,0.406".into())
+/// A number for each channel. (A `Vec` would be taken for a flag that may be repeated.)
+#[derive(Clone)]
+struct Channels(Vec<f32>);
+
+fn numbers<T: FromStr>(text: &str) -> Option<Vec<T>> {
+    text.split(',').map(|part| part.trim().parse().ok()).collect()
+}
+
+fn channels(text: &str) -> Result<Channels, String> {
+    let found = numbers(text).filter(|found: &Vec<f32>| [1, 3].contains(&found.len()));
+    let wrong = "expected three numbers separated by commas, such as 0.485,0.456,0.406, or one for a grey network";
+    found.map(Channels).ok_or_else(|| wrong.into())
+}
+
+fn color(text: &str) -> Result<[u8; 3], String> {
+    let three = numbers(text).and_then(|found| <[u8; 3]>::try_from(found).ok());
+    three.ok_or_else(|| "expected three whole numbers from 0 to 255, such as 124,116,104".into())
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    let found = text.parse().ok().filter(|fraction| (0.01..=1.0).contains(fraction));
+    found.ok_or_else(|| "expected a number from 0.01 to 1, such as 0.875".into())
+}
+
+fn input_size(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse()?;
+    let fits = size.height >= SMALLEST && size.width >= SMALLEST;
+    if fits { Ok(size) } else { Err(format!("a network's input has {SMALLEST} pixels a side or more")) }
 }
 
 pub(crate) fn run(args: Export) -> anyhow::Result<()> {
@@ -121,12 +164,16 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         classes: args.classes,
         preprocessing: args.preprocessing,
         changes: PreprocessingChanges {
-            resize: args.squash.then_some(Resize::Both),
-            shorter_side: args.resize_to,
+            color: args.color,
+            resize: args.resize,
+            resize_to: args.resize_to,
+            crop_fraction: args.crop_fraction,
             filter: args.filter,
-            factor: args.factor,
-            mean: args.mean,
-            std: args.std,
+            crop_offset: args.crop_offset,
+            fill: args.fill,
+            scale: args.factor.map(Scale::Factor).or(args.divisor.map(Scale::Divisor)),
+            mean: args.mean.map(|channels| channels.0),
+            std: args.std.map(|channels| channels.0),
         },
         input_size: args.input_size,
         exif: match args.exif {
@@ -142,8 +189,8 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         kappa: args.kappa,
         external_data: args.external_data,
     };
-    let manifest = export(&options, library)?;
-    eprint!("{}", inspect::manifest(&manifest));
+    let exported = export(&options, library)?;
+    eprint!("{}", inspect::exported(&exported));
     println!("{}", options.out.display());
     Ok(())
 }

@@ -36,7 +36,7 @@ mod with {
     use anyhow::{Context, bail, ensure};
     use burn::tensor::Device;
     use clap::{Args, ValueEnum};
-    use nbn::bundle::{Class, Exif};
+    use nbn::bundle::{Class, Exif, Size};
     use nbn::data::{Form, LabelledImages, TrainingSet, hold_out, long_tail};
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
@@ -363,7 +363,7 @@ mod with {
             ema: args.ema,
             augment,
             mixup: args.mixup,
-            preprocessing: preset.preprocessing(args.input_size, Exif::Apply),
+            preprocessing: preset.preprocessing(args.input_size.map(Size::square), Exif::Apply),
             imbalance_factor: args.imbalance_factor,
             calibration_fraction: args.calibration_fraction,
             seed: args.seed,

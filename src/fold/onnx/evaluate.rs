@@ -73,9 +73,14 @@ pub(crate) const OPERATORS: [&str; 57] = [
 ];
 
 /// The one output of `node`, whose inputs have the values `inputs`; an input that is left out has none. `opset` is the
-/// version of ONNX's own operators. None when the node is not of the list, or its inputs do not fit it.
+/// version of ONNX's own operators. None when the node is not of the list, its inputs do not fit it, or one is NaN, which
+/// the runtime's maxima and minima treat in ways of their own.
 pub(crate) fn evaluate(node: &Node, inputs: &[Option<&Value>], opset: i64) -> Option<Value> {
     if !node.is_standard() || node.output.len() != 1 || !OPERATORS.contains(&node.op()) {
+        return None;
+    }
+    let is_nan = |value: &&Value| value.floats().is_some_and(|values| values.iter().any(|v| v.is_nan()));
+    if inputs.iter().flatten().any(is_nan) {
         return None;
     }
     let input = |n: usize| inputs.get(n).copied().flatten();

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::OnnxError;
 use super::proto::{Attribute, Function, Graph, Model, Node, OperatorSet};
+use super::wire::{self, MAX_MESSAGE};
 
 /// Most nodes that functions may become: they may call each other.
 const MAX_NODES: usize = 1 << 20;
@@ -36,7 +37,7 @@ pub(crate) fn inline(model: &mut Model) -> Result<(), OnnxError> {
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         functions.insert((text(&function.domain), text(&function.name), text(&function.overload)), function);
     }
-    let mut inliner = Inliner { functions, calls: 0, nodes: 0 };
+    let mut inliner = Inliner { functions, calls: 0, nodes: 0, constants: 0 };
     if let Some(graph) = &mut model.graph {
         inliner.graph(graph, &mut Vec::new())?;
     }
@@ -73,6 +74,8 @@ struct Inliner {
     /// Calls so far, which tell their values' names apart.
     calls: usize,
     nodes: usize,
+    /// Bytes of the constants that calls have brought so far.
+    constants: usize,
 }
 
 impl Inliner {
@@ -104,6 +107,14 @@ impl Inliner {
             }
             self.calls += 1;
             let body = Call::new(&node, function, self.calls).body(function);
+            let tensors = body.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.t.as_ref());
+            self.constants += tensors.map(wire::Message::len).sum::<usize>();
+            if self.constants > MAX_MESSAGE {
+                return Err(OnnxError::Refused(format!(
+                    "the constants of its function {name} become more than {MAX_MESSAGE} bytes, one for each call: export \
+                     it with its weights as initialisers"
+                )));
+            }
             within.push(key);
             out.extend(self.nodes(body, within)?);
             within.pop();

@@ -25,7 +25,7 @@ pub(super) fn check(message: Bytes) -> Result<(), Problem> {
             let detail = format!("the message has more than {MAX_PARTS} parts: send fewer images at a time");
             Problem::new(Code::TooManyImages, detail).with_limit(MAX_PARTS as u64)
         }
-        Beyond::Shape => bad("an input's shape has hundreds of dimensions; expected [N, 3, H, W] or [N]"),
+        Beyond::Shape => bad("an input's shape has hundreds of dimensions; expected four, or one"),
     })
 }
 

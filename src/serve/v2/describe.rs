@@ -45,7 +45,7 @@ pub(super) fn server() -> ServerInfo {
 }
 
 pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
-    let side = i64::from(model.manifest.preprocessing.crop);
+    let [a, b, c] = model.manifest.preprocessing.shape().map(|length| length as i64);
     let classes = model.manifest.classes.len() as i64;
     let calibrated = model.scorer.calibration().is_some();
     let outputs = Output::ALL.into_iter().filter(|output| calibrated || *output != Output::Set);
@@ -54,7 +54,7 @@ pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
         versions,
         platform: "onnxruntime_onnx",
         inputs: vec![
-            TensorInfo { name: "images", datatype: "FP32", shape: vec![-1, 3, side, side] },
+            TensorInfo { name: "images", datatype: "FP32", shape: vec![-1, a, b, c] },
             TensorInfo { name: "image", datatype: "BYTES", shape: vec![-1] },
         ],
         outputs: outputs

@@ -167,10 +167,10 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
         let given = given.join(", ");
         bad(format!("the request has the inputs [{given}]; expected one: images (FP32), or image (BYTES)"))
     })?;
-    let side = i64::from(model.manifest.preprocessing.crop);
+    let own = model.manifest.preprocessing.shape();
     let RawTensor { name, datatype, shape, data } = tensor;
     let (expected_type, expected_shape) = match name.as_str() {
-        "images" => ("FP32", format!("[N, 3, {side}, {side}]")),
+        "images" => ("FP32", format!("[N, {}, {}, {}]", own[0], own[1], own[2])),
         "image" => ("BYTES", "[N]".to_owned()),
         _ => {
             return Err(bad(format!(
@@ -183,7 +183,7 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
         return Err(bad(format!("input {name} has datatype {}; expected {expected_type}", quoted(&datatype))));
     }
     let fits = match (name.as_str(), shape.as_slice()) {
-        ("images", &[n, 3, height, width]) => n >= 1 && height == side && width == side,
+        ("images", &[n, a, b, c]) => n >= 1 && [a, b, c] == own.map(|length| length as i64),
         ("image", &[n] | &[n, 1]) => n >= 1,
         _ => false,
     };
@@ -213,7 +213,7 @@ pub(super) fn inputs(tensors: Vec<RawTensor>, model: &ServedModel, limit: usize)
         }
         return Ok(elements.into_iter().map(Input::Encoded).collect());
     }
-    let item = 3 * usize::try_from(side * side).unwrap_or(0);
+    let item: usize = own.iter().product();
     let bytes = match data {
         RawData::Binary(bytes) => bytes,
         RawData::Floats(values) if values.len() == count * item => {

@@ -146,7 +146,7 @@ pub(crate) struct WireInput {
     pub(super) name: String,
     /// `FP32` for `images`, `BYTES` for `image`.
     pub(super) datatype: String,
-    /// `[N, 3, H, W]`, or `[N]`.
+    /// `[N, C, H, W]` or, where the network has its channels last, `[N, H, W, C]`; of `image`, `[N]`.
     #[serde(deserialize_with = "objects::list")]
     pub(super) shape: Vec<i64>,
     /// `binary_data_size`: the tensor's bytes after the JSON.

@@ -6,7 +6,7 @@ use super::super::network::quoted;
 use super::super::proto::{Attribute, Dimension, Graph, Node, Shape, TensorType, Type, ValueInfo, kind};
 use super::super::value::Value;
 use super::super::{Network, OnnxError};
-use crate::bundle::Ending;
+use crate::bundle::{Ending, Layout};
 use crate::runtime::FEATURES;
 
 /// Name of the input.
@@ -15,15 +15,6 @@ pub(crate) const IMAGES: &str = "images";
 pub(crate) const LOGITS: &str = "logits";
 /// Name of the dimension that may differ from run to run.
 const BATCH: &str = "batch";
-
-/// Where the channels are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// `[N, C, H, W]`, as PyTorch has it.
-    Nchw,
-    /// `[N, H, W, C]`, as TensorFlow has it.
-    Nhwc,
-}
 
 /// The network's input, as the file declares it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +131,8 @@ pub(crate) fn name(
     let outputs: Vec<&str> = graph.output.iter().filter_map(|info| info.name.as_deref()).collect();
     let all = || outputs.iter().map(|name| quoted(name)).collect::<Vec<_>>().join(", ");
     let output = match (wanted, &outputs[..]) {
-        (Some(wanted), _) if outputs.contains(&wanted) => wanted.to_owned(),
+        // A value that is no output will do, too.
+        (Some(wanted), _) if maker(graph, wanted).is_some() => wanted.to_owned(),
         (Some(wanted), _) => {
             return OnnxError::refused(format!("it has no output {}; its outputs are {}", quoted(wanted), all()));
         }
@@ -175,27 +167,13 @@ pub(crate) fn name(
     if found.is_some() {
         rename(graph, &classifier_sees.clone(), FEATURES, &mut []);
     }
-    if input.layout == Layout::Nhwc {
-        channels_last(graph);
-    }
-    graph.input = vec![info(IMAGES, batch, &[input.channels, height, width].map(Some))];
+    let shape = match input.layout {
+        Layout::Nchw => [input.channels, height, width],
+        Layout::Nhwc => [height, width, input.channels],
+    };
+    graph.input = vec![info(IMAGES, batch, &shape.map(Some))];
     network.prune();
     Ok(Ends { input, output, value, ending, features: found.map(|(value, _)| value), batch })
-}
-
-/// Puts a Transpose before a graph that wants its channels last: bundles have them first.
-fn channels_last(graph: &mut Graph) {
-    let within = format!("{IMAGES}.channels_last");
-    rename(graph, IMAGES, &within, &mut []);
-    let transpose = Node {
-        input: vec![IMAGES.into()],
-        output: vec![within.clone()],
-        name: Some(within),
-        op_type: Some("Transpose".into()),
-        attribute: vec![Attribute::ints("perm", &[0, 2, 3, 1])],
-        ..Node::default()
-    };
-    graph.node.insert(0, transpose);
 }
 
 /// Lets a graph that was exported for `fixed` pictures take any number. Pictures are the outermost axis, so a Reshape to
@@ -360,8 +338,11 @@ fn classifier_input(network: &Network, logits: &str) -> Option<(String, usize)> 
             "Identity" => node = maker(graph, node.input(0)?)?,
             // A bias, a temperature, logit rectification.
             "Add" | "Mul" | "Div" | "Sub" | "BatchNormalization" => {
-                let constant = |name: Option<&str>| graph.initializer.iter().any(|t| Some(t.name()) == name);
-                let data = [0, 1].into_iter().filter_map(|n| node.input(n)).find(|name| !constant(Some(name)))?;
+                let is_constant = |name: &str| graph.initializer.iter().any(|t| t.name() == name);
+                let data: Vec<&str> =
+                    [0, 1].into_iter().filter_map(|n| node.input(n)).filter(|name| !is_constant(name)).collect();
+                // Of two classifiers that are joined, neither sees what the network sees.
+                let [data] = data[..] else { return None };
                 node = maker(graph, data)?;
             }
             _ => return None,

@@ -10,6 +10,7 @@ pub use merge::Merged;
 pub use nbn::{Direction, NormalizedLayer};
 
 use super::inline::inline;
+use super::proto::Node;
 use super::{Network, OnnxError};
 use constants::Constants;
 
@@ -50,7 +51,35 @@ pub fn fold(network: &mut Network) -> Result<Folded, OnnxError> {
     let unevaluated = constants.left.clone();
     constants.put(network);
     network.check("evaluating constants")?;
+    is_for_inference(network)?;
     let norms = merge::merge(network)?;
     network.check("merging BatchNorms")?;
     Ok(Folded { normalized, norms, unevaluated, nodes: (before, network.graph().node.len()) })
+}
+
+/// Refuses layers that work on batches or draw, as they do in training.
+fn is_for_inference(network: &Network) -> Result<(), OnnxError> {
+    let graph = network.graph();
+    let is_true = |name: &str| {
+        let tensor = graph.initializer.iter().find(|tensor| tensor.name() == name);
+        let value = tensor.and_then(|tensor| network.value_of(tensor).ok().flatten());
+        value.and_then(|value| value.list()).is_some_and(|list| list.iter().any(|&v| v != 0))
+    };
+    let trains = |node: &&Node| match node.op() {
+        // Before opset 14, what its further outputs give says so.
+        "BatchNormalization" => {
+            let outputs = node.output.iter().filter(|name| !name.is_empty()).count();
+            node.int("training_mode").unwrap_or(0) != 0 || outputs > 1
+        }
+        "Dropout" => node.input(2).is_some_and(is_true),
+        _ => false,
+    };
+    match graph.node.iter().filter(|node| node.is_standard()).find(trains) {
+        Some(node) => OnnxError::refused(format!(
+            "node {} is a {} in training mode: export the network in evaluation mode (model.eval() in PyTorch)",
+            super::network::quoted(node.label()),
+            node.op()
+        )),
+        None => Ok(()),
+    }
 }
