@@ -25,6 +25,9 @@ pub struct Ids {
     pub sampled: bool,
 }
 
+/// The target of spans that are logged, and not exported.
+pub const UNTRACED: &str = "nbn::untraced";
+
 /// Overrules the level: `debug`, or levels of modules such as `nbn=debug,ort=warn`.
 const RUST_LOG: &str = "RUST_LOG";
 

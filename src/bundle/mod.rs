@@ -201,6 +201,14 @@ pub enum BundleError {
     #[error("{path}: no version found: a bundle is a folder whose name is a decimal number, such as {path}/1, and \
              which holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
     NoVersion(PathBuf),
+    /// A version folder whose name is a number in another form.
+    #[error("{}: a version's folder is named by its number alone: rename it to {number}", folder.display())]
+    OddVersion {
+        /// The folder.
+        folder: PathBuf,
+        /// Its number.
+        number: u64,
+    },
     /// None of the versions that are there is to be served.
     #[error("{}: none of the versions {policy} exists; {there} {}: change --versions", folder.display(), if there.contains(',') { "exist" } else { "exists" })]
     NotWanted {

@@ -118,11 +118,16 @@ impl Repository {
 
 /// The versions in a model's folder, the lowest first.
 pub(super) fn versions(model: &Path) -> Result<Vec<VersionFolder>, BundleError> {
-    let mut versions: Vec<_> = list(model)?
-        .into_iter()
-        .filter(|folder| folder.join(MANIFEST_FILE).exists())
-        .filter_map(|folder| Some(VersionFolder { number: folder.file_name()?.to_str()?.parse().ok()?, folder }))
-        .collect();
+    let mut versions = Vec::new();
+    for folder in list(model)?.into_iter().filter(|folder| folder.join(MANIFEST_FILE).exists()) {
+        let Some(name) = folder.file_name().and_then(|name| name.to_str()) else { continue };
+        let Ok(number) = name.parse::<u64>() else { continue };
+        // `01` and `1` would be one version.
+        if name != number.to_string() {
+            return Err(BundleError::OddVersion { folder, number });
+        }
+        versions.push(VersionFolder { number, folder });
+    }
     versions.sort();
     Ok(versions)
 }

@@ -109,7 +109,7 @@ pub(super) struct Proved {
 /// Nothing is written on an error.
 pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, FoldError> {
     let version = file_name(&options.out);
-    if version.parse::<u64>().is_err() {
+    if version.parse::<u64>().ok().map(|number| number.to_string()) != Some(version.clone()) {
         return Err(FoldError::Input(format!(
             "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}/1, \
              for example",

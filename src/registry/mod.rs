@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
-use crate::bundle::{Bundle, Repository, VersionFolder, VersionPolicy, sha256_hex};
+use crate::bundle::{Bundle, BundleError, Repository, VersionFolder, VersionPolicy, sha256_hex};
 use crate::engine::Budget;
 use crate::pixels::DecodeLimits;
 use crate::runtime::{Library, NetworkCache, SessionOptions};
@@ -120,10 +120,24 @@ impl Registry {
     /// Opens the wanted versions of every model. Afterwards the registry is filled.
     ///
     /// # Errors
-    /// When any of them fails: a server that starts serves all of its models.
+    /// When any of them fails: a server that starts serves all of its models. A folder without any version is none, and is
+    /// left out with a warning, unless there is nothing else.
     pub fn fill(&self) -> Result<(), RegistryError> {
+        let mut empty = None;
         for name in self.repository()?.models()? {
-            self.load(&name)?;
+            match self.load(&name) {
+                Err(RegistryError::Bundle(error @ BundleError::NoVersion(_))) => {
+                    tracing::warn!(
+                        folder = name,
+                        "a folder of the repository holds no version of a model: it is left out"
+                    );
+                    empty = Some(error);
+                }
+                loaded => loaded?,
+            }
+        }
+        if let Some(error) = empty.filter(|_| self.read(BTreeMap::is_empty)) {
+            return Err(error.into());
         }
         self.check_default()?;
         self.filled.store(true, Ordering::Release);

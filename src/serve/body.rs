@@ -12,8 +12,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::code::Code;
+use super::coding::Coding;
 use super::problem::{Detail, Problem};
-use super::{App, RequestLimits, cut, infer, problem};
+use super::{App, RequestLimits, infer, problem};
 
 /// Bytes that are accounted for at a time.
 const BLOCK: usize = 64 << 10;
@@ -77,8 +78,74 @@ where
     timeout_at(deadline, app.parsers.run(bytes, work)).await.unwrap_or_else(|_| Err(infer::late(app)))
 }
 
-/// Reads a body that must be complete at `deadline`.
+/// Reads a body, which may be compressed, as [`read`] does.
+pub(crate) async fn receive(app: &App, body: Body, headers: &HeaderMap, deadline: Instant) -> Result<Held, Problem> {
+    let coding = Coding::of(headers)?;
+    let packed = read_packed(body, headers, &app.limits, &app.memory, deadline).await?;
+    match coding {
+        None => Ok(packed),
+        Some(coding) => {
+            let (limit, memory) = (app.limits.max_body_bytes, app.memory.clone());
+            parse(app, LARGE, deadline, async move { packed.unpacked(coding, limit, &memory) }).await
+        }
+    }
+}
+
+impl Held {
+    /// Bytes that another share stands for.
+    #[cfg(feature = "grpc")]
+    pub(crate) fn of(bytes: Bytes) -> Self {
+        Self { bytes, _share: None }
+    }
+
+    /// What it holds, at most `limit` bytes, and a share for as many.
+    pub(crate) fn unpacked(self, coding: Coding, limit: usize, memory: &BodyMemory) -> Result<Self, Problem> {
+        let mut share = None;
+        let bytes = coding.unpack(&self.bytes, |length| {
+            if length > limit {
+                return Err(too_large(&format!("longer than {limit} bytes when it is unpacked"), limit));
+            }
+            grow(&mut share, memory, length)
+        })?;
+        Ok(Self { bytes, _share: share })
+    }
+}
+
+fn too_large(size: &str, limit: usize) -> Problem {
+    let detail =
+        format!("the body is {size}; this server accepts up to {limit} bytes: send less, or raise --max-body-mb");
+    Problem::new(Code::BodyTooLarge, detail).with_limit(limit as u64)
+}
+
+/// Makes `share` large enough for `length` bytes.
+fn grow(share: &mut Option<OwnedSemaphorePermit>, memory: &BodyMemory, length: usize) -> Result<(), Problem> {
+    let blocks = length.div_ceil(BLOCK);
+    let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+    if blocks > held {
+        let more = u32::try_from(blocks - held).unwrap_or(u32::MAX);
+        let more = memory.0.clone().try_acquire_many_owned(more).map_err(|_| full())?;
+        match share {
+            Some(share) => share.merge(more),
+            None => *share = Some(more),
+        }
+    }
+    Ok(())
+}
+
+/// Reads a body that is not compressed and must be complete at `deadline`.
 pub(crate) async fn read(
+    body: Body,
+    headers: &HeaderMap,
+    limits: &RequestLimits,
+    memory: &BodyMemory,
+    deadline: Instant,
+) -> Result<Held, Problem> {
+    Coding::none(headers)?;
+    read_packed(body, headers, limits, memory, deadline).await
+}
+
+/// Reads a body as it comes.
+async fn read_packed(
     mut body: Body,
     headers: &HeaderMap,
     limits: &RequestLimits,
@@ -86,19 +153,9 @@ pub(crate) async fn read(
     deadline: Instant,
 ) -> Result<Held, Problem> {
     let limit = limits.max_body_bytes;
-    let too_large = |size: &str| {
-        let detail =
-            format!("the body is {size}; this server accepts up to {limit} bytes: send less, or raise --max-body-mb");
-        Problem::new(Code::BodyTooLarge, detail).with_limit(limit as u64)
-    };
-    if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| coding.as_bytes() != b"identity") {
-        let coding = cut::shown(format_args!("{coding:?}"));
-        let detail = format!("content-encoding {coding} is not accepted: send the body without encoding");
-        return Err(Problem::new(Code::ContentEncoding, detail));
-    }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if let Some(size) = announced.filter(|&size| size > limit as u64) {
-        return Err(too_large(&format!("{size} bytes")));
+        return Err(too_large(&format!("{size} bytes"), limit));
     }
     let mut share: Option<OwnedSemaphorePermit> = None;
     let mut whole = BytesMut::new();
@@ -113,18 +170,9 @@ pub(crate) async fn read(
         })?;
         let Ok(data) = frame.into_data() else { continue };
         if whole.len() + data.len() > limit {
-            return Err(too_large(&format!("longer than {limit} bytes")));
+            return Err(too_large(&format!("longer than {limit} bytes"), limit));
         }
-        let blocks = (whole.len() + data.len()).div_ceil(BLOCK);
-        let held = share.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        if blocks > held {
-            let more = u32::try_from(blocks - held).unwrap_or(u32::MAX);
-            let more = memory.0.clone().try_acquire_many_owned(more).map_err(|_| full())?;
-            match &mut share {
-                Some(share) => share.merge(more),
-                None => share = Some(more),
-            }
-        }
+        grow(&mut share, memory, whole.len() + data.len())?;
         if whole.is_empty() {
             // What has come with the first frame need not be moved.
             if axum::body::HttpBody::is_end_stream(&body) {

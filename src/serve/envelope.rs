@@ -7,17 +7,18 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 
 use super::App;
 use super::code::Code;
+use super::coding;
 use super::cut;
 use super::notes::Notes;
 use super::problem::{Problem, ProblemBody, panicked};
-use crate::telemetry::{Ids, join};
+use crate::telemetry::{Ids, UNTRACED, join};
 
 /// Header that names a request in answers and logs.
 const REQUEST_ID: &str = "x-request-id";
@@ -75,25 +76,39 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     // A client may make methods up.
     let method = cut::shown(request.method());
     let parent = parent(request.headers());
-    let trace = parent.as_ref().map_or_else(|| format!("{}{}", random_hex(), random_hex()), |p| p.trace.clone());
-    let span = tracing::info_span!(
-        "request",
-        id,
-        method,
-        path = instance,
-        trace_id = trace,
-        key = tracing::field::Empty,
-        otel.kind = "server",
-        http.response.status_code = tracing::field::Empty
-    );
+    macro_rules! span {
+        ($target:expr) => {
+            tracing::info_span!(
+                target: $target,
+                "request",
+                id,
+                method,
+                path = instance,
+                trace_id = tracing::field::Empty,
+                key = tracing::field::Empty,
+                otel.kind = "server",
+                otel.status_code = tracing::field::Empty,
+                http.response.status_code = tracing::field::Empty
+            )
+        };
+    }
+    let span = if is_probe(request.uri().path()) { span!(UNTRACED) } else { span!(module_path!()) };
     let exported = join(&span, parent.as_ref());
     let is_exported = exported.is_some();
-    let sampled = parent.is_some_and(|parent| parent.sampled);
-    // A fresh span where none is exported.
-    let (trace, span_id) = exported.map_or_else(|| (trace, random_hex()), |ids| (ids.trace, ids.span));
+    // What is exported, else the caller's, else a fresh one; of those that nobody records, the flag says so.
+    let Ids { trace, span: span_id, sampled } = exported.unwrap_or_else(|| match parent {
+        Some(parent) => Ids { span: random_hex(), ..parent },
+        None => Ids { trace: format!("{}{}", random_hex(), random_hex()), span: random_hex(), sampled: false },
+    });
+    span.record("trace_id", &trace);
     let notes = Notes::default();
     request.extensions_mut().insert(notes.clone());
-    let response = next.run(request).instrument(span.clone()).await;
+    let response = if request.version() == Version::HTTP_11 && !request.headers().contains_key(header::HOST) {
+        // RFC 9112, section 3.2.
+        Problem::new(Code::BadRequest, "a request of HTTP/1.1 has the header `host`: send it").into_response()
+    } else {
+        next.run(request).instrument(span.clone()).await
+    };
     let status = response.status();
     let mut response = if let Some(problem) = problem_of(&response) {
         app.telemetry.rejected_by(&problem);
@@ -104,7 +119,10 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     };
     if is_exported {
         // The log's lines would have all of the span's fields written anew, and have the code already.
-        span.record("http.response.status_code", response.status().as_u16());
+        span.record("http.response.status_code", i64::from(response.status().as_u16()));
+        if response.status().is_server_error() || is_grpc_failure(&response, protocol) {
+            span.record("otel.status_code", "ERROR");
+        }
     }
     let took = began.elapsed();
     let code = code(&response, protocol);
@@ -124,6 +142,18 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         headers.insert(SERVER_TIMING, value);
     }
     response
+}
+
+/// Whether the path is one that monitoring asks for all the time.
+fn is_probe(path: &str) -> bool {
+    matches!(path, "/livez" | "/readyz" | "/metrics" | "/v2/health/live" | "/v2/health/ready")
+        || path.starts_with("/grpc.health.v1.Health/")
+}
+
+/// Whether a gRPC call failed on the server's side: UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE or
+/// DATA_LOSS, as OpenTelemetry's conventions have it.
+fn is_grpc_failure(response: &Response, protocol: Protocol) -> bool {
+    protocol == Protocol::Grpc && [2, 4, 12, 13, 14, 15].contains(&code(response, protocol))
 }
 
 /// The HTTP status, or for gRPC its own.
@@ -159,6 +189,9 @@ fn render(response: Response, problem: Problem, protocol: Protocol, instance: St
     }
     if let Some(wait) = wait {
         parts.headers.insert(header::RETRY_AFTER, wait);
+    }
+    if problem.code == Code::ContentEncoding {
+        parts.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(coding::ACCEPTED));
     }
     if problem.status() == StatusCode::UNAUTHORIZED {
         parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

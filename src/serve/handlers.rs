@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
-use axum::http::header;
+use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use tokio::time::Instant;
 
@@ -187,13 +187,15 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<&'static str, Proble
     app.ready().map(|()| "ready\n")
 }
 
-/// Metrics for Prometheus, in the OpenMetrics text format
+/// Metrics for Prometheus, in its own text format, or as OpenMetrics if the header `accept` prefers that
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/metrics", tag = "health", responses(
-    (status = 200, description = "The metrics; on the admin listener, if there is one", body = String, content_type = "application/openmetrics-text"),
+    (status = 200, description = "The metrics; on the admin listener, if there is one", content(
+        (String = "text/plain"), (String = "application/openmetrics-text"))),
     (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
 )))]
-pub(crate) async fn metrics(State(app): State<App>) -> Response {
-    ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], app.telemetry.text(&app.registry)).into_response()
+pub(crate) async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
+    let form = prometheus::Form::of(&headers);
+    ([(header::CONTENT_TYPE, form.content_type())], app.telemetry.text(&app.registry, form)).into_response()
 }
 
 /// This document

@@ -3,11 +3,10 @@
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::{HeaderMap, header};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use tokio::time::Instant;
 
 use super::App;
+use super::base64;
 use super::body::{self, Held};
 use super::code::Code;
 use super::cut::{self, quoted};
@@ -18,6 +17,18 @@ use super::wire::{ClassifyRequest, ClientId};
 
 const IMAGE_TYPES: [&str; 7] =
     ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"];
+/// Other names of these. What an image is, its bytes say.
+const OTHER_NAMES: [&str; 9] = [
+    "image/jpg",
+    "image/pjpeg",
+    "image/x-png",
+    "image/x-ms-bmp",
+    "image/x-bmp",
+    "image/x-windows-bmp",
+    "image/tiff-fx",
+    "binary/octet-stream",
+    "application/x-binary",
+];
 
 /// The images of a request, and how many there may be.
 pub(crate) struct Images {
@@ -37,7 +48,7 @@ pub(crate) async fn read(app: &App, request: Request, deadline: Instant) -> Resu
     let query = RequestOptions::from_query(request.uri().query())?;
     let media_type = media_type(request.headers())?;
     let (parts, body) = request.into_parts();
-    let held = body::read(body, &parts.headers, limits, &app.memory, deadline).await?;
+    let held = body::receive(app, body, &parts.headers, deadline).await?;
     let size = held.bytes.len();
     let (items, options, held) = match media_type.as_str() {
         "application/json" => {
@@ -75,7 +86,8 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
     };
     let text = value.to_str().unwrap_or_default();
     let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    if IMAGE_TYPES.contains(&essence.as_str()) || essence == "application/json" || essence == "multipart/form-data" {
+    let is_image = [&IMAGE_TYPES[..], &OTHER_NAMES].concat().contains(&essence.as_str());
+    if is_image || essence == "application/json" || essence == "multipart/form-data" {
         return Ok(essence);
     }
     let detail = format!("content-type {} is not accepted: {}", quoted(text), accepted());
@@ -89,9 +101,8 @@ fn json(bytes: &[u8], query: RequestOptions) -> Result<(Items, RequestOptions), 
     if request.images.is_empty() {
         return Err(Problem::new(Code::NoImages, "the list `images` is empty: send at least one"));
     }
-    let decode = |b64: &str| match STANDARD.decode(b64) {
-        Ok(bytes) => Ok(Bytes::from(bytes)),
-        Err(error) => Err(Problem::new(Code::BadBase64, format!("`b64` is not standard base64: {error}"))),
+    let decode = |b64: &str| {
+        base64::decode(b64).map_err(|reason| Problem::new(Code::BadBase64, format!("`b64` is not base64: {reason}")))
     };
     let items = request.images.into_iter().map(|image| (image.id, decode(&image.b64))).collect();
     Ok((items, request.options.or(query)?))

@@ -1,8 +1,10 @@
 //! HTTP: routes, request bodies, wire types, errors, the OpenAPI document; connections and their limits.
 
 mod activity;
+mod base64;
 mod body;
 mod code;
+mod coding;
 mod connections;
 mod control;
 mod cut;
@@ -40,6 +42,8 @@ use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use crate::registry::Registry;
@@ -258,6 +262,8 @@ fn enveloped(router: Router<App>, app: &App) -> Router {
         .method_not_allowed_fallback(handlers::method_not_allowed)
         .layer(CatchPanicLayer::custom(envelope::from_panic))
         .layer(from_fn_with_state(app.clone(), envelope::envelope))
+        // What is small, or compressed already, stays as it is; so do gRPC's messages.
+        .layer(CompressionLayer::new().gzip(true).compress_when(DefaultPredicate::new().and(SizeAbove::new(1024))))
         .with_state(app.clone())
 }
 

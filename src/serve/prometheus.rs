@@ -1,15 +1,17 @@
 //! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use axum::http::{HeaderMap, header};
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Metrics;
 
 use super::control::Models;
@@ -18,8 +20,70 @@ use crate::bundle::Group;
 use crate::classify::{Prediction, Scored};
 use crate::registry::ServedModel;
 
-/// The media type of [`Telemetry::text`].
-pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// A form that metrics are written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Prometheus' own text format, version 0.0.4.
+    Prometheus,
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+}
+
+impl Form {
+    /// The form that the header `Accept` prefers; Prometheus' own where it does not say.
+    pub(crate) fn of(headers: &HeaderMap) -> Self {
+        let mut best = (0.0, Self::Prometheus);
+        let given = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+        for range in given.flat_map(|value| value.split(',')) {
+            let mut parts = range.split(';').map(str::trim);
+            let form = match parts.next().unwrap_or_default().to_ascii_lowercase().as_str() {
+                "application/openmetrics-text" => Self::OpenMetrics,
+                "text/plain" | "text/*" | "*/*" => Self::Prometheus,
+                _ => continue,
+            };
+            let quality = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+            let quality = quality.map_or(1.0, |text| text.parse::<f64>().unwrap_or(0.0));
+            if quality > best.0 {
+                best = (quality, form);
+            }
+        }
+        best.1
+    }
+
+    /// Its media type.
+    pub(crate) fn content_type(self) -> &'static str {
+        match self {
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+}
+
+/// What is told in OpenMetrics, in Prometheus' own format: there, a counter's family is named as its samples are, and
+/// there are no units and no end.
+fn as_prometheus(open_metrics: &str) -> String {
+    let mut out = String::with_capacity(open_metrics.len());
+    let mut help = None;
+    for line in open_metrics.lines() {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some("HELP"), Some(_), text) => help = text,
+            (Some("#"), Some("TYPE"), Some(name), Some(kind)) => {
+                let name = if kind == "counter" { Cow::Owned(format!("{name}_total")) } else { Cow::Borrowed(name) };
+                if let Some(help) = help.take() {
+                    let _ = writeln!(out, "# HELP {name} {help}");
+                }
+                let _ = writeln!(out, "# TYPE {name} {kind}");
+            }
+            (Some("#"), ..) => {}
+            _ => {
+                out.push_str(line);
+                out.push('\n');
+            }
+        }
+    }
+    out
+}
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
@@ -59,6 +123,11 @@ struct ReasonLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OutcomeLabels {
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct BuildLabels {
+    version: &'static str,
 }
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
@@ -139,8 +208,10 @@ impl Telemetry {
             in_flight: Gauge::default(),
         };
         let Self { all, .. } = &mut telemetry;
-        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        all.register("build", "The server's version", version);
+        // Not OpenMetrics' own kind for this, `info`: readers of Prometheus' format stumble over it.
+        let build = Family::<BuildLabels, Gauge>::default();
+        build.get_or_create(&BuildLabels { version: env!("CARGO_PKG_VERSION") }).set(1);
+        all.register("build_info", "1, labelled with the server's version", build);
         macro_rules! register {
             ($($field:ident $name:literal $help:literal)*) => {
                 $(telemetry.all.register($name, $help, telemetry.$field.clone());)*
@@ -231,8 +302,8 @@ impl Telemetry {
         })
     }
 
-    /// Everything, in OpenMetrics text.
-    pub(crate) fn text(&self, registry: &Models) -> String {
+    /// Everything.
+    pub(crate) fn text(&self, registry: &Models, form: Form) -> String {
         let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for gauge in [&self.queue, &self.capacity, &self.running] {
             gauge.clear();
@@ -257,6 +328,44 @@ impl Telemetry {
         let mut out = String::new();
         // Writing into a string cannot fail.
         let _ = text::encode(&mut out, &self.all);
-        out
+        if form == Form::Prometheus { as_prometheus(&out) } else { out }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn the_form_is_what_the_client_prefers() {
+        let of = |accept: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            accept.iter().for_each(|value| {
+                headers.append(header::ACCEPT, HeaderValue::from_static(value));
+            });
+            Form::of(&headers)
+        };
+        for plain in [&[][..], &["*/*"], &["text/plain"], &["application/json"], &["application/openmetrics-text;q=0"]]
+        {
+            assert_eq!(of(plain), Form::Prometheus, "{plain:?}");
+        }
+        // As Prometheus 3 asks.
+        let own = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
+                   application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4,\
+                   text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+        for open in [&[own][..], &["text/plain;q=0.5", "application/openmetrics-text"]] {
+            assert_eq!(of(open), Form::OpenMetrics, "{open:?}");
+        }
+    }
+
+    #[test]
+    fn prometheus_names_counters_as_their_samples() {
+        let open = "# HELP a_b Help with  spaces.\n# TYPE a_b counter\n# UNIT a_b seconds\na_b_total{x=\"# y\"} 1\n\
+                    # HELP c It.\n# TYPE c gauge\nc 2\n# EOF\n";
+        let expected = "# HELP a_b_total Help with  spaces.\n# TYPE a_b_total counter\na_b_total{x=\"# y\"} 1\n\
+                        # HELP c It.\n# TYPE c gauge\nc 2\n";
+        assert_eq!(as_prometheus(open), expected);
     }
 }

@@ -4,8 +4,10 @@ use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, Tra
 use opentelemetry_otlp::WithExportConfig;
 use tracing::{Level, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::filter_fn;
 
-use super::{Ids, init, start};
+use super::{Ids, UNTRACED, init, start};
 
 /// The way to the collector.
 pub struct Traces(opentelemetry_sdk::trace::SdkTracerProvider);
@@ -41,7 +43,8 @@ pub fn init_traced(level: Level, otlp: Option<&str>) -> Result<Option<Traces>, S
         .with_batch_exporter(exporter)
         .with_resource(resource)
         .build();
-    start(level, tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")));
+    let traced = filter_fn(|metadata| metadata.target() != UNTRACED);
+    start(level, tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")).with_filter(traced));
     Ok(Some(Traces(provider)))
 }
 

@@ -184,7 +184,7 @@ def check_server(report, protocol, native, version):
         side, k = native.preprocessing["crop"], len(native.classes)
         expect({entry["name"] for entry in metadata["inputs"]}, {"images", "image"}, "the set of inputs")
         expect(shapes["images"], ("FP32", [-1, 3, side, side]), "images")
-        expect(shapes["image"], ("BYTES", [-1]), "image")
+        expect(shapes["image"], ("BYTES", [-1, 1]), "image")
         expect([entry["name"] for entry in metadata["outputs"]], OUTPUTS, "the list of outputs")
         expect(shapes["logits"], ("FP32", [-1, k]), "logits")
         expect(shapes["probabilities"], ("FP32", [-1, k]), "probabilities")
@@ -201,7 +201,7 @@ def check_server(report, protocol, native, version):
             for entry in config["input"] + config["output"]
         }
         expect(tensors["images"], ("TYPE_FP32", [3, side, side]), "images")
-        expect(tensors["image"], ("TYPE_STRING", []), "image")
+        expect(tensors["image"], ("TYPE_STRING", [1]), "image")
         expect(tensors["set"], ("TYPE_BOOL", [k]), "set")
     with report.check(f"{name}: model is ready, an unknown name or version is not"):
         assert client.is_model_ready(model) is True

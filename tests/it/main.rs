@@ -7,6 +7,7 @@ compile_error!("the tests need every feature: cargo test --features dev");
 mod batch;
 mod calibration;
 mod cli;
+mod codings;
 mod connections;
 mod data;
 mod echoes;

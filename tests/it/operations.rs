@@ -164,6 +164,30 @@ async fn a_version_that_is_a_link_is_served_as_the_repository_calls_it() {
 }
 
 #[tokio::test]
+async fn a_folder_without_versions_is_left_out_and_one_with_a_number_in_another_form_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let repository = repository(folder.path());
+    std::fs::create_dir_all(repository.join("notes/drafts")).unwrap();
+    let server = Server::over(&repository, ServeOptions::default()).await;
+    let models = server.get("/v1/models").await.json();
+    assert_eq!(models["models"].as_array().unwrap().len(), 1, "{models}");
+    // By itself it is an error, as is a version in another form.
+    let serve = |repository: &std::path::Path| {
+        let out = nbn(&["serve", "--addr", "127.0.0.1:0", "--models", repository.to_str().unwrap()]);
+        assert_eq!(out.status.code(), Some(1));
+        text(&out.stderr)
+    };
+    std::fs::rename(repository.join("cifar10-lt/1"), repository.join("cifar10-lt/01")).unwrap();
+    let error = serve(&repository);
+    assert!(
+        error.contains("cifar10-lt/01: a version's folder is named by its number alone: rename it to 1"),
+        "{error}"
+    );
+    std::fs::remove_dir_all(repository.join("cifar10-lt")).unwrap();
+    assert!(serve(&repository).contains("notes: no version found"));
+}
+
+#[tokio::test]
 async fn browsers_may_send_a_key_across_origins() {
     let options = ServeOptions { cors_origins: vec!["https://a.example".into()], ..ServeOptions::default() };
     let server = Server::with(Registry::new(Vec::new(), None).unwrap(), options).await;
@@ -454,7 +478,7 @@ async fn traces_reach_a_collector() {
     });
     let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
         .current_dir(root())
-        .args(["serve", "--addr", "127.0.0.1:0", "--otlp", &endpoint])
+        .args(["serve", "--addr", "127.0.0.1:0", "--access-log", "--otlp", &endpoint])
         .env_remove("RUST_LOG")
         .stderr(std::process::Stdio::piped())
         .spawn()
@@ -468,10 +492,25 @@ async fn traces_reach_a_collector() {
             break;
         }
     }
-    let request = reqwest::Client::new().get(format!("http://{address}/livez"));
+    let client = reqwest::Client::new();
+    let mut ask = async |path: &str, parent: Option<&str>| {
+        let mut request = client.get(format!("http://{address}{path}"));
+        if let Some(parent) = parent {
+            request = request.header("traceparent", parent);
+        }
+        let answer = request.send().await.unwrap();
+        let told = answer.headers()["traceparent"].to_str().unwrap().to_owned();
+        let logged: Value = serde_json::from_str(&lines.next().unwrap()).unwrap();
+        // The log names the trace that the answer does.
+        assert_eq!(logged["span"]["trace_id"], told[3..35], "{logged}");
+        told
+    };
+    let probe = ask("/readyz", None).await;
+    assert!(probe.ends_with("-00"), "nobody records it: {probe}");
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let answer = request.header("traceparent", parent).send().await.unwrap();
-    let own = answer.headers()["traceparent"].to_str().unwrap()[36..52].to_owned();
+    let own = ask("/v1/models", Some(parent)).await[36..52].to_owned();
+    let fresh = ask("/v1/models/none", None).await;
+    assert!(fresh.ends_with("-01"), "it is recorded: {fresh}");
     // SAFETY: kill only sends a signal to the child that is still owned here.
     #[allow(unsafe_code)]
     unsafe {
@@ -483,7 +522,10 @@ async fn traces_reach_a_collector() {
         (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
     };
     let holds = |part: &[u8]| body.windows(part.len()).any(|window| window == part);
-    assert!(holds(b"nbn") && holds(b"/livez"));
+    assert!(holds(b"nbn") && holds(b"/v1/models") && !holds(b"/readyz"));
+    assert!(holds(&hex(&fresh[3..35])) && holds(&hex(&fresh[36..52])));
+    // An attribute's key, and its value as a whole number: 404.
+    assert!(holds(&[b"\x0a\x19http.response.status_code\x12\x03\x18".as_slice(), &[0x94, 0x03]].concat()));
     assert!(holds(&hex("0af7651916cd43dd8448eb211c80319c")) && holds(&hex("b7ad6b7169203331")) && holds(&hex(&own)));
     assert!(child.wait().unwrap().success());
 }

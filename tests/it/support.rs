@@ -275,6 +275,16 @@ impl Server {
         self.send("post", path, request.header("content-type", content_type).body(body)).await
     }
 
+    pub(crate) async fn post_with(&self, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+        let request = self.client.post(format!("http://{}{path}", self.address)).body(body);
+        Self::answered(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value))).await
+    }
+
+    pub(crate) async fn get_with(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
+        let request = self.client.get(format!("http://{}{path}", self.address));
+        Self::answered(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value))).await
+    }
+
     pub(crate) async fn multipart(&self, path: &str, parts: Vec<(&'static str, &'static str, Vec<u8>)>) -> Answer {
         let mut form = reqwest::multipart::Form::new();
         for (name, file, bytes) in parts {
@@ -285,14 +295,18 @@ impl Server {
     }
 
     async fn send(&self, method: &str, path: &str, request: reqwest::RequestBuilder) -> Answer {
+        let answer = Self::answered(request).await;
+        answer.check(method, path);
+        answer
+    }
+
+    async fn answered(request: reqwest::RequestBuilder) -> Answer {
         let response = request.send().await.unwrap();
-        let answer = Answer {
+        Answer {
             status: response.status().as_u16(),
             headers: response.headers().clone(),
             body: response.bytes().await.unwrap().to_vec(),
-        };
-        answer.check(method, path);
-        answer
+        }
     }
 }
 

@@ -87,6 +87,8 @@ def make(name):
     torch.manual_seed(len(name))
     model = build().eval()
     count = 0
+    # Else a random network says the same of every picture, and there is nothing to calibrate.
+    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].weight.data *= 20
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for n, module in enumerate(norms):
         nn.init.normal_(module.running_mean, 0, 0.1)
@@ -113,7 +115,7 @@ def check(name, dynamo, folder):
         torch.onnx.export(
             model, (x,), path, dynamo=False, opset_version=17, input_names=["x"], output_names=["y"], dynamic_axes=axes
         )
-    bundle = folder / path.stem / "1"
+    bundle = folder / f"{path.stem}-models" / path.stem / "1"
     began = time.time()
     (folder / "classes.csv").write_text("label,count\n" + "".join(f"class {k},{1000 // (k + 1)}\n" for k in range(K)))
     command = [FOLD, "export", path, "--classes", folder / "classes.csv", "--out", bundle]
@@ -159,13 +161,19 @@ def end_to_end(model, side, bundle, photos):
     inputs = np.stack([np.asarray(image.resize((side, side), Image.BILINEAR), np.float32) for image in images])
     inputs = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
     expected = torch.cat([model(part) for part in inputs.split(8)]).numpy()
-    # Random networks give nearly one class; what a picture has above the mean is its label.
-    labels = (expected - expected.mean(0)).argmax(1)
+    # The network is right three times in four, else its second guess is.
+    ranked = expected.argsort(1)[:, ::-1]
+    labels = np.where(np.arange(PICTURES) % 4 == 3, ranked[:, 1], ranked[:, 0])
     for n, (image, label) in enumerate(zip(images, labels)):
         folder = photos / f"class {label}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{n:03}.png")
-    ask = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def ask(*command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     ask(FOLD, "calibrate", bundle, "--data", photos)
     rows = [json.loads(row) for row in ask(NBN, "score", "--model", bundle, "--logits", photos).splitlines()]
     assert len(rows) == PICTURES
@@ -186,7 +194,7 @@ def end_to_end(model, side, bundle, photos):
         request = urllib.request.Request(url, body, {"content-type": "image/png"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
             answer = json.load(reply)
-        told, best = answer["predictions"][0], row["predictions"][0]
+        told, best = answer["results"][0]["predictions"][0], row["predictions"][0]
         assert told["label"] == best["label"] and abs(told["score"] - best["score"]) < 1e-4, (told, best)
     finally:
         server.terminate()
@@ -203,7 +211,7 @@ def main():
                 try:
                     failed += not check(name, dynamo, Path(folder))
                 except Exception as error:
-                    print(f"{name:<20} {'dynamo' if dynamo else 'script'} FAILED in PyTorch: {str(error)[:300]}", flush=True)
+                    print(f"{name:<20} {'dynamo' if dynamo else 'script'} FAILED in PyTorch: {str(error)[-600:]}", flush=True)
                     failed += 1
     sys.exit(f"{failed} failed" if failed else 0)
 

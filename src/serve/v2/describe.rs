@@ -55,7 +55,7 @@ pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
         platform: "onnxruntime_onnx",
         inputs: vec![
             TensorInfo { name: "images", datatype: "FP32", shape: vec![-1, a, b, c] },
-            TensorInfo { name: "image", datatype: "BYTES", shape: vec![-1] },
+            TensorInfo { name: "image", datatype: "BYTES", shape: vec![-1, 1] },
         ],
         outputs: outputs
             .map(|o| TensorInfo { name: o.name(), datatype: o.datatype(), shape: vec![-1, classes] })
@@ -80,12 +80,15 @@ pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Valu
         let one = |t: &TensorInfo| serde_json::json!({"name": t.name, "data_type": triton_type(t.datatype).0, "dims": dims(t)});
         tensors.iter().map(one).collect()
     };
+    let mut inputs = tensors(&info.inputs);
+    // Exactly one of them is given.
+    inputs.iter_mut().for_each(|input| input["optional"] = true.into());
     serde_json::json!({
         "name": model.name,
         "platform": info.platform,
         "backend": "onnxruntime",
         "max_batch_size": max_images,
-        "input": tensors(&info.inputs),
+        "input": inputs,
         "output": tensors(&info.outputs),
     })
 }

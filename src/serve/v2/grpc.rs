@@ -17,6 +17,7 @@ use tonic_prost::ProstCodec;
 
 use super::super::body::{self, BodyMemory, Held};
 use super::super::code::Code;
+use super::super::coding::Coding;
 use super::super::control::Control;
 use super::super::cut::{quoted, shown};
 use super::super::keys::Caller;
@@ -29,6 +30,11 @@ use super::tensors::{RawData, RawTensor};
 use super::{
     Answer, App, Call, IndexLine, IndexState, Notes, Output, Problem, Wanted, bad, find, infer as shared, is_grpc, rest,
 };
+
+/// How the messages of a call are compressed.
+const ENCODING: &str = "grpc-encoding";
+/// How they may be.
+const ACCEPTED: &str = "grpc-accept-encoding";
 
 /// A problem as gRPC says it.
 pub(crate) fn refusal(problem: &Problem) -> Response {
@@ -47,7 +53,9 @@ pub(crate) fn refusal(problem: &Problem) -> Response {
         status if status.is_client_error() => tonic::Code::InvalidArgument,
         _ => tonic::Code::Internal,
     };
-    Status::new(code, problem.detail.to_string()).into_http()
+    let mut response = Status::new(code, problem.detail.to_string()).into_http();
+    response.headers_mut().insert(ACCEPTED, HeaderValue::from_static("identity,gzip"));
+    response
 }
 
 /// A call: its message, and what answering it needs.
@@ -58,6 +66,8 @@ struct Context {
     control: Result<Control, Problem>,
     deadline: Instant,
     held: Held,
+    /// Whether messages may be compressed by gzip.
+    gzip: bool,
 }
 
 impl Context {
@@ -69,7 +79,8 @@ impl Context {
         let deadline = shared::deadline(&app, request.headers());
         let (parts, body) = request.into_parts();
         let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
-        Ok(Self { app, notes, control, deadline, held })
+        let gzip = parts.headers.get(ENCODING).is_some_and(|coding| coding.as_bytes().eq_ignore_ascii_case(b"gzip"));
+        Ok(Self { app, notes, control, deadline, held, gzip })
     }
 
     async fn message<Q: Message + Default + 'static>(&self) -> Result<Q, Problem> {
@@ -82,10 +93,18 @@ impl Context {
         check: fn(Bytes) -> Result<(), Problem>,
     ) -> Result<Q, Problem> {
         let framed = self.held.bytes.clone();
-        body::parse(&self.app, framed.len(), self.deadline, async move {
-            let message = unframed(&framed)?;
-            check(message.clone())?;
-            decode(message)
+        let (limit, memory, gzip) = (self.app.limits.max_body_bytes, self.app.memory.clone(), self.gzip);
+        // What is compressed may be much.
+        let size = if gzip { usize::MAX } else { framed.len() };
+        body::parse(&self.app, size, self.deadline, async move {
+            let (message, compressed) = framed_message(&framed)?;
+            let held = match (compressed, gzip) {
+                (false, _) => Held::of(message),
+                (true, true) => Held::of(message).unpacked(Coding::Gzip, limit, &memory)?,
+                (true, false) => return Err(unknown_compression()),
+            };
+            check(held.bytes.clone())?;
+            decode(held.bytes)
         })
         .await
     }
@@ -187,20 +206,31 @@ fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
     Err(Problem::new(Code::MediaType, detail))
 }
 
-/// The one message of a unary call. Before it stand a byte that says whether it is compressed, and its length in four.
-fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
+/// The one message of a unary call, and whether it is compressed. Before it stand a byte that says so, and its length in
+/// four.
+fn framed_message(body: &Bytes) -> Result<(Bytes, bool), Problem> {
     let Some((&[compressed, length @ ..], message)) = body.split_first_chunk::<5>() else {
         return Err(bad("the call has no message: expected five bytes and then a message"));
     };
-    if compressed != 0 {
-        let detail = "the message is compressed, which this server does not accept: send it uncompressed";
-        return Err(Problem::new(Code::ContentEncoding, detail));
-    }
     let (announced, found) = (u32::from_be_bytes(length), message.len());
     if u32::try_from(found).ok() != Some(announced) {
         return Err(bad(format!("the call announces one message of {announced} bytes, but has {found} bytes")));
     }
-    Ok(body.slice(5..))
+    Ok((body.slice(5..), compressed != 0))
+}
+
+/// The one message of a unary call that is too small to be compressed.
+fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
+    match framed_message(body)? {
+        (message, false) => Ok(message),
+        (_, true) => Err(unknown_compression()),
+    }
+}
+
+fn unknown_compression() -> Problem {
+    let detail = "the message is compressed in a way that this server does not accept: send it uncompressed, or, but for \
+                  health checks, by gzip (grpc-encoding)";
+    Problem::new(Code::ContentEncoding, detail)
 }
 
 fn decode<Q: Message + Default>(message: Bytes) -> Result<Q, Problem> {
@@ -214,6 +244,7 @@ fn reply<A: Message + Default + 'static>(answer: A) -> Response {
     let body = EncodeBody::new_server(encoder, answer, None, SingleMessageCompressionOverride::default(), None);
     let mut response = Response::new(Body::new(body));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response.headers_mut().insert(ACCEPTED, HeaderValue::from_static("identity,gzip"));
     response
 }
 
@@ -251,7 +282,7 @@ fn config(app: &App, request: &m::ModelRequest) -> Result<m::ModelConfigResponse
     let parts = |t: TensorInfo| (t.name.to_owned(), describe::triton_type(t.datatype).1, t.shape[1..].to_vec());
     let input = |t| {
         let (name, data_type, dims) = parts(t);
-        m::ModelInput { name, data_type, dims }
+        m::ModelInput { name, data_type, dims, optional: true }
     };
     let output = |t| {
         let (name, data_type, dims) = parts(t);
@@ -330,7 +361,8 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     }
     let mut raw = raw_input_contents.into_iter();
     let mut tensors = Vec::with_capacity(inputs.len());
-    for m::InputTensor { name, datatype, shape, contents, .. } in inputs {
+    for m::InputTensor { name, datatype, shape, contents, parameters } in inputs {
+        super::no_shared_memory("input", &name, &values(parameters))?;
         let data = match (raw.next(), contents) {
             (Some(bytes), None) => RawData::Binary(bytes),
             (Some(_), Some(_)) => {
@@ -346,6 +378,7 @@ async fn infer(context: &Context, request: m::InferRequest) -> Result<m::InferRe
     }
     let wanted = |output: m::RequestedOutput| {
         let parameters = values(output.parameters);
+        super::no_shared_memory("output", &output.name, &parameters)?;
         let classification = super::best_of("classification", &parameters)?;
         Ok::<_, Problem>(Wanted { output: Output::of(&output.name)?, classification })
     };

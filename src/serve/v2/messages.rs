@@ -102,6 +102,7 @@ messages! {
         name: String = [string, tag = "1"],
         data_type: i32 = [int32, tag = "2"],
         dims: Vec<i64> = [int64, repeated, tag = "4"],
+        optional: bool = [bool, tag = "8"],
     }
     ModelOutput {
         name: String = [string, tag = "1"],

@@ -124,6 +124,19 @@ fn bad(detail: impl Into<String>) -> Problem {
 }
 
 /// The parameter of that name: so many of the best classes; 0 is none.
+/// Refuses a tensor that lies in shared memory.
+fn no_shared_memory(kind: &str, name: &str, parameters: &BTreeMap<String, Value>) -> Result<(), Problem> {
+    match parameters.get(wire::SHARED_MEMORY) {
+        None => Ok(()),
+        Some(region) => Err(bad(format!(
+            "{kind} {} asks for the shared memory {}, which this server does not have: send and take tensors in the \
+             request and its answer",
+            quoted(name),
+            shown(region)
+        ))),
+    }
+}
+
 fn best_of(name: &str, parameters: &BTreeMap<String, Value>) -> Result<Option<usize>, Problem> {
     let Some(value) = parameters.get(name) else { return Ok(None) };
     match value.as_u64() {

@@ -16,7 +16,9 @@ use super::super::cut::shown;
 use super::super::objects;
 use super::super::wire::ClientId;
 use super::tensors::{Data, RawData, RawTensor};
-use super::wire::{IndexQuery, InferReply, ModelReady, WireData, WireInfer, WireInput, WireOutput, WireTensor};
+use super::wire::{
+    IndexQuery, InferReply, Live, ModelReady, Ready, WireData, WireInfer, WireInput, WireOutput, WireTensor,
+};
 use super::{
     Answer, App, Call, IndexLine, IndexState, Notes, Output, Problem, ServerInfo, Stats, Wanted, bad, best_of,
     describe, find, infer as shared,
@@ -37,18 +39,18 @@ pub(crate) async fn server() -> Json<ServerInfo> {
 }
 
 /// Says that the process is alive
-#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive"))))]
-pub(crate) async fn live() -> StatusCode {
-    StatusCode::OK
+#[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/live", tag = "v2", responses((status = 200, description = "Alive", body = Live))))]
+pub(crate) async fn live() -> Json<Live> {
+    Json(Live { live: true })
 }
 
 /// Says whether the server is ready for requests
 #[cfg_attr(feature = "openapi", utoipa::path(get, path = "/v2/health/ready", tag = "v2", responses(
-    (status = 200, description = "Every model is loaded and warm"),
+    (status = 200, description = "Every model is loaded and warm", body = Ready),
     (status = "default", description = "503 while models are being loaded, and while the server shuts down", body = ErrorBody),
 )))]
-pub(crate) async fn ready(State(app): State<App>) -> Result<StatusCode, Problem> {
-    app.ready().map(|()| StatusCode::OK)
+pub(crate) async fn ready(State(app): State<App>) -> Result<Json<Ready>, Problem> {
+    app.ready().map(|()| Json(Ready { live: true, ready: true }))
 }
 
 macro_rules! with_and_without_version {
@@ -189,7 +191,7 @@ async fn answer(
     let model = find(app, model, version)?;
     let deadline = shared::deadline(app, request.headers());
     let (parts, body) = request.into_parts();
-    let held = body::read(body, &parts.headers, &app.limits, &app.memory, deadline).await?;
+    let held = body::receive(app, body, &parts.headers, deadline).await?;
     let size = held.bytes.len();
     let parsed = async move { Ok((parse(&parts.headers, &held)?, held)) };
     let ((call, binary), held) = body::parse(app, size, deadline, parsed).await?;
@@ -252,6 +254,7 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
     for WireOutput { name, parameters } in request.outputs {
         let output = Output::of(&name)?;
         super::once(output, &outputs)?;
+        super::no_shared_memory("output", &name, &parameters)?;
         if let Some(flag) = flag(parameters.get("binary_data")) {
             binary.by_name.insert(output.name(), flag);
         }
@@ -262,6 +265,7 @@ fn parse(headers: &HeaderMap, held: &Held) -> Result<(Call, BinaryOutputs), Prob
 
 fn raw(input: WireInput, rest: &mut Bytes) -> Result<RawTensor, Problem> {
     let WireInput { name, datatype, shape, parameters, data } = input;
+    super::no_shared_memory("input", &name, &parameters)?;
     let data = match (parameters.get("binary_data_size"), data) {
         (Some(_), Some(_)) => return Err(bad(format!("input {} has both data and binary_data_size", shown(&name)))),
         (None, None) => return Err(bad(format!("input {} has neither data nor binary_data_size", shown(&name)))),

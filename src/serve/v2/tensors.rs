@@ -1,11 +1,10 @@
 //! Tensors on the wire: JSON values nested or flat, little-endian bytes, BYTES elements with their lengths.
 
 use axum::body::Bytes;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::super::base64;
 use super::super::code::Code;
 use super::super::cut::{quoted, shown};
 use super::super::objects;
@@ -145,14 +144,14 @@ impl<'de> Deserialize<'de> for JsonData {
 }
 
 impl JsonData {
-    /// Strings are pictures in standard base64: JSON cannot carry bytes.
+    /// Strings are pictures in base64: JSON cannot carry bytes.
     pub(super) fn raw(self) -> Result<RawData, Problem> {
         match self {
             Self::Floats(values) => Ok(RawData::Floats(values)),
             Self::Strings(strings) => {
                 let decode = |(at, text): (usize, String)| {
-                    let fail = |error| bad(format!("element {at} of a BYTES tensor is not standard base64: {error}"));
-                    STANDARD.decode(text).map(Bytes::from).map_err(fail)
+                    let fail = |reason| bad(format!("element {at} of a BYTES tensor is not base64: {reason}"));
+                    base64::decode(&text).map_err(fail)
                 };
                 strings.into_iter().enumerate().map(decode).collect::<Result<_, _>>().map(RawData::Elements)
             }

@@ -33,7 +33,9 @@ pub(crate) struct WireInfer {
 
 /// The parameters that mean something here, of a request and of a tensor; the protocol has others ignored.
 const OF_REQUEST: [&str; 5] = ["timeout", "nbn_top_k", "nbn_alpha", "nbn_prior", "binary_data_output"];
-const OF_TENSOR: [&str; 3] = ["binary_data", "binary_data_size", "classification"];
+const OF_TENSOR: [&str; 4] = ["binary_data", "binary_data_size", "classification", SHARED_MEMORY];
+/// Names a region of memory that client and server share, in Triton's extension of that name.
+pub(super) const SHARED_MEMORY: &str = "shared_memory_region";
 
 fn of_request<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
     deserializer.deserialize_map(Parameters(&OF_REQUEST))
@@ -211,6 +213,21 @@ pub(crate) enum WireData {
     F32(Vec<f32>),
     Bool(Vec<bool>),
     Strings(Vec<String>),
+}
+
+/// A process that is alive.
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub(crate) struct Live {
+    pub(super) live: bool,
+}
+
+/// A server that is ready.
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub(crate) struct Ready {
+    pub(super) live: bool,
+    pub(super) ready: bool,
 }
 
 /// A model that is ready.
