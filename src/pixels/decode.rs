@@ -7,7 +7,7 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, Imag
 use super::input::{Watch, Watched};
 use super::limits::{DecodeError, DecodeLimits, Stored};
 use super::picture::Picture;
-use super::{gif, jpeg, tiff, webp};
+use super::{exif, gif, jpeg, tiff, webp};
 use crate::bundle::Exif;
 use crate::stop::Stop;
 
@@ -63,7 +63,7 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
 fn read(
     bytes: &[u8],
     format: ImageFormat,
-    exif: Exif,
+    wanted: Exif,
     limits: &DecodeLimits,
     watch: &Watch<'_>,
 ) -> Result<Stored, DecodeError> {
@@ -106,8 +106,8 @@ fn read(
     allocation.max_alloc = Some(limits.max_decoded_bytes.saturating_sub(decoded_bytes));
     let too_many_bytes = || DecodeError::TooManyBytes { width, height, limit: limits.max_decoded_bytes };
     decoder.set_limits(allocation).map_err(|_| too_many_bytes())?;
-    let orientation = match exif {
-        Exif::Apply => decoder.orientation().ok(),
+    let orientation = match wanted {
+        Exif::Apply => exif::blocks(bytes, format).orientation(),
         Exif::Ignore => None,
     };
     let picture = DynamicImage::from_decoder(decoder).map_err(|error| match error {

@@ -2,16 +2,15 @@
 //! decoder of `image` differs by up to 16 levels at the edges of colours.
 
 use image::RgbImage;
-use image::metadata::Orientation;
 use mozjpeg::{ColorSpace, Decompress, Marker};
 
+use super::exif::{Blocks, EXIF_HEAD, XMP_HEAD};
 use super::input::{Watch, Watched};
 use super::limits::{DecodeError, DecodeLimits, Stored};
 use crate::bundle::Exif;
 
 /// Where cameras write how they were held.
 const APP1: Marker = Marker::APP(1);
-const EXIF: &[u8] = b"Exif\0\0";
 /// Scans of a picture of any size; encoders make about 10. Each costs a pass over all of the picture's coefficients.
 const SCANS: u64 = 64;
 /// Pixels below which a picture may have more scans: as many as cost no more than [`SCANS`] of a picture of this size.
@@ -35,8 +34,7 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watc
     let input = if count > 1 { Watched::with_pauses(bytes, watch, scans) } else { Watched::whole(bytes, watch) };
     let wanted: &[Marker] = if exif == Exif::Apply { &[APP1] } else { &[] };
     let decompress = Decompress::with_markers(wanted).from_reader(input).map_err(damaged)?;
-    let tags = decompress.markers().find_map(|marker| marker.data.strip_prefix(EXIF));
-    let orientation = tags.and_then(Orientation::from_exif_chunk);
+    let orientation = blocks(decompress.markers().map(|marker| marker.data)).orientation();
     let inks = matches!(decompress.color_space(), ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK);
     // JPEG's sizes have 16 bits.
     let (width, height) = (decompress.width() as u32, decompress.height() as u32);
@@ -61,6 +59,19 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watc
     let pixels = if inks { rgb_of_inks(&pixels) } else { pixels };
     let picture = RgbImage::from_raw(width, height, pixels);
     Ok((picture.ok_or_else(|| damaged("its size and its data disagree"))?, orientation))
+}
+
+/// What the markers say of how the camera was held: EXIF may be longer than one of them.
+fn blocks<'a>(markers: impl Iterator<Item = &'a [u8]>) -> Blocks<'a> {
+    let mut found = Blocks::default();
+    for marker in markers {
+        if let Some(tags) = marker.strip_prefix(EXIF_HEAD) {
+            found.exif.get_or_insert_default().to_mut().extend_from_slice(tags);
+        } else if let Some(xmp) = marker.strip_prefix(XMP_HEAD) {
+            found.xmp = Some(xmp.into());
+        }
+    }
+    found
 }
 
 /// How many scans a picture of this size may have.

@@ -1,6 +1,7 @@
 //! Turns encoded image bytes into the tensor a bundle asks for. Knows nothing of HTTP.
 
 mod decode;
+mod exif;
 mod gif;
 mod input;
 mod jpeg;

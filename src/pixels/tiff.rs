@@ -145,6 +145,7 @@ struct Field {
     tag: u16,
     /// Bytes of a value; 0 where the type is not known, and the field is skipped or refused whatever its length.
     size: u8,
+    kind: u16,
     count: u64,
     /// Where the values lie.
     at: u64,
@@ -185,7 +186,7 @@ impl<'a> Image<'a> {
             let is_inline = u128::from(size) * u128::from(count) <= u128::from(offset);
             let at = if is_inline { Some(inline) } else { image.number(inline, offset) };
             let Some(at) = at else { break };
-            image.fields.push(Field { tag: tag as u16, size, count, at });
+            image.fields.push(Field { tag: tag as u16, size, kind: kind as u16, count, at });
         }
         Some(image)
     }
@@ -203,7 +204,7 @@ impl<'a> Image<'a> {
 
     /// The whole numbers of a field, as far as the file has them.
     fn numbers(&self, tag: u16) -> impl Iterator<Item = u64> {
-        let Field { size, count, at, .. } = self.field(tag).unwrap_or(Field { tag, size: 0, count: 0, at: 0 });
+        let Field { size, count, at, .. } = self.field(tag).unwrap_or(Field { tag, size: 0, kind: 0, count: 0, at: 0 });
         let count = if size == 0 { 0 } else { count };
         (0..count).map_while(move |n| self.number(at.checked_add(n.checked_mul(u64::from(size))?)?, size))
     }
@@ -212,6 +213,27 @@ impl<'a> Image<'a> {
         let field = self.field(tag)?;
         Some(part(self.bytes, field.at, u64::try_from(field.length()).unwrap_or(u64::MAX)))
     }
+}
+
+/// The value of a field of the first image: None without such a field, and none within where it is not one whole number
+/// that is not negative.
+pub(super) fn whole_number(bytes: &[u8], tag: u16) -> Option<Option<u64>> {
+    let image = Image::of(bytes)?;
+    // Of several the last one counts, as in Pillow.
+    let field = *image.fields.iter().rev().find(|field| field.tag == tag)?;
+    let value = image.number(field.at, field.size).filter(|_| field.count == 1);
+    Some(match field.kind {
+        3 | 4 | 13 | 16 => value,
+        6 => value.filter(|value| *value < 1 << 7),
+        8 => value.filter(|value| *value < 1 << 15),
+        9 => value.filter(|value| *value < 1 << 31),
+        _ => None,
+    })
+}
+
+/// The bytes of a field of the first image.
+pub(super) fn bytes_of(bytes: &[u8], tag: u16) -> Option<&[u8]> {
+    Image::of(bytes)?.bytes_of(tag)
 }
 
 #[cfg(test)]
