@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::MODEL_FILE;
 use super::preprocessing::{Color, MAX_SIDE, Preprocessing, Resize, Size};
 
 /// Newest version of the manifest's form, which this build writes where the first cannot say what it has to; it reads both.
@@ -371,6 +372,17 @@ impl Manifest {
         self.fold.check()?;
         self.checkpoint.check("checkpoint")?;
         self.model.check("model")?;
+        if self.model.file != MODEL_FILE {
+            return Err(value("model.file", &format!("{:?}", cut(&self.model.file)), "it must be model.onnx"));
+        }
+        if self.schema_version < SCHEMA_VERSION && !self.model_data.is_empty() {
+            return Err(value("schema_version", &self.schema_version, "it must be 2 with model_data"));
+        }
+        let mut names: Vec<&str> = self.model_data.iter().map(|file| file.file.as_str()).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(value("model_data.file", &format!("{:?}", cut(pair[0])), "each file is named once"));
+        }
         self.model_data.iter().try_for_each(|file| {
             file.check("model_data")?;
             // A name must not lead out of the bundle.

@@ -8,6 +8,7 @@ mod calibration;
 mod card;
 mod form;
 mod manifest;
+mod onnx_metadata;
 mod preprocessing;
 mod repository;
 
@@ -36,6 +37,9 @@ pub use repository::{Repository, VersionFolder, VersionPolicy};
 pub const MODEL_FILE: &str = "model.onnx";
 /// File name of the manifest in a bundle.
 pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// How the name of the metadata in `model.onnx` begins that has the SHA-256 of a file with weights; the file's name follows.
+pub const DIGEST_KEY: &str = "nbn.sha256.";
 
 /// File name of the calibration in a bundle.
 pub const CALIBRATION_FILE: &str = "calibration.json";
@@ -107,12 +111,39 @@ impl Network {
             Err(BundleError::Digest { path: path.to_owned(), found, expected: expected.clone() })
         };
         is_as_described(&self.path, sha256_hex(&bytes), &self.sha256)?;
+        self.is_complete(&bytes)?;
         for (path, expected) in &self.data {
+            is_within(path)?;
             let found = sha256_of_file(path).map_err(|cause| BundleError::Read { path: path.clone(), cause })?;
             is_as_described(path, found, expected)?;
         }
         Ok(self.bytes.get_or_init(|| bytes))
     }
+
+    /// Whether the manifest describes exactly the files with weights that `model.onnx` names: its digest stands for them, in
+    /// calibrations and in the cache.
+    fn is_complete(&self, bytes: &[u8]) -> Result<(), BundleError> {
+        let named =
+            onnx_metadata::metadata(bytes).filter_map(|(key, value)| Some((key.strip_prefix(DIGEST_KEY)?, value)));
+        let mut named: Vec<(&str, &str)> = named.collect();
+        let name = |path: &'_ Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let described: Vec<(String, &str)> = self.data.iter().map(|(path, sha256)| (name(path), &**sha256)).collect();
+        let mut described: Vec<(&str, &str)> = described.iter().map(|(name, sha256)| (&**name, *sha256)).collect();
+        named.sort_unstable();
+        described.sort_unstable();
+        if named == described { Ok(()) } else { Err(BundleError::OtherWeights(self.path.clone())) }
+    }
+}
+
+/// Refuses a link out of the bundle's folder: ONNX Runtime does not follow it.
+fn is_within(path: &Path) -> Result<(), BundleError> {
+    let folder = path.parent().unwrap_or(path);
+    let read = |cause| BundleError::Read { path: path.to_owned(), cause };
+    if fs::canonicalize(path).map_err(read)?.starts_with(fs::canonicalize(folder).map_err(read)?) {
+        return Ok(());
+    }
+    let reason = "it is a link out of the bundle's folder, which ONNX Runtime does not follow: copy the file";
+    Err(read(io::Error::new(io::ErrorKind::InvalidInput, reason)))
 }
 
 /// A bundle whose manifest is consistent and whose calibration was made for it. Unless it came from [`Bundle::open`], its
@@ -197,6 +228,12 @@ pub enum BundleError {
         /// Digest in the manifest.
         expected: String,
     },
+    /// The manifest and `model.onnx` name different files with weights.
+    #[error(
+        "{}: it names other files with weights than the manifest's model_data, or other digests of them: restore the \
+         bundle, or export it again", .0.display()
+    )]
+    OtherWeights(PathBuf),
     /// No version folder below a model's folder.
     #[error("{path}: no version found: a bundle is a folder whose name is a decimal number, such as {path}/1, and \
              which holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]

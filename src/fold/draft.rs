@@ -1,13 +1,29 @@
 //! A bundle that is being made, beside the place that it will have.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use super::FoldError;
 use super::onnx::{DataFile, Network, OnnxError};
 use crate::bundle::{BUNDLE_FILES, DATA_FILE, FileDigest, MANIFEST_FILE, MODEL_FILE, Manifest, is_data_file};
-use crate::files::{draft_of, foreign, name_of_draft, remove_own, replace, replace_folder};
+use crate::files::{draft_of, foreign, name_of_draft, place_folder, remove_own, replace, replace_folder};
 use crate::runtime::NetworkSource;
+
+/// Drafts that are older were left by processes that ended.
+const STALE: Duration = Duration::from_secs(3600);
+
+/// The drafts that this process is making.
+static OPEN: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// Removes what this process has written of bundles that are not finished: for a process that is told to end.
+pub fn remove_drafts() {
+    for folder in OPEN.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        remove(folder);
+    }
+}
 
 /// Its folder is made when something is written, and is removed with what this program wrote unless the bundle is published.
 pub(super) struct Draft {
@@ -15,13 +31,18 @@ pub(super) struct Draft {
     folder: PathBuf,
     /// Whether weights have files of their own, however few they are.
     always_apart: bool,
+    /// Whether a bundle that is there is replaced.
+    replaces: bool,
     data: Vec<DataFile>,
+    /// Folders above it that were made for it, the outermost last.
+    above: Vec<PathBuf>,
 }
 
 impl Draft {
     /// The draft of a bundle at `out`.
-    pub(super) fn of(out: &Path, always_apart: bool) -> Self {
-        Self { out: out.to_owned(), folder: draft_of(out), always_apart, data: Vec::new() }
+    pub(super) fn of(out: &Path, always_apart: bool, replaces: bool) -> Self {
+        let folder = draft_of(out);
+        Self { out: out.to_owned(), folder, always_apart, replaces, data: Vec::new(), above: Vec::new() }
     }
 
     /// Puts the network's weights into files here if its own file cannot hold them, or if they are to be there.
@@ -29,7 +50,8 @@ impl Draft {
     /// # Errors
     /// When a weight cannot be read or written.
     pub(super) fn hold(&mut self, network: &mut Network) -> Result<(), FoldError> {
-        let fail = |cause: OnnxError| FoldError::Onnx { path: self.out.clone(), cause };
+        let out = self.out.clone();
+        let fail = |cause: OnnxError| FoldError::Onnx { path: out.clone(), cause };
         network.gather().map_err(fail)?;
         if !network.fits_within() || self.always_apart {
             self.make()?;
@@ -54,7 +76,7 @@ impl Draft {
     ///
     /// # Errors
     /// When it cannot be written; what was there stays.
-    pub(super) fn publish(self, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
+    pub(super) fn publish(mut self, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
         let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
         let own = own_files(&self.out);
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
@@ -62,12 +84,19 @@ impl Draft {
         let write = || {
             replace(&self.folder.join(MODEL_FILE), model)?;
             replace(&self.folder.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
-            replace_folder(&self.folder, &self.out, &own)
+            // Another process may have put one there meanwhile.
+            if self.replaces {
+                replace_folder(&self.folder, &self.out, &own)
+            } else {
+                place_folder(&self.folder, &self.out)
+            }
         };
-        write().map_err(|cause| FoldError::File { path: self.out.clone(), cause })
+        write().map_err(|cause| FoldError::File { path: self.out.clone(), cause })?;
+        self.above.clear();
+        Ok(())
     }
 
-    fn make(&self) -> Result<(), FoldError> {
+    fn make(&mut self) -> Result<(), FoldError> {
         if self.folder.is_dir() {
             return Ok(());
         }
@@ -76,16 +105,41 @@ impl Draft {
             let path = path.to_owned();
             move |cause| FoldError::File { path, cause }
         };
+        self.above = parent.ancestors().take_while(|above| !above.exists()).map(Path::to_owned).collect();
         fs::create_dir_all(parent).map_err(fail(parent))?;
+        sweep(parent, &self.out);
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert(self.folder.clone());
         fs::create_dir(&self.folder).map_err(fail(&self.out))
     }
+}
+
+/// Removes the drafts of `out` that killed processes have left in `folder`.
+fn sweep(folder: &Path, out: &Path) {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let age = entry.metadata().and_then(|found| found.modified()).ok().and_then(|time| time.elapsed().ok());
+        let is_draft = entry.file_name().to_str().and_then(name_of_draft).is_some_and(|of| of == name);
+        if is_draft && age.is_some_and(|age| age > STALE) {
+            remove(&entry.path());
+        }
+    }
+}
+
+/// Removes a draft's own files, and its folder when nothing else is in it.
+fn remove(folder: &Path) {
+    let own = own_files(folder);
+    remove_own(folder, &own.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
         // A published one has another name by now.
-        let own = own_files(&self.folder);
-        remove_own(&self.folder, &own.iter().map(String::as_str).collect::<Vec<_>>());
+        remove(&self.folder);
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.folder);
+        // What is not empty stays.
+        self.above.iter().for_each(|folder| {
+            let _ = fs::remove_dir(folder);
+        });
     }
 }
 

@@ -121,7 +121,7 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, Fo
         check_replaceable(&options.out, options.force)?;
         refuse_inputs_inside(options)?;
     }
-    let mut draft = Draft::of(&options.out, options.external_data);
+    let mut draft = Draft::of(&options.out, options.external_data, options.force);
     let Proved { mut exported, model } = if is_onnx(&options.checkpoint) {
         from_onnx(options, library, &mut draft)?
     } else {
@@ -135,10 +135,15 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, Fo
 }
 
 fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<Proved, FoldError> {
+    for (given, flag) in [(options.logits.is_some(), "--logits"), (options.images.is_some(), "--images")] {
+        if given {
+            return Err(FoldError::Input(format!("{flag} is for ONNX files: leave it out for a checkpoint")));
+        }
+    }
     let checkpoint = Checkpoint::load(&options.checkpoint)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
     let stored = match &options.preprocessing {
-        Some(PreprocessingSource::File(path)) => Some(from_file(path, options.exif)?),
+        Some(PreprocessingSource::File(path)) => Some(from_file(path, options.exif, options.input_size)?),
         Some(PreprocessingSource::Preset(_)) => None,
         None => metadata(&checkpoint, PREPROCESSING_KEY, Preprocessing::check, "--preprocessing")?,
     };
@@ -193,7 +198,12 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
     };
     let preprocessing = options.changes.apply(preprocessing)?;
     // Found out now, not after the proof.
-    preprocessing.check().map_err(|error| FoldError::Input(format!("--input-size {size}: {error}")))?;
+    preprocessing.check().map_err(|error| {
+        FoldError::Input(match options.input_size {
+            Some(given) => format!("--input-size {given}: {error}"),
+            None => error.to_string(),
+        })
+    })?;
     if preprocessing.shape() != [3, size.height as usize, size.width as usize] {
         let reason = "the preprocessing is for one channel, or for channels last; networks of checkpoints take three \
                       channels first: give another --preprocessing";

@@ -11,7 +11,7 @@ use super::export::{self, ExportOptions, Exported, Preset, classes, file_name, r
 use super::onnx::passes::ends::{self, Ends};
 use super::onnx::passes::{self, Folded};
 use super::onnx::{Network, OnnxError};
-use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
+use super::preprocessing::{PreprocessingChanges, PreprocessingSource, from_file};
 use super::{FoldError, verify};
 use crate::bundle::{
     Alpha, Color, FileDigest, FoldReport, LeftNorm, MAX_SIDE, MODEL_FILE, Manifest, OnnxReport, OutputProof,
@@ -27,7 +27,7 @@ const MOST_PICTURES: usize = 64;
 
 /// Whether `path` is an ONNX file, by its name or, under another one, by how it begins: with the field `ir_version`, where
 /// checkpoints begin as archives, pickles, or a header's length and a brace.
-pub(super) fn is_onnx(path: &Path) -> bool {
+pub fn is_onnx(path: &Path) -> bool {
     let begins_so = || {
         let mut begin = [0; 9];
         let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
@@ -64,7 +64,10 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
             return Err(FoldError::Input(format!("{flag} is for checkpoints: leave it out for an ONNX file")));
         }
     }
-    let fail = |cause: OnnxError| FoldError::Onnx { path: path.clone(), cause };
+    let fail = |cause: OnnxError| match cause {
+        OnnxError::Read { path, cause } => FoldError::File { path, cause },
+        cause => FoldError::Onnx { path: path.clone(), cause },
+    };
     let original = Network::load(path).map_err(fail)?;
     let mut network = original.clone();
     let (opset, producer) = (network.opset(), network.producer());
@@ -131,7 +134,7 @@ fn digest(path: &Path) -> Result<FileDigest, FoldError> {
 /// The preprocessing of a network with this input, and where it comes from.
 fn prepared(input: &ends::Input, size: Size, options: &ExportOptions) -> Result<(Preprocessing, String), FoldError> {
     let source = match &options.preprocessing {
-        Some(PreprocessingSource::File(path)) => at_size(from_file(path, options.exif)?, size),
+        Some(PreprocessingSource::File(path)) => from_file(path, options.exif, Some(size))?,
         Some(PreprocessingSource::Preset(preset)) => preset.preprocessing(Some(size), options.exif),
         None => Preset::Imagenet.preprocessing(Some(size), options.exif),
     };
@@ -144,7 +147,11 @@ fn prepared(input: &ends::Input, size: Size, options: &ExportOptions) -> Result<
         settings.std = options.changes.std.clone().unwrap_or(vec![1.0]);
     }
     let from = match &options.preprocessing {
-        Some(source) => source.to_string(),
+        Some(source) if options.changes == PreprocessingChanges::default() => source.to_string(),
+        Some(source) => format!("{source}, but for the single settings that were given"),
+        None if input.channels == 1 => "guessed, but for what was given: an ONNX file does not say how its pictures were \
+                                        prepared (--preprocessing FILE, or --mean and --std)"
+            .into(),
         None if options.changes == PreprocessingChanges::default() => {
             "ImageNet's, guessed: an ONNX file does not say how its pictures were prepared (--preprocessing NAME or FILE does)".into()
         }
@@ -152,15 +159,16 @@ fn prepared(input: &ends::Input, size: Size, options: &ExportOptions) -> Result<
     };
     if settings.color.channels() != input.channels {
         return Err(FoldError::Input(format!(
-            "the network's input {:?} has {} channel{}, the preprocessing is {}: give --color and, for each channel, \
-             --mean and --std",
+            "the network's input {:?} has {} channel{}, the preprocessing is {}: give --color {}, and --mean and \
+             --std with a number for each channel",
             input.name,
             input.channels,
             if input.channels == 1 { "" } else { "s" },
-            settings.color
+            settings.color,
+            if input.channels == 1 { "grey" } else { "rgb or bgr" }
         )));
     }
-    settings.check().map_err(|error| FoldError::Input(format!("the preprocessing for {size} pixels: {error}")))?;
+    settings.check().map_err(|error| FoldError::Input(error.to_string()))?;
     Ok((settings, from))
 }
 
@@ -190,11 +198,21 @@ fn input_size(input: &ends::Input, options: &ExportOptions) -> Result<Size, Onnx
         ));
     };
     let size = Size { height, width };
+    let shown = |side: Option<usize>| side.map_or_else(|| "any".to_owned(), |side| side.to_string());
     match given.filter(|given| *given != size) {
-        Some(given) => OnnxError::refused(format!(
+        Some(given) if input.height.is_some() && input.width.is_some() => OnnxError::refused(format!(
             "its input {:?} has {size} pixels, --input-size asks for {given}: leave the flag out, or export the network \
              at that size",
             input.name
+        )),
+        Some(given) => OnnxError::refused(format!(
+            "its input {:?} has the height {} and the width {}, --input-size asks for {given}: give height and width that \
+             agree, such as {}x{}",
+            input.name,
+            shown(input.height),
+            shown(input.width),
+            size.height,
+            size.width
         )),
         None => Ok(size),
     }
@@ -308,7 +326,7 @@ impl Subject<'_> {
         let bytes = network.encode();
         let moved = |n: usize| {
             let mut moved = verify::perturbed(network).map_err(fail)?;
-            let mut place = Draft::of(&self.options.out, false);
+            let mut place = Draft::of(&self.options.out, false, false);
             place.hold(&mut moved)?;
             Ok(self.run(place.source(&moved.encode()), &images, ends, false)?.swap_remove(n))
         };
@@ -403,8 +421,8 @@ fn pictures(folder: &Path, preprocessing: &Preprocessing) -> Result<Vec<Vec<f32>
 
 fn not_rows(ends: &Ends, shape: &[usize]) -> FoldError {
     FoldError::Input(format!(
-        "output {:?} has the shape {shape:?} for one image; a classifier's has [1, K] with K from 2: give another output \
-         by --logits NAME",
+        "output {:?} has the shape {shape:?} for one image; a classifier's has [1, K] with K from 2: export the network so \
+         that it gives such an output, or name such a value by --logits NAME",
         ends.output
     ))
 }

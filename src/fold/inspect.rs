@@ -1,10 +1,12 @@
 //! `nbn fold inspect`: what a checkpoint or a bundle holds, in words.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use super::architecture::{self, Extras, Overrides};
 use super::export::Exported;
 use super::graph::{BatchNorm, Op};
+use super::onnx::{Network, OnnxError, passes};
 use super::{Checkpoint, FoldError};
 use crate::bundle::{Ending, Group, Manifest, Reference};
 
@@ -78,6 +80,35 @@ fn dead_channels(norm: &BatchNorm, alpha: Option<f64>) -> usize {
 
 fn length(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// What the ONNX file at `path` is, and what an export would merge.
+///
+/// # Errors
+/// When it cannot be read or folded.
+pub fn onnx(path: &Path) -> Result<String, FoldError> {
+    let fail = |cause: OnnxError| FoldError::Onnx { path: path.to_owned(), cause };
+    let mut network = Network::load(path).map_err(fail)?;
+    let (producer, opset) = (network.producer(), network.opset());
+    let folded = passes::fold(&mut network).map_err(fail)?;
+    let mut out = String::new();
+    let by = producer.map_or_else(String::new, |by| format!(" by {by}"));
+    let _ = writeln!(out, "onnx        opset {opset}{by}; {} nodes, {} once folded", folded.nodes.0, folded.nodes.1);
+    let (merged, left) = (folded.norms.merged.len(), folded.norms.left.len());
+    let normalized = folded.normalized.len();
+    let _ = writeln!(out, "merges      {merged} of {} BatchNorm layers; {normalized} are normalised", merged + left);
+    for (name, reason) in &folded.norms.left {
+        let _ = writeln!(out, "leaves      {name}: {reason}");
+    }
+    for layer in &folded.normalized {
+        let told = |name: &str, direction: &Option<passes::Direction>| match direction {
+            Some(passes::Direction { norm, alpha: Some(alpha), .. }) => format!(" ‖{name}‖ {norm:.6}, α {alpha:.6}"),
+            Some(passes::Direction { norm, alpha: None, .. }) => format!(" ‖{name}‖ {norm:.6}"),
+            None => String::new(),
+        };
+        let _ = writeln!(out, "normalised  {}:{}{}", layer.name, told("γ", &layer.weight), told("β", &layer.bias));
+    }
+    Ok(out)
 }
 
 /// The manifest's content, as `nbn fold inspect` prints it.

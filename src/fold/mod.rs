@@ -24,8 +24,10 @@ pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
 pub const KAPPA_KEY: &str = "nbn.kappa";
 
 pub use checkpoint::Checkpoint;
+pub use draft::remove_drafts;
 pub use error::FoldError;
 pub use graph::Graph;
+pub use ingest::is_onnx;
 
 /// The network of a checkpoint in ONNX, every norm and the mean over experts merged.
 ///

@@ -122,6 +122,12 @@ pub(super) fn compare(
                 .into(),
         ));
     }
+    if output == LOGITS && expected.iter().all(|value| (0.0..=1.0).contains(value)) {
+        tracing::warn!(
+            "every value that will be served as a logit lies between 0 and 1, as probabilities do: if the network ends in a \
+             function that makes them, name the values before it by --logits NAME"
+        );
+    }
     // Most features may be 0.
     let spread = if output == LOGITS { spread(expected) } else { standard_deviation(expected) };
     let max_absolute = max_difference(found, expected);

@@ -110,7 +110,8 @@ fn inflated(packed: &[u8]) -> Cow<'_, [u8]> {
 
 /// ImageMagick's form: an empty line, a name, a length, and then pairs of digits.
 fn of_hexadecimal(text: &[u8]) -> Option<Vec<u8>> {
-    let digits: Vec<u8> = text.splitn(4, |&byte| byte == b'\n').nth(3)?.iter().copied().filter(|b| *b != b'\n').collect();
+    let digits: Vec<u8> =
+        text.splitn(4, |&byte| byte == b'\n').nth(3)?.iter().copied().filter(|b| *b != b'\n').collect();
     let value = |digit: u8| char::from(digit).to_digit(16);
     let (pairs, rest) = digits.as_chunks::<2>();
     let bytes: Option<Vec<u8>> = pairs.iter().map(|&[a, b]| Some((value(a)? * 16 + value(b)?) as u8)).collect();

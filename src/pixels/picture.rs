@@ -49,11 +49,20 @@ impl Picture {
 impl Picture {
     /// Without colours, as Pillow's mode L has it: ITU-R 601-2's luma in all three channels.
     pub(super) fn grey(mut self) -> Self {
-        for pixel in self.0.pixels_mut() {
-            let [r, g, b] = pixel.0.map(u32::from);
-            pixel.0 = [((19_595 * r + 38_470 * g + 7_471 * b + 0x8000) >> 16) as u8; 3];
-        }
+        self.0.pixels_mut().for_each(|pixel| pixel.0 = luma(pixel.0));
         self
+    }
+}
+
+fn luma(colour: [u8; 3]) -> [u8; 3] {
+    let [r, g, b] = colour.map(u32::from);
+    [((19_595 * r + 38_470 * g + 7_471 * b + 0x8000) >> 16) as u8; 3]
+}
+
+impl Color {
+    /// A colour as pictures with these channels have it.
+    pub(super) fn shade(self, colour: [u8; 3]) -> [u8; 3] {
+        if self == Self::Grey { luma(colour) } else { colour }
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) fn resize_then_centre_crop(picture: &Picture, settings: &Preprocessin
     if pixels.len() == 3 * across.length * down.length {
         pixels
     } else {
-        framed(&pixels, &across, &down, settings.fill)
+        framed(&pixels, &across, &down, settings.color.shade(settings.fill))
     }
 }
 

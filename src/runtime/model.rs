@@ -253,12 +253,11 @@ pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result
 
 /// Opens `model`; weights in other files are mapped.
 pub(super) fn commit(builder: SessionBuilder, model: NetworkSource<'_>) -> ort::Result<Session> {
-    let mut builder = match model.folder {
-        Some(folder) => builder
-            .with_config_entry("session.model_external_initializers_file_folder_path", folder.to_string_lossy())?,
-        None => builder,
-    };
-    builder.commit_from_memory(model.graph)
+    // Without a folder, ONNX Runtime would look into the one that the process happens to be in.
+    let folder = model.folder.map_or("/no weights lie beside this network".into(), Path::to_string_lossy);
+    builder
+        .with_config_entry("session.model_external_initializers_file_folder_path", folder)?
+        .commit_from_memory(model.graph)
 }
 
 /// Has the session write its optimised graph to `graph`, with weights of 1 KiB and more in `weights` beside it.

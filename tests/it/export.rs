@@ -538,16 +538,98 @@ fn weights_may_lie_in_files_of_their_own() {
     fs::remove_file(&weights).unwrap();
     let error = Bundle::load(&apart).unwrap_err().to_string();
     assert!(error.contains("model.data.0: No such file"), "{error}");
-    // What a manifest names must not lead elsewhere.
+    #[cfg(unix)]
+    {
+        let elsewhere = folder.path().join("elsewhere");
+        fs::write(&elsewhere, &kept).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &weights).unwrap();
+        let error = Bundle::load(&apart).unwrap_err().to_string();
+        assert!(error.contains("model.data.0: it is a link out of the bundle's folder"), "{error}");
+        fs::remove_file(&weights).unwrap();
+    }
+    // What a manifest names must not lead elsewhere, and is what the network names: its digest stands for the weights.
     let path = apart.join("manifest.json");
     let written = fs::read_to_string(&path).unwrap();
     fs::write(&path, written.replace("\"model.data.0\"", "\"../1/model.onnx\"")).unwrap();
     let error = Bundle::load(&apart).unwrap_err().to_string();
     assert!(error.contains("model_data.file is \"../1/model.onnx\"; it must be model.data.N"), "{error}");
+    fs::write(&weights, &kept).unwrap();
+    let digest = &manifest.model_data[0].sha256;
+    let mut other = kept.clone();
+    other[4] ^= 1;
+    let forged = written.replace(digest.as_str(), &nbn::bundle::sha256_hex(&other));
+    let mut without: serde_json::Value = serde_json::from_str(&written).unwrap();
+    without.as_object_mut().unwrap().remove("model_data");
+    for (manifest, bytes) in [(forged, &other), (without.to_string(), &kept)] {
+        fs::write(&path, manifest).unwrap();
+        fs::write(&weights, bytes).unwrap();
+        for more in [&["--cache", "none"], &["--cache", cache]] {
+            let out = score(&apart, more);
+            let words = "it names other files with weights than the manifest's model_data";
+            assert!(out.status.code() == Some(1) && text(&out.stderr).contains(words), "{}", text(&out.stderr));
+        }
+    }
     fs::write(&path, written).unwrap();
     fs::write(&weights, kept).unwrap();
     // A bundle with one file takes its place, and nothing of it is left.
     export(&ExportOptions { force: true, ..options(&checkpoint, &apart, 32) }, library()).unwrap();
     assert_eq!(names(&apart), ["manifest.json", "model.onnx"]);
     assert_eq!(names(&folder.path().join("m")), ["1", "2", "3"]);
+}
+
+#[test]
+fn a_refused_export_leaves_nothing_and_a_later_one_takes_stale_drafts_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("models/mine/1");
+    let path = data("onnx/bad_written_softmax.onnx");
+    let refused = export(&ExportOptions { external_data: true, ..options(&path, &out, 16) }, library());
+    assert!(refused.unwrap_err().to_string().contains("are probabilities"));
+    assert!(!folder.path().join("models").exists());
+    // As a killed run leaves them: of this bundle, of another, and one that may be at work.
+    let drafts = [".1-17-0-1700000000000000000", ".2-17-0-1700000000000000000", ".1-17-1-1700000000000000000"];
+    for (n, draft) in drafts.iter().enumerate() {
+        let draft = folder.path().join("models/mine").join(draft);
+        fs::create_dir_all(&draft).unwrap();
+        fs::write(draft.join("model.data.0"), "weights").unwrap();
+        let hours = if n == 2 { 0 } else { 3 };
+        let then = std::time::SystemTime::now() - std::time::Duration::from_secs(3600 * hours);
+        fs::File::open(&draft).unwrap().set_modified(then).unwrap();
+    }
+    export(&options(&data("checkpoints/cifar_a.safetensors"), &out, 32), library()).unwrap();
+    let mut names: Vec<_> =
+        fs::read_dir(out.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, [drafts[2], drafts[1], "1"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_export_that_is_told_to_end_takes_its_draft_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let models = folder.path().join("models");
+    let out = models.join("mine/1");
+    let pipe = folder.path().join("classes.csv");
+    // It waits here, behind the weights: nobody writes into the pipe.
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_nbn"))
+        .args(["fold", "export", data("onnx/softmax.onnx").to_str().unwrap(), "--external-data"])
+        .args(["--out", out.to_str().unwrap(), "--classes", pipe.to_str().unwrap()])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let draft = || fs::read_dir(models.join("mine")).map(|entries| entries.count()).unwrap_or(0);
+    for _ in 0..1000 {
+        if draft() == 1 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(draft(), 1, "it has begun");
+    // SAFETY: kill only sends a signal to the child that is still owned here.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(child.id() as i32, libc::SIGTERM);
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(draft(), 0);
 }

@@ -148,8 +148,13 @@ fn single_settings_of_the_preprocessing_can_be_given() {
     assert_eq!((found.resize, found.fill), (Resize::Fit(Size::square(20)), [1, 2, 3]));
     assert_eq!(settings("--resize none").resize, Resize::None);
     assert_eq!(settings("--resize cover --resize-to 18x20").resize, Resize::Cover(Size { height: 18, width: 20 }));
+    // What is to fit is not cut; BGR turns the numbers of a source around.
+    assert_eq!(settings("--resize fit").resize, Resize::Fit(Size::square(16)));
+    assert_eq!(settings("--preprocessing imagenet --color bgr").mean, [0.406, 0.456, 0.485]);
+    assert_eq!(settings("--color bgr --mean 1,2,3").mean, [1.0, 2.0, 3.0]);
     for (flags, words) in [
-        ("--resize-to 18x20", "--resize-to 18×20 has two numbers, but only the shorter side is resized"),
+        ("--resize none --resize-to 18", "--resize none leaves pictures as they are"),
+        ("--resize-to 18x20", "only the shorter side is resized, which takes one number, but there are two, 18×20"),
         ("--resize-to 12", "the preprocessing has \"shorter side to 12\" and crop 16"),
         ("--color grey", "has 3 channels, the preprocessing is grey"),
         ("--mean 1", "RGB has 3 channels, but mean [1.0] and std"),
@@ -206,7 +211,7 @@ fn what_cannot_be_served_is_refused_by_name_and_writes_nothing() {
         (bad("no_rows"), vec![], "output \"p\" has the shape [1, 3, 1, 1] for one image"),
         (bad("sigmoid"), vec![], "ends in a sigmoid"),
         (bad("two_outputs"), vec![], "name the one with a score for each class by --logits NAME"),
-        (bad("two_outputs"), vec!["--logits", "z"], "it has no output \"z\"; its outputs are \"y\", \"y2\""),
+        (bad("two_outputs"), vec!["--logits", "z"], "it has no value \"z\"; its outputs are \"y\", \"y2\""),
         (bad("hidden_softmax"), vec![], "ends in a softmax and then Flatten"),
         (bad("random"), vec![], "\"r\" is RandomNormalLike, which gives other values each time"),
         (bad("eight_at_a_time"), vec![], "it takes 8 pictures at a time, and not any other number"),
@@ -264,6 +269,10 @@ fn a_network_from_elsewhere_is_calibrated_scored_and_told_of() {
     let rows: Vec<Value> = text(&done.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(rows.len(), 40);
     assert!(rows.iter().all(|row| row["features"].as_array().unwrap().len() == 4));
+    let told = text(&fold(&["inspect", file("nbn_clamped_script").to_str().unwrap()]).stdout);
+    for words in ["opset 17 by pytorch", "merges      4 of 5 BatchNorm layers; 1 are normalised", "α 2.500000"] {
+        assert!(told.contains(words), "{words}: {told}");
+    }
     let told = text(&fold(&["inspect", model]).stdout);
     for words in
         ["opset 17 by pytorch", "4 of 5 BatchNorm layers; 1 are normalised", "α[0]        2.500000", "left        /bn4"]

@@ -56,7 +56,7 @@ fn what_timm_and_hugging_face_write_down_gives_their_own_pixels_bit_for_bit() {
     let (mut checked, mut wrong) = (0, Vec::new());
     for key in expected.names() {
         let (name, file) = key.split_once('@').unwrap();
-        let settings = from_file(&data(&format!("transforms/{name}.json")), Exif::Ignore).unwrap();
+        let settings = from_file(&data(&format!("transforms/{name}.json")), Exif::Ignore, None).unwrap();
         let picture = fs::read(data("pixels").join(file)).unwrap();
         let found = Preprocessor::new(settings, DecodeLimits::default()).prepare(&picture, &Stop::default()).unwrap();
         let values =

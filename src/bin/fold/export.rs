@@ -7,8 +7,8 @@ use clap::{Args, ValueEnum};
 use nbn::bundle::{Color, CropOffset, Exif, Filter, Scale, Size};
 use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
-use nbn::fold::inspect;
 use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource, ResizeMode};
+use nbn::fold::{inspect, remove_drafts};
 use nbn::runtime::Library;
 
 #[derive(Args)]
@@ -92,7 +92,8 @@ pub(crate) struct Export {
     /// As without it: features are written by default
     #[arg(long, hide = true, conflicts_with = "no_features")]
     features: bool,
-    /// Output of an ONNX file that has a score for each class, if the file has several outputs
+    /// Output of an ONNX file, or value within it, that has a score for each class, if the file has several outputs or
+    /// ends in something else
     #[arg(long, value_name = "NAME")]
     logits: Option<String>,
     /// Folder of pictures that the proof of an ONNX file looks at, up to 64, besides seeded inputs
@@ -141,8 +142,12 @@ fn channels(text: &str) -> Result<Channels, String> {
 }
 
 fn color(text: &str) -> Result<[u8; 3], String> {
-    let three = numbers(text).and_then(|found| <[u8; 3]>::try_from(found).ok());
-    three.ok_or_else(|| "expected three whole numbers from 0 to 255, such as 124,116,104".into())
+    let found: Vec<u8> = numbers(text).unwrap_or_default();
+    match found[..] {
+        [grey] => Ok([grey; 3]),
+        [red, green, blue] => Ok([red, green, blue]),
+        _ => Err("expected three whole numbers from 0 to 255, such as 124,116,104, or one".into()),
+    }
 }
 
 fn fraction(text: &str) -> Result<f64, String> {
@@ -189,6 +194,11 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         kappa: args.kappa,
         external_data: args.external_data,
     };
+    // Half a bundle may be gigabytes.
+    ctrlc::set_handler(|| {
+        remove_drafts();
+        std::process::exit(130);
+    })?;
     let exported = export(&options, library)?;
     eprint!("{}", inspect::exported(&exported));
     println!("{}", options.out.display());

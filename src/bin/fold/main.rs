@@ -84,6 +84,15 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Command::Inspect { path, overrides } if nbn::fold::is_onnx(&path) => {
+            anyhow::ensure!(
+                overrides.arch.is_none() && overrides.nbn_layers.is_none(),
+                "--arch and --nbn-layers are for checkpoints; {} is an ONNX file",
+                path.display()
+            );
+            print!("{}", inspect::onnx(&path)?);
+            Ok(())
+        }
         Command::Inspect { path, overrides } => {
             print!("{}", inspect::checkpoint(&Checkpoint::load(&path)?, &overrides.into())?);
             Ok(())

@@ -12,6 +12,7 @@ use super::proto::{Graph, Node, StringEntry, Tensor, kind};
 use super::value::Value;
 use super::wire::{MAX_MESSAGE, Message};
 use super::{Network, OnnxError};
+use crate::bundle::DIGEST_KEY;
 
 /// Most bytes of weights that a network's own file holds: room is left for everything else.
 const MOST_WITHIN: u64 = MAX_MESSAGE as u64 - (64 << 20);
@@ -21,8 +22,6 @@ const LEAST_APART: usize = 1 << 10;
 const MOST_IN_A_FILE: u64 = 1 << 30;
 /// Weights begin at multiples of it, so that they can be mapped.
 const ALIGNMENT: u64 = 4096;
-/// How the name of the metadata begins that has a data file's SHA-256; the file's name follows.
-const DIGEST_KEY: &str = "nbn.sha256.";
 /// A tensor's `data_location` when its values lie in another file.
 const EXTERNAL: i32 = 1;
 
@@ -273,7 +272,7 @@ impl Network {
     fn external(&self, tensor: &Tensor) -> Result<(PathBuf, u64, u64), OnnxError> {
         let name = quoted(tensor.name());
         let entry = |key: &str| {
-            tensor.external_data.iter().find(|e| e.key.as_deref() == Some(key)).and_then(|e| e.value.as_deref())
+            tensor.external_data.iter().rfind(|e| e.key.as_deref() == Some(key)).and_then(|e| e.value.as_deref())
         };
         let number = |key: &str| match entry(key).map(str::parse::<u64>) {
             None => Ok(None),

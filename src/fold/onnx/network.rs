@@ -89,6 +89,9 @@ impl Network {
             );
         }
         let bytes = Bytes::from(fs::read(path).map_err(read)?);
+        if let Some(what) = foreign(&bytes) {
+            return OnnxError::refused(format!("it is no ONNX file, but {what}"));
+        }
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Self::of_bytes(&bytes, folder)
     }
@@ -249,6 +252,20 @@ impl Network {
             None => Ok(()),
         }
     }
+}
+
+/// What a file is that begins as no ONNX file does, and what to do.
+fn foreign(bytes: &[u8]) -> Option<&'static str> {
+    const KINDS: [(&[u8], &str); 5] = [
+        (b"version https://git-lfs", "a pointer of Git LFS: run `git lfs pull`"),
+        (b"PK\x03\x04", "a zip archive, as torch.save writes: a checkpoint's name ends in .pth, .pt or .tar"),
+        (b"\x80\x02", "a pickle, as torch.save writes: a checkpoint's name ends in .pth, .pt or .tar"),
+        (b"\x1F\x8B", "compressed by gzip: unpack it"),
+        (b"<", "a web page: download the file itself"),
+    ];
+    let is_safetensors = || bytes.get(8) == Some(&b'{') && bytes.get(4..8) == Some(&[0; 4]);
+    let known = KINDS.into_iter().find(|(begin, _)| bytes.starts_with(begin)).map(|(_, what)| what);
+    known.or_else(|| is_safetensors().then_some("safetensors: such a checkpoint's name ends in .safetensors"))
 }
 
 /// How a sentence about what a pass left begins.

@@ -134,7 +134,7 @@ pub(crate) fn name(
         // A value that is no output will do, too.
         (Some(wanted), _) if maker(graph, wanted).is_some() => wanted.to_owned(),
         (Some(wanted), _) => {
-            return OnnxError::refused(format!("it has no output {}; its outputs are {}", quoted(wanted), all()));
+            return OnnxError::refused(format!("it has no value {}; its outputs are {}", quoted(wanted), all()));
         }
         (None, [output]) => (*output).to_owned(),
         (None, _) if outputs.contains(&LOGITS) => LOGITS.to_owned(),
@@ -298,8 +298,8 @@ fn ending(network: &Network, output: &str) -> Result<(String, Ending), OnnxError
                 let axis = softmax.int("axis").unwrap_or(if network.opset() < 13 { 1 } else { -1 });
                 if let Some(between) = between {
                     return OnnxError::refused(format!(
-                        "its output {} ends in a softmax and then {between}: export the network so that it gives the \
-                         values before the softmax",
+                        "its output {} ends in a softmax and then {between}: name the values before the softmax by \
+                         --logits NAME, or export the network so that it gives them",
                         quoted(output)
                     ));
                 }
