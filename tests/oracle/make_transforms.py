@@ -55,6 +55,22 @@ def hugging_face_settings():
     }
 
 
+def written_by_hand():
+    """Settings as published files have them: numbers for sizes, older names, and what is left out."""
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    yield "hf_deit_numbers", "DeiTFeatureExtractor", {"size": 46, "crop_size": 40, "do_center_crop": True, **imagenet}
+    yield "hf_convnext_numbers", "ConvNextFeatureExtractor", {"size": 40, "crop_pct": 0.875, **imagenet}
+    yield "hf_mobilevit", "MobileViTFeatureExtractor", {"size": 44, "crop_size": 40, "do_flip_channel_order": True}
+    yield "hf_levit", "LevitImageProcessor", {
+        "size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}, **imagenet,
+    }
+    yield "hf_clip_defaults", "CLIPImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": 40, **half}
+    yield "hf_bit", "BitImageProcessor", {"size": {"shortest_edge": 46}, "crop_size": {"height": 40, "width": 40}, **half}
+    yield "hf_mobilenet", "MobileNetV2ImageProcessor", {"size": {"shortest_edge": 46}, "crop_size": 40, **half}
+    yield "hf_siglip", "SiglipImageProcessorFast", {"size": {"height": 40, "width": 40}, **half}
+
+
 def main():
     import transformers
 
@@ -78,6 +94,14 @@ def main():
             values = processor(image, return_tensors="np")["pixel_values"][0]
             expected[f"{name}@{picture}"] = torch.from_numpy(np.ascontiguousarray(values, np.float32))
         print(name, type(processor).__name__, sorted(saved))
+    for name, kind, settings in written_by_hand():
+        key = "feature_extractor_type" if kind.endswith("FeatureExtractor") else "image_processor_type"
+        (OUT / f"{name}.json").write_text(json.dumps({key: kind, **settings}, indent=1) + "\n")
+        base = kind.removesuffix("FeatureExtractor").removesuffix("ImageProcessor").removesuffix("ImageProcessorFast")
+        processor = getattr(transformers, f"{base}ImageProcessorPil")(**settings)
+        for picture, image in pictures.items():
+            values = processor(image, return_tensors="np")["pixel_values"][0]
+            expected[f"{name}@{picture}"] = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     save_file(expected, OUT / "expected.safetensors")
 
 
