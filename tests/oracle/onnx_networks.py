@@ -87,8 +87,6 @@ def make(name):
     torch.manual_seed(len(name))
     model = build().eval()
     count = 0
-    # Else a random network says the same of every picture, and there is nothing to calibrate.
-    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].weight.data *= 20
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for n, module in enumerate(norms):
         nn.init.normal_(module.running_mean, 0, 0.1)
@@ -99,6 +97,12 @@ def make(name):
             module.__class__ = Nbn
             module.register_parameter("alpha", nn.Parameter(module.weight.norm(2).detach().clone()))
             count += 1
+    # A random network is sure of nothing or of everything, and there is nothing to calibrate then.
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        spread = model(torch.randn(2, 3, side, side)).std(1).mean()
+        head.weight *= 2 / spread
+        head.bias *= 2 / spread
     return model, side, count
 
 
