@@ -7,7 +7,7 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, Imag
 use super::input::{Watch, Watched};
 use super::limits::{DecodeError, DecodeLimits, Stored};
 use super::picture::Picture;
-use super::{exif, gif, jpeg, tiff, webp};
+use super::{exif, gif, jpeg, pnm, tiff, tiff_samples, webp};
 use crate::bundle::Exif;
 use crate::stop::Stop;
 
@@ -27,7 +27,13 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
-    let format = image::guess_format(bytes).ok().filter(|f| FORMATS.contains(f)).ok_or(DecodeError::UnknownFormat)?;
+    if pnm::is_pnm(bytes) {
+        let watch = Watch::new(stop, limits.max_decoded_bytes);
+        let picture = pnm::read(bytes, limits, &watch)?;
+        return Picture::try_from(picture)
+            .map_err(|error| DecodeError::Damaged { format: pnm::NAME, reason: error.to_string() });
+    }
+    let format = image::guess_format(bytes).ok().filter(|f| FORMATS.contains(f)).ok_or_else(|| foreign(bytes))?;
     let damaged = |reason: String| DecodeError::Damaged { format: name(format), reason };
     // libjpeg's fatal errors unwind through here, with the message as the payload; the other decoders should not panic, but
     // some do on files that they did not expect.
@@ -59,6 +65,39 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     Picture::try_from(picture).map_err(|error| damaged(error.to_string()))
 }
 
+/// What bytes of no known format are, where that can be told.
+fn foreign(bytes: &[u8]) -> DecodeError {
+    let brand = bytes.get(4..12).and_then(|head| head.strip_prefix(b"ftyp"));
+    let begin = &bytes[..bytes.len().min(1000)];
+    let holds = |part: &[u8]| begin.windows(part.len()).any(|window| window.eq_ignore_ascii_case(part));
+    const KNOWN: [(&[u8], &str); 14] = [
+        (b"\xFF\x0A", "JPEG XL"),
+        (b"\0\0\0\x0CJXL ", "JPEG XL"),
+        (b"\0\0\0\x0CjP  ", "JPEG 2000"),
+        (b"\xFF\x4F\xFF\x51", "JPEG 2000"),
+        (b"%PDF", "PDF"),
+        (b"%!PS", "PostScript"),
+        (b"8BPS", "Photoshop"),
+        (b"\0\0\x01\0", "an icon (ICO)"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x1F\x8B", "gzip"),
+        (b"SIMPLE  =", "FITS"),
+        (b"P7", "PAM"),
+        (b"II\x2B\0", "BigTIFF"),
+        (b"MM\0\x2B", "BigTIFF"),
+    ];
+    let format = match brand {
+        Some(b"avif" | b"avis") => Some("AVIF"),
+        Some(b"heic" | b"heix" | b"hevc" | b"heim" | b"mif1" | b"msf1") => Some("HEIC"),
+        Some(_) => Some("a film (MP4 or the like)"),
+        None if bytes.get(128..132) == Some(b"DICM") => Some("DICOM"),
+        None if holds(b"<svg") => Some("SVG"),
+        None if holds(b"<!doctype html") || holds(b"<html") => Some("a web page (HTML)"),
+        None => KNOWN.iter().find(|(head, _)| bytes.starts_with(head)).map(|(_, name)| *name),
+    };
+    format.map_or(DecodeError::UnknownFormat, |format| DecodeError::Foreign { format })
+}
+
 /// By the decoders of `image`.
 fn read(
     bytes: &[u8],
@@ -70,12 +109,24 @@ fn read(
     let fault = |error: ImageError| match error {
         // Before the picture's size is known: of what stands before it.
         ImageError::Limits(_) => DecodeError::TooMuchMemory,
-        ImageError::Unsupported(error) => DecodeError::Unsupported { format: name(format), reason: error.to_string() },
+        ImageError::Unsupported(error) => {
+            let told = if format == ImageFormat::Tiff { tiff::unsupported(bytes) } else { None };
+            DecodeError::Unsupported { format: name(format), reason: told.unwrap_or_else(|| error.to_string()) }
+        }
         error => DecodeError::Damaged { format: name(format), reason: error.to_string() },
+    };
+    let orientation = || match wanted {
+        Exif::Apply => exif::blocks(bytes, format).orientation(),
+        Exif::Ignore => None,
     };
     match format {
         ImageFormat::WebP => webp::check(bytes)?,
-        ImageFormat::Tiff => tiff::check_fields(bytes)?,
+        ImageFormat::Tiff => {
+            tiff::check_fields(bytes)?;
+            if let Some(picture) = tiff_samples::read(bytes, limits, watch) {
+                return Ok((picture?, orientation()));
+            }
+        }
         _ => {}
     }
     let mut reader = ImageReader::with_format(Watched::new(bytes, watch), format);
@@ -92,8 +143,9 @@ fn read(
         ImageFormat::Tiff => tiff::check_work(bytes)?,
         // A frame takes time and memory as a picture of its own does.
         ImageFormat::Gif => {
-            if let Some((width, height)) = gif::first_frame(bytes) {
-                let frame = u64::from(width) * u64::from(height) * u64::from(decoder.color_type().bytes_per_pixel());
+            if let Some(frame) = gif::first_frame(bytes) {
+                let pixels = u64::from(frame.width) * u64::from(frame.height);
+                let frame = pixels * u64::from(decoder.color_type().bytes_per_pixel());
                 let bytes_taken = bytes_taken.max(decoded_bytes.saturating_add(frame));
                 limits.check(width, height, bytes_taken)?;
                 watch.allow(bytes_taken);
@@ -106,14 +158,21 @@ fn read(
     allocation.max_alloc = Some(limits.max_decoded_bytes.saturating_sub(decoded_bytes));
     let too_many_bytes = || DecodeError::TooManyBytes { width, height, limit: limits.max_decoded_bytes };
     decoder.set_limits(allocation).map_err(|_| too_many_bytes())?;
-    let orientation = match wanted {
-        Exif::Apply => exif::blocks(bytes, format).orientation(),
-        Exif::Ignore => None,
-    };
+    let orientation = orientation();
     let picture = DynamicImage::from_decoder(decoder).map_err(|error| match error {
         ImageError::Limits(_) => too_many_bytes(),
         error => fault(error),
     })?;
+    let picture = match (picture, format) {
+        (DynamicImage::ImageRgba8(mut picture), ImageFormat::Gif) => {
+            let background = gif::first_frame(bytes).map_or([0; 3], |frame| frame.background);
+            for pixel in picture.pixels_mut().filter(|pixel| pixel.0[3] == 0) {
+                pixel.0[..3].copy_from_slice(&background);
+            }
+            DynamicImage::ImageRgba8(picture)
+        }
+        (picture, _) => picture,
+    };
     Ok((rgb8(picture), orientation))
 }
 

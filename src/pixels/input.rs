@@ -22,12 +22,20 @@ pub(super) struct Watch<'a> {
     most: Cell<i64>,
     limit: u64,
     exceeded: Cell<bool>,
+    ended: Cell<bool>,
 }
 
 impl<'a> Watch<'a> {
     /// Decoding begins now, and may take `limit` bytes.
     pub(super) fn new(stop: &'a Stop, limit: u64) -> Self {
-        let watch = Self { stop, before: memory::held(), most: Cell::new(0), limit, exceeded: Cell::new(false) };
+        let watch = Self {
+            stop,
+            before: memory::held(),
+            most: Cell::new(0),
+            limit,
+            exceeded: Cell::new(false),
+            ended: Cell::new(false),
+        };
         watch.allow(limit);
         watch
     }
@@ -54,6 +62,11 @@ impl<'a> Watch<'a> {
     /// Whether somebody asked for the end.
     pub(super) fn stopped(&self) -> bool {
         self.stop.asked()
+    }
+
+    /// Whether a decoder asked for more bytes than there are.
+    pub(super) fn ended(&self) -> bool {
+        self.ended.get()
     }
 
     /// Whether decoding was ended because it took too much memory.
@@ -92,6 +105,9 @@ impl<'a> Watched<'a> {
 impl BufRead for Watched<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         self.watch.check()?;
+        if self.at >= self.bytes.len() {
+            self.watch.ended.set(true);
+        }
         let pause = self.pauses.partition_point(|&pause| pause <= self.at);
         let end = self.pauses.get(pause).copied().unwrap_or(usize::MAX).min(self.at.saturating_add(self.chunk));
         Ok(&self.bytes[self.at..end.min(self.bytes.len())])

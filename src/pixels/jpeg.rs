@@ -1,6 +1,8 @@
 //! JPEGs by libjpeg, whose inverse transform and chroma upsampling Pillow uses too: equal bit for bit. The pure-Rust
 //! decoder of `image` differs by up to 16 levels at the edges of colours.
 
+use std::ops::Range;
+
 use image::RgbImage;
 use mozjpeg::{ColorSpace, Decompress, Marker};
 
@@ -27,7 +29,14 @@ fn damaged(reason: impl ToString) -> DecodeError {
 /// The picture as it is stored, and how it is to be turned when that is asked. libjpeg's fatal errors unwind out of this
 /// function.
 pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watch<'_>) -> Result<Stored, DecodeError> {
-    let scans = scans(bytes).ok_or_else(|| damaged("its last scan has no end"))?;
+    let has_end = scans(bytes);
+    // Without one, a picture of a single scan is whole all the same if libjpeg never asks for what lies behind the file.
+    let no_end = || damaged("its last scan has no end");
+    let is_endless = has_end.is_none();
+    let (scans, bytes) = match has_end {
+        Some(scans) => (scans, bytes),
+        None => only_scan(bytes).map(|Range { start, end }| (vec![start], &bytes[..end])).ok_or_else(no_end)?,
+    };
     let count = scans.len();
     // All scans but a single one are decoded in one call, which can be ended only where it asks for more bytes. A single scan
     // is decoded with the lines that are read, and faster from bytes that lie together.
@@ -55,7 +64,13 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watc
         }
         scanlines.read_scanlines_into(lines).map_err(damaged)?;
     }
-    scanlines.finish().map_err(damaged)?;
+    if is_endless {
+        if watch.ended() {
+            return Err(no_end());
+        }
+    } else {
+        scanlines.finish().map_err(damaged)?;
+    }
     let pixels = if inks { rgb_of_inks(&pixels) } else { pixels };
     let picture = RgbImage::from_raw(width, height, pixels);
     Ok((picture.ok_or_else(|| damaged("its size and its data disagree"))?, orientation))
@@ -81,15 +96,20 @@ fn most_scans(width: u32, height: u32) -> usize {
     (SCANS * SMALL / pixels).clamp(SCANS, MOST_SCANS) as usize
 }
 
-/// RGB of CMYK samples as Pillow has it: JPEGs store inks inverted, and each colour is (255 − ink) darkened by black, with
-/// Pillow's rounded division by 255.
+/// RGB of CMYK samples as Pillow has it: JPEGs store inks inverted, as what is left of the light.
 fn rgb_of_inks(samples: &[u8]) -> Vec<u8> {
-    let darken = |ink_left: u8, black_left: u8| {
-        let product = u32::from(255 - ink_left) * u32::from(black_left) + 128;
-        black_left - (((product >> 8) + product) >> 8) as u8
-    };
     let (pixels, _) = samples.as_chunks::<4>();
-    pixels.iter().flat_map(|[c, m, y, k]| [darken(*c, *k), darken(*m, *k), darken(*y, *k)]).collect()
+    pixels.iter().flat_map(|pixel| rgb_of_inks_left(*pixel)).collect()
+}
+
+/// RGB of a pixel's CMYK, each 255 less its ink: a colour is (255 − ink) darkened by black, with Pillow's rounded division by
+/// 255.
+pub(super) fn rgb_of_inks_left([c, m, y, k]: [u8; 4]) -> [u8; 3] {
+    let darken = |ink_left: u8| {
+        let product = u32::from(255 - ink_left) * u32::from(k) + 128;
+        k - (((product >> 8) + product) >> 8) as u8
+    };
+    [darken(c), darken(m), darken(y)]
 }
 
 /// Where the scans of the picture begin, when its end-of-image marker is there. libjpeg fills a missing rest with grey, which
@@ -117,6 +137,28 @@ fn scans(bytes: &[u8]) -> Option<Vec<usize>> {
                 at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]]));
             }
         }
+    }
+}
+
+/// The scan of a picture whose first one has all of its colours, line by line: the only one. It ends at the next marker.
+fn only_scan(bytes: &[u8]) -> Option<Range<usize>> {
+    let (mut at, mut colours) = (2, None);
+    loop {
+        let &[0xFF, marker, high, low] = bytes.get(at..)?.first_chunk()? else { return None };
+        let content = bytes.get(at + 4..at + 2 + usize::from(u16::from_be_bytes([high, low])))?;
+        match marker {
+            // Baseline and extended sequential.
+            0xC0 | 0xC1 => colours = content.get(5).copied(),
+            0xDA if colours.is_some() && content.first().copied() == colours => {
+                let data = at + 4 + content.len();
+                let ends = |pair: &[u8]| pair[0] == 0xFF && !matches!(pair[1], 0 | 0xD0..=0xD7 | 0xFF);
+                let end = bytes[data..].windows(2).position(ends).map_or(bytes.len(), |length| data + length);
+                return Some(at..end);
+            }
+            0xDA => return None,
+            _ => {}
+        }
+        at += 4 + content.len();
     }
 }
 

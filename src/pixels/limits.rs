@@ -56,8 +56,14 @@ pub enum DecodeError {
     #[error("the image is empty (0 bytes): send the encoded file itself")]
     Empty,
     /// Not one of the formats.
-    #[error("not an image of a known format; the formats are JPEG, PNG, WebP, GIF, BMP and TIFF")]
+    #[error("not an image of a known format; the formats are JPEG, PNG, WebP, GIF, BMP, TIFF and PNM (PPM, PGM, PBM)")]
     UnknownFormat,
+    /// Another format.
+    #[error("the image is {format}, which is not read: convert it to JPEG or PNG")]
+    Foreign {
+        /// The format that its first bytes announce.
+        format: &'static str,
+    },
     /// A width or a height of 0.
     #[error("image is {width}×{height}: it has no pixels, so there is nothing to classify")]
     NoPixels {
@@ -135,7 +141,7 @@ impl DecodeError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::Empty => "empty_image",
-            Self::UnknownFormat => "unknown_format",
+            Self::UnknownFormat | Self::Foreign { .. } => "unknown_format",
             Self::NoPixels { .. } => "no_pixels",
             Self::TooManyScans { .. } => "too_many_scans",
             Self::Unsupported { .. } => "unsupported_image",

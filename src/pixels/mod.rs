@@ -7,8 +7,10 @@ mod input;
 mod jpeg;
 mod limits;
 mod picture;
+mod pnm;
 mod resize;
 mod tiff;
+mod tiff_samples;
 mod webp;
 
 pub use decode::decode;
@@ -25,7 +27,7 @@ use crate::bundle::{Color, Preprocessing, Scale};
 use crate::stop::Stop;
 
 /// Endings of the files that are taken for pictures when a folder is read.
-pub const ENDINGS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+pub const ENDINGS: [&str; 12] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"];
 
 /// Whether `path` ends as a picture does, in upper or lower case.
 pub fn has_picture_ending(path: &Path) -> bool {

@@ -19,16 +19,21 @@ const WORK: u64 = 16;
 
 const WIDTH: u16 = 256;
 const HEIGHT: u16 = 257;
+const BITS: u16 = 258;
 const COMPRESSION: u16 = 259;
+const PHOTOMETRIC: u16 = 262;
 const STRIP_OFFSETS: u16 = 273;
 const SAMPLES: u16 = 277;
 const ROWS_PER_STRIP: u16 = 278;
 const STRIP_BYTES: u16 = 279;
 const PLANES: u16 = 284;
+const COLOURS: u16 = 320;
 const TILE_WIDTH: u16 = 322;
 const TILE_HEIGHT: u16 = 323;
 const TILE_OFFSETS: u16 = 324;
 const TILE_BYTES: u16 = 325;
+const EXTRA_SAMPLES: u16 = 338;
+const SAMPLE_FORMAT: u16 = 339;
 const JPEG_TABLES: u16 = 347;
 /// Values of [`COMPRESSION`] and [`PLANES`].
 const JPEG: u64 = 7;
@@ -64,6 +69,9 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
             (STRIP_OFFSETS, STRIP_BYTES, width.saturating_mul(rows))
         }
     };
+    if one(PLANES) == Some(SEPARATE) && one(TILE_WIDTH).is_some() {
+        return unsupported("it has tiles, and its colours in planes of their own".into());
+    }
     let planes = if one(PLANES) == Some(SEPARATE) { one(SAMPLES).unwrap_or(1).max(1) } else { 1 };
     let pixels = width.saturating_mul(height).saturating_mul(planes);
     let count = image.numbers(offsets).count() as u64;
@@ -212,6 +220,75 @@ impl<'a> Image<'a> {
     fn bytes_of(&self, tag: u16) -> Option<&'a [u8]> {
         let field = self.field(tag)?;
         Some(part(self.bytes, field.at, u64::try_from(field.length()).unwrap_or(u64::MAX)))
+    }
+}
+
+/// How the first image's samples are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) width: u32,
+    pub(super) height: u32,
+    /// PhotometricInterpretation.
+    pub(super) photometric: u64,
+    /// Of each sample.
+    pub(super) bits: u32,
+    /// Of each pixel.
+    pub(super) samples: u32,
+    /// The first of ExtraSamples: 1 for alpha that the colours were multiplied by.
+    pub(super) extra: u64,
+    pub(super) is_planar: bool,
+    pub(super) is_jpeg: bool,
+    /// ColorMap.
+    pub(super) colours: Vec<u16>,
+    /// Where the photometric interpretation stands in the file.
+    photometric_at: usize,
+    little: bool,
+}
+
+impl Layout {
+    /// None when a field that is needed is not there, or samples differ in their bits.
+    pub(super) fn of(bytes: &[u8]) -> Option<Self> {
+        let image = Image::of(bytes)?;
+        let one = |tag| image.numbers(tag).next();
+        let bits: Vec<u64> = image.numbers(BITS).take(5).collect();
+        let bits = bits.first().copied().filter(|first| bits.iter().all(|bits| bits == first)).unwrap_or(1);
+        let photometric = image.field(PHOTOMETRIC).filter(|field| field.kind == 3 && field.count == 1)?;
+        Some(Self {
+            width: u32::try_from(one(WIDTH)?).ok()?,
+            height: u32::try_from(one(HEIGHT)?).ok()?,
+            photometric: one(PHOTOMETRIC)?,
+            bits: u32::try_from(bits).ok()?,
+            samples: u32::try_from(one(SAMPLES).unwrap_or(1)).ok()?,
+            extra: one(EXTRA_SAMPLES).unwrap_or(0),
+            is_planar: one(PLANES) == Some(SEPARATE),
+            is_jpeg: matches!(one(COMPRESSION), Some(6 | JPEG)),
+            colours: image.numbers(COLOURS).take(3 << 8).map(|value| value as u16).collect(),
+            photometric_at: usize::try_from(photometric.at).ok()?,
+            little: image.little,
+        })
+    }
+
+    /// The file with samples that are levels of grey, 0 for black.
+    pub(super) fn as_grey(&self, bytes: &[u8]) -> Vec<u8> {
+        let mut grey = bytes.to_vec();
+        if let Some(value) = grey.get_mut(self.photometric_at..self.photometric_at + 2) {
+            value.copy_from_slice(&if self.little { 1u16.to_le_bytes() } else { 1u16.to_be_bytes() });
+        }
+        grey
+    }
+}
+
+/// What an image is that no decoder reads, in words.
+pub(super) fn unsupported(bytes: &[u8]) -> Option<String> {
+    let image = Image::of(bytes)?;
+    let one = |tag| image.numbers(tag).next();
+    match (one(PHOTOMETRIC), one(COMPRESSION)) {
+        (Some(8..=10), _) => Some("its colours are CIELAB".into()),
+        (_, Some(2..=4)) => Some("it is compressed as faxes are (CCITT)".into()),
+        (_, Some(6)) => Some("it is compressed by JPEG in the form that TIFF gave up".into()),
+        (Some(6), other) if other != Some(JPEG) => Some("its colours are YCbCr without JPEG".into()),
+        _ if one(SAMPLE_FORMAT) == Some(3) => Some("its samples are floating-point numbers".into()),
+        _ => one(BITS).filter(|bits| *bits > 16).map(|bits| format!("its samples have {bits} bits")),
     }
 }
 

@@ -18,7 +18,7 @@ use super::wire::{ClassifyRequest, ClientId};
 const IMAGE_TYPES: [&str; 7] =
     ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"];
 /// Other names of these. What an image is, its bytes say.
-const OTHER_NAMES: [&str; 9] = [
+const OTHER_NAMES: [&str; 13] = [
     "image/jpg",
     "image/pjpeg",
     "image/x-png",
@@ -26,6 +26,10 @@ const OTHER_NAMES: [&str; 9] = [
     "image/x-bmp",
     "image/x-windows-bmp",
     "image/tiff-fx",
+    "image/x-portable-anymap",
+    "image/x-portable-bitmap",
+    "image/x-portable-graymap",
+    "image/x-portable-pixmap",
     "binary/octet-stream",
     "application/x-binary",
 ];

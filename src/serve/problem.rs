@@ -124,6 +124,7 @@ impl From<&ClassifyError> for Problem {
             DecodeError::TooManyScans { limit, .. } => problem.with_limit(*limit as u64),
             DecodeError::Empty
             | DecodeError::UnknownFormat
+            | DecodeError::Foreign { .. }
             | DecodeError::NoPixels { .. }
             | DecodeError::Unsupported { .. }
             | DecodeError::Stopped

@@ -156,3 +156,64 @@ fn no_cut_or_flipped_file_panics() {
         }
     }
 }
+
+/// `tests/oracle/make_decoding.py` made the files.
+#[test]
+fn forms_that_users_have_are_what_pillow_makes_of_them() {
+    let expected: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&fs::read(data("decoding/expected.json")).unwrap()).unwrap();
+    let mut wrong = Vec::new();
+    for (name, entry) in &expected {
+        let bytes = fs::read(data("decoding").join(name)).unwrap();
+        match decode(&bytes, Exif::Apply, &DecodeLimits::default(), &Stop::default()) {
+            Ok(found) => {
+                let size = (u64::from(found.width()), u64::from(found.height()));
+                let digest = nbn::bundle::sha256_hex(found.as_raw());
+                if (entry["width"].as_u64(), entry["height"].as_u64()) != (Some(size.0), Some(size.1)) {
+                    wrong.push(format!("{name}: {size:?}"));
+                } else if entry["sha256"] != digest {
+                    wrong.push(format!("{name}: other pixels"));
+                }
+            }
+            Err(error) => wrong.push(format!("{name}: {error}")),
+        }
+    }
+    assert!(wrong.is_empty() && expected.len() >= 58, "{wrong:#?}");
+    // The same file with less of its scan is cut, whatever stands behind it.
+    let whole = fs::read(data("decoding/no_end_but_more_behind.jpg")).unwrap();
+    for kept in [200, 400, 600] {
+        let cut = [&whole[..whole.len() - 33 - kept.min(whole.len() / 3)], b"SEFT"].concat();
+        let refused = decode(&cut, Exif::Apply, &DecodeLimits::default(), &Stop::default()).unwrap_err();
+        assert!(matches!(refused, DecodeError::Damaged { .. }), "{refused}");
+    }
+}
+
+#[test]
+fn formats_that_are_not_read_are_named() {
+    let ftyp = |brand: &[u8]| [b"\0\0\0\x1Cftyp", brand, &[0; 20]].concat();
+    for (bytes, name) in [
+        (ftyp(b"avif"), "AVIF"),
+        (ftyp(b"heic"), "HEIC"),
+        (ftyp(b"isom"), "a film"),
+        (b"\xFF\x0A\xFA\x7F".to_vec(), "JPEG XL"),
+        (b"\0\0\0\x0CjP  \r\n\x87\n".to_vec(), "JPEG 2000"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>".to_vec(), "SVG"),
+        (b"%PDF-1.7".to_vec(), "PDF"),
+        (b"<!DOCTYPE html><html>".to_vec(), "a web page"),
+        (b"II\x2B\0\x08\0\0\0".to_vec(), "BigTIFF"),
+    ] {
+        let error = decode(&bytes, Exif::Apply, &DecodeLimits::default(), &Stop::default()).unwrap_err();
+        let words = format!("the image is {name}");
+        assert!(error.to_string().starts_with(&words) && error.code() == "unknown_format", "{error}");
+        assert!(error.to_string().ends_with("convert it to JPEG or PNG"));
+    }
+    let float = {
+        let mut tiff = fs::read(data("decoding/grey8_white_is_0.tif")).unwrap();
+        // The interpretation becomes CIELAB.
+        let at = tiff.windows(4).position(|part| part == [6, 1, 3, 0]).unwrap();
+        tiff[at + 8] = 8;
+        tiff
+    };
+    let error = decode(&float, Exif::Apply, &DecodeLimits::default(), &Stop::default()).unwrap_err().to_string();
+    assert!(error.starts_with("this form of TIFF is not supported: its colours are CIELAB"), "{error}");
+}
