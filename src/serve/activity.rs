@@ -15,6 +15,9 @@ use tokio::time::Instant;
 /// Bytes of an answer that are handed to HTTP/2 at a time. It takes the next only when the client has room for it.
 pub(super) const PIECE: usize = 16 << 10;
 
+/// How long a client that will send nothing more is still answered over HTTP/1. It may have gone: that looks the same.
+const HALF_CLOSED: Duration = Duration::from_secs(2);
+
 /// How long a connection may wait for its peer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
@@ -47,6 +50,8 @@ struct State {
     /// When the last answer ended.
     idle_since: Instant,
     http2: bool,
+    /// Since when nothing more can come.
+    ended: Option<Instant>,
     /// Requests whose answer has not ended.
     open: usize,
     /// Of each answer over HTTP/2 that is being sent, when more of it was last taken.
@@ -58,7 +63,7 @@ impl Activity {
     /// Of a connection that begins now.
     pub(super) fn new(patience: Patience) -> Arc<Self> {
         let now = Instant::now();
-        let state = State { head: Some(now), idle_since: now, http2: false, open: 0, answers: HashMap::new(), next: 0 };
+        let state = State { head: Some(now), idle_since: now, http2: false, ended: None, open: 0, answers: HashMap::new(), next: 0 };
         Arc::new(Self { patience, state: Mutex::new(state) })
     }
 
@@ -72,6 +77,11 @@ impl Activity {
         if state.open == 0 && !state.http2 && state.head.is_none() {
             state.head = Some(Instant::now());
         }
+    }
+
+    /// The client has closed its side.
+    fn ended(&self) {
+        self.lock().ended.get_or_insert_with(Instant::now);
     }
 
     /// A request's head is complete. Dropping the guard says that its answer has ended.
@@ -91,9 +101,10 @@ impl Activity {
             _ if state.open == 0 => Some((state.idle_since + self.patience.idle, Closing::Idle)),
             _ => None,
         };
+        let half = state.ended.filter(|_| state.open > 0 && !state.http2).map(|at| (at + HALF_CLOSED, Closing::Stuck));
         let stuck = state.answers.values().min().map(|taken| (*taken + self.patience.answer, Closing::Stuck));
         let later = (Instant::now() + self.patience.idle, Closing::Idle);
-        [waiting, stuck].into_iter().flatten().min_by_key(|(due, _)| *due).unwrap_or(later)
+        [waiting, half, stuck].into_iter().flatten().min_by_key(|(due, _)| *due).unwrap_or(later)
     }
 
     /// What is to be done now, if anything.
@@ -214,8 +225,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        let before = buffer.filled().len();
+        let (before, room) = (buffer.filled().len(), buffer.remaining());
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if matches!(read, Poll::Ready(Ok(()))) && buffer.filled().len() == before && room > 0 {
+            self.activity.ended();
+        }
         // Empty lines before a request are passed over (RFC 9112, 2.2): no head begins with them.
         if buffer.filled()[before..].iter().any(|byte| !b"\r\n".contains(byte)) {
             self.activity.read();

@@ -199,3 +199,21 @@ async fn tritons_configuration_says_that_either_input_will_do() {
     let metadata = server.get("/v2/models/cifar10-lt").await.json();
     assert_eq!(metadata["inputs"][1]["shape"], json!([-1, 1]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_has_closed_its_side_gets_its_answer() {
+    let server = Server::shipped().await;
+    let address = server.address.clone();
+    let body = picture(50, 40, image::ImageFormat::Png);
+    let request = crate::support::request(&address, "/v1/classify", "image/png", &body);
+    let answer = tokio::task::spawn_blocking(move || {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.write_all(&request).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        text(&answer)
+    });
+    let answer = answer.await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("predictions"), "{answer}");
+}
