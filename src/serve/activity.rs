@@ -10,7 +10,7 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::http::Version;
 use hyper::body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 /// Bytes of an answer that are handed to HTTP/2 at a time. It takes the next only when the client has room for it.
 pub(super) const PIECE: usize = 16 << 10;
@@ -50,8 +50,6 @@ struct State {
     /// When the last answer ended.
     idle_since: Instant,
     http2: bool,
-    /// Since when nothing more can come.
-    ended: Option<Instant>,
     /// Requests whose answer has not ended.
     open: usize,
     /// Of each answer over HTTP/2 that is being sent, when more of it was last taken.
@@ -63,7 +61,7 @@ impl Activity {
     /// Of a connection that begins now.
     pub(super) fn new(patience: Patience) -> Arc<Self> {
         let now = Instant::now();
-        let state = State { head: Some(now), idle_since: now, http2: false, ended: None, open: 0, answers: HashMap::new(), next: 0 };
+        let state = State { head: Some(now), idle_since: now, http2: false, open: 0, answers: HashMap::new(), next: 0 };
         Arc::new(Self { patience, state: Mutex::new(state) })
     }
 
@@ -79,9 +77,10 @@ impl Activity {
         }
     }
 
-    /// The client has closed its side.
-    fn ended(&self) {
-        self.lock().ended.get_or_insert_with(Instant::now);
+    /// Whether a request over HTTP/1 is being answered.
+    fn is_answering(&self) -> bool {
+        let state = self.lock();
+        state.open > 0 && !state.http2
     }
 
     /// A request's head is complete. Dropping the guard says that its answer has ended.
@@ -101,10 +100,9 @@ impl Activity {
             _ if state.open == 0 => Some((state.idle_since + self.patience.idle, Closing::Idle)),
             _ => None,
         };
-        let half = state.ended.filter(|_| state.open > 0 && !state.http2).map(|at| (at + HALF_CLOSED, Closing::Stuck));
         let stuck = state.answers.values().min().map(|taken| (*taken + self.patience.answer, Closing::Stuck));
         let later = (Instant::now() + self.patience.idle, Closing::Idle);
-        [waiting, half, stuck].into_iter().flatten().min_by_key(|(due, _)| *due).unwrap_or(later)
+        [waiting, stuck].into_iter().flatten().min_by_key(|(due, _)| *due).unwrap_or(later)
     }
 
     /// What is to be done now, if anything.
@@ -207,15 +205,18 @@ impl HttpBody for Guarded {
     }
 }
 
-/// A stream that notes when bytes come.
+/// A stream that notes when bytes come, and keeps their end to itself for a while when a request is being answered: to hyper,
+/// it means that nobody waits for the answer.
 pub(super) struct Noted<S> {
     stream: S,
     activity: Arc<Activity>,
+    /// Until when, once the end was seen.
+    ended: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Noted<S> {
     pub(super) fn new(stream: S, activity: Arc<Activity>) -> Self {
-        Self { stream, activity }
+        Self { stream, activity, ended: None }
     }
 }
 
@@ -226,15 +227,29 @@ impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if matches!(read, Poll::Ready(Ok(()))) && buffer.filled().len() == before && room > 0 {
-            self.activity.ended();
+        if self.ended.is_none() {
+            let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+            let is_end = matches!(read, Poll::Ready(Ok(()))) && buffer.filled().len() == before && room > 0;
+            if !is_end {
+                self.note(&buffer.filled()[before..]);
+                return read;
+            }
+            self.ended = Some(Box::pin(sleep(HALF_CLOSED)));
         }
+        let is_answering = self.activity.is_answering();
+        match &mut self.ended {
+            Some(until) if is_answering => until.as_mut().poll(context).map(Ok),
+            _ => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl<S> Noted<S> {
+    fn note(&self, bytes: &[u8]) {
         // Empty lines before a request are passed over (RFC 9112, 2.2): no head begins with them.
-        if buffer.filled()[before..].iter().any(|byte| !b"\r\n".contains(byte)) {
+        if bytes.iter().any(|byte| !b"\r\n".contains(byte)) {
             self.activity.read();
         }
-        read
     }
 }
 

@@ -147,8 +147,7 @@ where
     });
     let mut builder = Builder::new(TokioExecutor::new());
     // A head that does not arrive is `activity`'s to see: hyper's own limit ends idle connections, too.
-    // A client that has closed its side still reads; how long it is answered, `activity` sees.
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEAD).half_close(true);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEAD);
     builder
         .http2()
         .timer(TokioTimer::new())
