@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::FoldError;
@@ -15,14 +15,19 @@ use crate::runtime::NetworkSource;
 /// Drafts that are older were left by processes that ended.
 const STALE: Duration = Duration::from_secs(3600);
 
-/// The drafts that this process is making.
+/// The drafts that this process is making. Who writes into one holds it.
 static OPEN: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// Removes what this process has written of bundles that are not finished: for a process that is told to end.
-pub fn remove_drafts() {
-    for folder in OPEN.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        remove(folder);
-    }
+fn open() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes what this process has written of bundles that are not finished, and ends it with `status`: nothing can be written
+/// in between. What is being written is written to its end first.
+pub fn remove_drafts_and_exit(status: i32) -> ! {
+    let drafts = open();
+    drafts.iter().for_each(|folder| remove(folder));
+    std::process::exit(status)
 }
 
 /// Its folder is made when something is written, and is removed with what this program wrote unless the bundle is published.
@@ -50,11 +55,12 @@ impl Draft {
     /// # Errors
     /// When a weight cannot be read or written.
     pub(super) fn hold(&mut self, network: &mut Network) -> Result<(), FoldError> {
+        let mut open = open();
         let out = self.out.clone();
         let fail = |cause: OnnxError| FoldError::Onnx { path: out.clone(), cause };
         network.gather().map_err(fail)?;
         if !network.fits_within() || self.always_apart {
-            self.make()?;
+            self.make(&mut open)?;
             self.data = network.move_weights(&self.folder, DATA_FILE).map_err(fail)?;
         }
         network.name_digests(&self.data);
@@ -80,7 +86,8 @@ impl Draft {
         let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
         let own = own_files(&self.out);
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        self.make()?;
+        let mut open = open();
+        self.make(&mut open)?;
         let write = || {
             replace(&self.folder.join(MODEL_FILE), model)?;
             replace(&self.folder.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
@@ -96,7 +103,7 @@ impl Draft {
         Ok(())
     }
 
-    fn make(&mut self) -> Result<(), FoldError> {
+    fn make(&mut self, open: &mut BTreeSet<PathBuf>) -> Result<(), FoldError> {
         if self.folder.is_dir() {
             return Ok(());
         }
@@ -108,7 +115,7 @@ impl Draft {
         self.above = parent.ancestors().take_while(|above| !above.exists()).map(Path::to_owned).collect();
         fs::create_dir_all(parent).map_err(fail(parent))?;
         sweep(parent, &self.out);
-        OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert(self.folder.clone());
+        open.insert(self.folder.clone());
         fs::create_dir(&self.folder).map_err(fail(&self.out))
     }
 }
@@ -133,9 +140,10 @@ fn remove(folder: &Path) {
 
 impl Drop for Draft {
     fn drop(&mut self) {
+        let mut open = open();
         // A published one has another name by now.
         remove(&self.folder);
-        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.folder);
+        open.remove(&self.folder);
         // What is not empty stays.
         self.above.iter().for_each(|folder| {
             let _ = fs::remove_dir(folder);

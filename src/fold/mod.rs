@@ -24,7 +24,7 @@ pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
 pub const KAPPA_KEY: &str = "nbn.kappa";
 
 pub use checkpoint::Checkpoint;
-pub use draft::remove_drafts;
+pub use draft::remove_drafts_and_exit;
 pub use error::FoldError;
 pub use graph::Graph;
 pub use ingest::is_onnx;

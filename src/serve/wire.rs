@@ -17,9 +17,13 @@ const DEFAULT_TOP_K: usize = 5;
 /// Several images in one JSON body.
 #[derive(Debug, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(example = json!({
+    "images": [{"id": "one pixel", "b64": "UDYgMSAxIDI1NQr/gAA="}], "options": {"top_k": 2}
+})))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ClassifyRequest {
     /// The images, answered in this order.
+    #[cfg_attr(feature = "openapi", schema(min_items = 1))]
     #[serde(deserialize_with = "objects::objects")]
     pub(crate) images: Vec<JsonImage>,
     /// Options, which override the query parameters.
@@ -32,7 +36,7 @@ pub(crate) struct ClassifyRequest {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct JsonImage {
-    /// The encoded file in standard base64.
+    /// The encoded file in base64, of the standard alphabet or that of URLs, or in a `data:` URL.
     pub(crate) b64: String,
     /// Repeated in the result; at most 1,024 bytes.
     #[serde(default)]

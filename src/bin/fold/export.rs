@@ -8,7 +8,7 @@ use nbn::bundle::{Color, CropOffset, Exif, Filter, Scale, Size};
 use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource, ResizeMode};
-use nbn::fold::{inspect, remove_drafts};
+use nbn::fold::{inspect, remove_drafts_and_exit};
 use nbn::runtime::Library;
 
 #[derive(Args)]
@@ -195,10 +195,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         external_data: args.external_data,
     };
     // Half a bundle may be gigabytes.
-    ctrlc::set_handler(|| {
-        remove_drafts();
-        std::process::exit(130);
-    })?;
+    ctrlc::set_handler(|| remove_drafts_and_exit(130))?;
     let exported = export(&options, library)?;
     eprint!("{}", inspect::exported(&exported));
     println!("{}", options.out.display());
