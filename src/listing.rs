@@ -1,43 +1,91 @@
 //! What stands for many pictures: a folder, and a line of a list.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirEntry};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::pixels::has_picture_ending;
 
-/// Tells `picture` each picture in `folder` and below, in the order of their names, and `shut` each folder below that
-/// cannot be read. Symbolic links to folders are not followed: they may form a circle.
+/// What a walk through folders comes upon.
+#[derive(Debug)]
+pub enum Found {
+    /// A picture, by its name's ending.
+    Picture(PathBuf),
+    /// A folder that cannot be read.
+    Shut(PathBuf, io::Error),
+    /// A file or folder whose name begins with a dot: notebooks' checkpoints, thumbnails, what another system keeps beside
+    /// each file. It is not looked into.
+    Hidden(PathBuf),
+    /// A file whose name does not end as a picture's.
+    Other(PathBuf),
+}
+
+/// Whether a file or folder is hidden, by its name.
+pub fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+}
+
+/// Tells what is in `folder` and below, in the order of their names. Symbolic links to folders are not followed: they may form
+/// a circle.
 ///
 /// # Errors
 /// When `folder` itself cannot be read.
-pub fn walk(
-    folder: &Path,
-    picture: &mut dyn FnMut(PathBuf),
-    shut: &mut dyn FnMut(PathBuf, io::Error),
-) -> io::Result<()> {
+pub fn walk(folder: &Path, found: &mut dyn FnMut(Found)) -> io::Result<()> {
     let mut entries = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
     entries.sort_by_key(DirEntry::file_name);
     for entry in entries {
         let path = entry.path();
-        if entry.file_type()?.is_dir() {
-            if let Err(error) = walk(&path, picture, shut) {
-                shut(path, error);
+        if is_hidden(&path) {
+            found(Found::Hidden(path));
+        } else if entry.file_type()?.is_dir() {
+            if let Err(error) = walk(&path, found) {
+                found(Found::Shut(path, error));
             }
         } else if has_picture_ending(&path) {
-            picture(path);
+            found(Found::Picture(path));
+        } else {
+            found(Found::Other(path));
         }
     }
     Ok(())
 }
 
-/// Parts a line of a list into a path and a label. Both may contain spaces: the longest label at the end of the line that
-/// `is_label` knows counts, and without one the last word.
+/// Says in the log how many hidden files and folders of `folder` were left out, if any.
+pub fn tell_hidden(folder: &Path, hidden: usize) {
+    if hidden > 0 {
+        tracing::warn!(
+            folder = %folder.display(),
+            hidden,
+            "files and folders whose names begin with a dot are left out"
+        );
+    }
+}
+
+/// The endings of `others`, the most frequent first, and how many files have each: for a folder that holds no picture.
+pub fn endings(others: &[PathBuf]) -> String {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for path in others {
+        let ending = path.extension().map_or_else(|| "no ending".into(), |e| format!(".{}", e.to_string_lossy()));
+        *counts.entry(ending.to_lowercase()).or_default() += 1;
+    }
+    let mut counts: Vec<(String, usize)> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let shown: Vec<String> = counts.iter().take(5).map(|(ending, count)| format!("{count} with {ending}")).collect();
+    shown.join(", ")
+}
+
+/// Parts a line of a list into a path and a label. Both may contain spaces. The longest label at the end of the line that
+/// `is_label` knows counts; without one, what follows the last word that ends as a picture's name does; without that, the last
+/// word.
 pub fn labelled(line: &str, is_label: impl Fn(&str) -> bool) -> Option<(&str, &str)> {
     let line = line.trim();
     let parts = |(at, _): (usize, &str)| (line[..at].trim_end(), line[at..].trim_start());
-    let mut known = line.match_indices(char::is_whitespace).map(parts).filter(|(_, label)| is_label(label));
-    known.next().or_else(|| line.rmatch_indices(char::is_whitespace).next().map(parts))
+    let splits = || line.match_indices(char::is_whitespace).map(parts);
+    let known = splits().find(|(_, label)| is_label(label));
+    known
+        .or_else(|| splits().rfind(|(path, _)| has_picture_ending(Path::new(path))))
+        .or_else(|| line.rmatch_indices(char::is_whitespace).next().map(parts))
 }
 
 #[cfg(test)]
@@ -52,5 +100,10 @@ mod tests {
         assert_eq!(labelled(" my photos/1.jpg \t cat ", known), Some(("my photos/1.jpg", "cat")));
         assert_eq!(labelled("my photos/1.jpg 3", known), Some(("my photos/1.jpg", "3")));
         assert_eq!(labelled("1.jpg", known), None);
+        // Labels that nobody knows yet.
+        let none = |_: &str| false;
+        assert_eq!(labelled("my photos/1.jpg tabby cat", none), Some(("my photos/1.jpg", "tabby cat")));
+        assert_eq!(labelled("a.png b/1.JPG tabby cat", none), Some(("a.png b/1.JPG", "tabby cat")));
+        assert_eq!(labelled("my photos/1 cat", none), Some(("my photos/1", "cat")));
     }
 }

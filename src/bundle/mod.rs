@@ -238,6 +238,14 @@ pub enum BundleError {
     #[error("{path}: no version found: a bundle is a folder whose name is a decimal number, such as {path}/1, and \
              which holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
     NoVersion(PathBuf),
+    /// A repository, where one of its models was expected.
+    #[error("{}: it is a repository, which holds {models}: give one of them", folder.display())]
+    Repository {
+        /// The repository.
+        folder: PathBuf,
+        /// Its models' folders.
+        models: String,
+    },
     /// A version folder whose name is a number in another form.
     #[error("{}: a version's folder is named by its number alone: rename it to {number}", folder.display())]
     OddVersion {
@@ -336,10 +344,18 @@ impl Bundle {
 }
 
 fn latest_version(folder: &Path) -> Result<PathBuf, BundleError> {
-    repository::versions(folder)?
-        .pop()
-        .map(|version| version.folder)
-        .ok_or_else(|| BundleError::NoVersion(folder.to_owned()))
+    if let Some(version) = repository::versions(folder)?.pop() {
+        return Ok(version.folder);
+    }
+    // The folder above may have been given.
+    let has_version = |path: &PathBuf| path.is_dir() && repository::versions(path).is_ok_and(|found| !found.is_empty());
+    let mut models: Vec<PathBuf> = list(folder)?.into_iter().filter(has_version).collect();
+    models.sort();
+    if models.is_empty() {
+        return Err(BundleError::NoVersion(folder.to_owned()));
+    }
+    let models: Vec<String> = models.iter().map(|model| model.display().to_string()).collect();
+    Err(BundleError::Repository { folder: folder.to_owned(), models: models.join(", ") })
 }
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, BundleError> {

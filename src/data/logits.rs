@@ -1,6 +1,6 @@
 //! A bundle's logits of a labelled set.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -184,7 +184,7 @@ pub fn logits_of(
     Ok((logits, hashes))
 }
 
-/// The hash of every image's size and pixels, the same whatever file form it came in.
+/// The hash of every image's size and pixels, the same whatever file form it came in, and the first image that has it.
 ///
 /// # Errors
 /// When images cannot be decoded.
@@ -192,16 +192,33 @@ pub fn pixel_hashes(
     images: &LabelledImages,
     exif: Exif,
     progress: &(dyn Fn() + Sync),
-) -> Result<HashSet<PixelHash>, DataError> {
-    let hashes = Mutex::new(HashSet::new());
+) -> Result<HashMap<PixelHash, usize>, DataError> {
+    let hashes = Mutex::new(HashMap::new());
     each(images, exif, progress, || {
-        Ok(|_: usize, picture: &Picture| {
+        Ok(|index: usize, picture: &Picture| {
             let hash = hash_of(picture);
-            hashes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(hash);
+            let mut hashes = hashes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let first = hashes.entry(hash).or_insert(index);
+            *first = index.min(*first);
             Ok(())
         })
     })?;
     Ok(hashes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// The images that cannot be decoded, in order, each with the reason.
+///
+/// # Errors
+/// Never for what is wrong with an image.
+pub fn broken_pictures(
+    images: &LabelledImages,
+    exif: Exif,
+    progress: &(dyn Fn() + Sync),
+) -> Result<Vec<(usize, String)>, DataError> {
+    if images.are_in_one_file() {
+        return Ok(Vec::new());
+    }
+    unreadable(images, exif, progress, || Ok(|_: usize, _: &Picture| Ok(())))
 }
 
 fn hash_of(picture: &Picture) -> PixelHash {
@@ -219,6 +236,25 @@ fn each<W>(
     progress: &(dyn Fn() + Sync),
     worker: impl Fn() -> Result<W, ClassifyError> + Sync,
 ) -> Result<(), DataError>
+where
+    W: FnMut(usize, &Picture) -> Result<(), ClassifyError>,
+{
+    let unreadable = unreadable(images, exif, progress, worker)?;
+    if unreadable.is_empty() {
+        return Ok(());
+    }
+    let examples: Vec<String> =
+        unreadable.iter().take(QUOTED).map(|(n, reason)| format!("{}: {reason}", images.name(*n))).collect();
+    Err(DataError::Images { failed: unreadable.len(), total: images.len(), examples: examples.join("; ") })
+}
+
+/// As [`each`], and gives the images that cannot be decoded, in order, each with the reason.
+fn unreadable<W>(
+    images: &LabelledImages,
+    exif: Exif,
+    progress: &(dyn Fn() + Sync),
+    worker: impl Fn() -> Result<W, ClassifyError> + Sync,
+) -> Result<Vec<(usize, String)>, DataError>
 where
     W: FnMut(usize, &Picture) -> Result<(), ClassifyError>,
 {
@@ -250,11 +286,6 @@ where
         })
     })?;
     let mut unreadable = unreadable.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if unreadable.is_empty() {
-        return Ok(());
-    }
     unreadable.sort();
-    let examples: Vec<String> =
-        unreadable.iter().take(QUOTED).map(|(n, reason)| format!("{}: {reason}", images.name(*n))).collect();
-    Err(DataError::Images { failed: unreadable.len(), total: images.len(), examples: examples.join("; ") })
+    Ok(unreadable)
 }

@@ -6,9 +6,9 @@ mod logits;
 mod source;
 mod training;
 
-pub use logits::{LabelledLogits, PixelHash, logits_of, pixel_hashes};
+pub use logits::{LabelledLogits, PixelHash, broken_pictures, logits_of, pixel_hashes};
 pub use source::{Form, LabelledImages, records_from};
-pub use training::{TrainingSet, hold_out, long_tail};
+pub use training::{Split, TrainingSet, hold_out, long_tail};
 
 use std::path::PathBuf;
 

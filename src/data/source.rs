@@ -9,8 +9,8 @@ use std::sync::Arc;
 use super::DataError;
 use crate::bundle::Exif;
 use crate::gzip::Gunzip;
-use crate::listing::{labelled, walk};
-use crate::pixels::{DecodeLimits, Picture, RgbImage, decode};
+use crate::listing::{Found, endings, is_hidden, labelled, tell_hidden, walk};
+use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode};
 use crate::stop::Stop;
 
 const CIFAR_SIDE: usize = 32;
@@ -116,6 +116,11 @@ impl LabelledImages {
         self.items.len()
     }
 
+    /// Whether the pixels of all lie in one file, as they are: such images cannot be damaged one by one.
+    pub(super) fn are_in_one_file(&self) -> bool {
+        self.store.is_some()
+    }
+
     /// Whether there is none; [`LabelledImages::open`] refuses such a set.
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
@@ -211,8 +216,12 @@ pub fn records_from(path: &Path) -> Result<Vec<usize>, DataError> {
 
 fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
-    let mut unknown = Vec::new();
+    let (mut unknown, mut others, mut hidden) = (Vec::new(), Vec::new(), 0);
     for class in entries(path)?.into_iter().filter(|p| p.is_dir()) {
+        if is_hidden(&class) {
+            hidden += 1;
+            continue;
+        }
         let name = class.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let Some(label) = labels.iter().position(|l| *l == name) else {
             unknown.push(name);
@@ -220,14 +229,19 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         };
         let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
         let mut shut = None;
-        let mut picture = |path| set.items.push(Item::File(path));
-        walk(&class, &mut picture, &mut |path, cause| shut = shut.take().or(Some(read(&path, cause))))
-            .map_err(|cause| read(&class, cause))?;
+        walk(&class, &mut |found| match found {
+            Found::Picture(path) => set.items.push(Item::File(path)),
+            Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
+            Found::Hidden(_) => hidden += 1,
+            Found::Other(path) => others.push(path),
+        })
+        .map_err(|cause| read(&class, cause))?;
         if let Some(error) = shut {
             return Err(error);
         }
         set.labels.resize(set.items.len(), label as u32);
     }
+    tell_hidden(path, hidden);
     if let Some(first) = unknown.first() {
         let reason = format!(
             "has {} folder(s) that are not named after a class of the model, the first is {first:?}: give each folder \
@@ -238,7 +252,12 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         return Err(content(path, &reason));
     }
     if set.items.is_empty() {
-        return Err(content(path, "holds no class folder with images: expected FOLDER/LABEL/image.jpg"));
+        let seen = if others.is_empty() { String::new() } else { format!("; it holds files {}", endings(&others)) };
+        let reason = format!(
+            "holds no class folder with images, which end in .{}: expected FOLDER/LABEL/image.jpg{seen}",
+            ENDINGS.join(", .")
+        );
+        return Err(content(path, &reason));
     }
     Ok(set)
 }

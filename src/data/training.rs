@@ -8,7 +8,7 @@ use fastrand::Rng;
 
 use super::source::{LIST, content, text};
 use super::{DataError, Form, LabelledImages};
-use crate::listing::labelled;
+use crate::listing::{is_hidden, labelled};
 
 /// Files beside a benchmark's own that name its classes.
 const NAMES: [&str; 3] = ["classes.txt", "batches.meta.txt", "fine_label_names.txt"];
@@ -90,7 +90,7 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
             let mut labels = Vec::new();
             for entry in fs::read_dir(path).map_err(fail)? {
                 let entry = entry.map_err(fail)?;
-                if entry.path().is_dir() {
+                if entry.path().is_dir() && !is_hidden(&entry.path()) {
                     labels.push(entry.file_name().to_string_lossy().into_owned());
                 }
             }
@@ -167,38 +167,45 @@ pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Re
     Ok(kept)
 }
 
-/// Holds `fraction` of each class out, one image at least, drawn with `seed`. Returns the records to train on and those
-/// held out, in the set's order.
+/// Records to train on and records that are held out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Split {
+    /// In the set's order.
+    pub training: Vec<usize>,
+    /// In the set's order.
+    pub held_out: Vec<usize>,
+    /// Classes of which none is held out, because they have a single image.
+    pub alone: Vec<usize>,
+}
+
+/// Holds `fraction` of each class out, drawn with `seed`: one image at least, and never the last one.
 ///
 /// # Errors
-/// Names a class that is empty, or that has too few images to share.
+/// Names a class that is empty.
 pub fn hold_out(
     labels: &[u32],
     records: &[usize],
     names: &[String],
     fraction: f64,
     seed: u64,
-) -> Result<(Vec<usize>, Vec<usize>), String> {
+) -> Result<Split, String> {
     let mut rng = Rng::with_seed(seed);
-    let (mut training, mut held_out) = (Vec::new(), Vec::new());
+    let mut split = Split::default();
     for (k, name) in names.iter().enumerate() {
         let mut of_class: Vec<usize> = records.iter().copied().filter(|&r| labels[r] as usize == k).collect();
         if of_class.is_empty() {
             return Err(format!("class {k} ({name}) has no images: add some, or remove the class"));
         }
-        let count = if fraction > 0.0 { ((of_class.len() as f64 * fraction).round() as usize).max(1) } else { 0 };
-        if count >= of_class.len() {
-            return Err(format!(
-                "class {k} ({name}) has {} image(s), and --calibration-fraction {fraction} would hold out {count}: \
-                 add images, or train without held-out ones (--calibration-fraction 0)",
-                of_class.len()
-            ));
+        let wanted = if fraction > 0.0 { ((of_class.len() as f64 * fraction).round() as usize).max(1) } else { 0 };
+        let count = wanted.min(of_class.len() - 1);
+        if count < wanted && count == 0 {
+            split.alone.push(k);
         }
         rng.shuffle(&mut of_class);
-        held_out.extend_from_slice(&of_class[..count]);
-        training.extend_from_slice(&of_class[count..]);
+        split.held_out.extend_from_slice(&of_class[..count]);
+        split.training.extend_from_slice(&of_class[count..]);
     }
-    training.sort_unstable();
-    held_out.sort_unstable();
-    Ok((training, held_out))
+    split.training.sort_unstable();
+    split.held_out.sort_unstable();
+    Ok(split)
 }

@@ -17,7 +17,7 @@ use crate::bundle::{
     Alpha, Color, FileDigest, FoldReport, LeftNorm, MAX_SIDE, MODEL_FILE, Manifest, OnnxReport, OutputProof,
     Preprocessing, Proof, SCHEMA_VERSION, Size, sha256_hex, sha256_of_file,
 };
-use crate::listing::walk;
+use crate::listing::{Found, walk};
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
 use crate::runtime::{Device, FEATURES, Library, NetworkSource, PlainSession, SessionOptions};
 use crate::stop::Stop;
@@ -403,8 +403,12 @@ fn pictures(folder: &Path, preprocessing: &Preprocessing) -> Result<Vec<Vec<f32>
     let mut files = Vec::new();
     let fail = |path: PathBuf, cause| FoldError::File { path, cause };
     let mut shut = None;
-    walk(folder, &mut |file| files.push(file), &mut |path, cause| shut = Some(fail(path, cause)))
-        .map_err(|cause| fail(folder.to_owned(), cause))?;
+    walk(folder, &mut |found| match found {
+        Found::Picture(file) => files.push(file),
+        Found::Shut(path, cause) => shut = Some(fail(path, cause)),
+        Found::Hidden(_) | Found::Other(_) => {}
+    })
+    .map_err(|cause| fail(folder.to_owned(), cause))?;
     if let Some(error) = shut {
         return Err(error);
     }

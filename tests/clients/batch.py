@@ -312,7 +312,8 @@ def bad(report, score, images, work, n):
         assert [r["path"] for r in read] == [str(f) for f in files]
         wrong = {r["path"] for r in read if "error" in r}
         assert wrong == set(broken) | {str(huge), str(big)}, len(wrong)
-        assert f"{len(files) - len(wrong)} images scored, {len(wrong)} failed" in done.stderr, done.stderr
+        assert f"scored      {len(files) - len(wrong)} images" in done.stderr, done.stderr
+        assert f"failed      {len(wrong)}: " in done.stderr, done.stderr
         for word in ("empty_image", "unknown_format", "damaged_image", "too_many_pixels", "file_too_large"):
             assert word in done.stderr, (word, done.stderr)
         figures.append(f"{len(wrong)} error rows, {time.monotonic() - began:.1f} s")
@@ -362,7 +363,7 @@ def killed(report, score, images, work, n, kills):
         before = rows(out)
         assert 0 < len(before) < n
         said = score("--output-dir", out, "--part-rows", part, "--resume", images).stderr
-        assert f"{len(before)} already had a row" in said, said
+        assert f"{len(before)} that already had a row" in said, said
         assert rows(out) == rows(want)
         said = score("--output-dir", out, images, status=1).stderr
         assert "--resume" in said, said

@@ -23,7 +23,7 @@ fn score_writes_a_row_per_image_and_remembers_the_bad_one() {
     assert_eq!(rows[0]["predictions"].as_array().unwrap().len(), 2);
     assert!(rows[1]["error"].as_str().unwrap().contains("known format") && rows[1]["predictions"].is_null());
     assert!(rows[2]["error"].is_null());
-    assert!(text(&out.stderr).contains("2 images scored, 1 failed"));
+    assert!(text(&out.stderr).contains("scored      2 images") && text(&out.stderr).contains("failed      1: "));
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn what_cannot_start_says_what_was_tried() {
     let picture_path = folder.path().join("a.png");
     fs::write(&picture_path, picture(8, 8, ImageFormat::Png)).unwrap();
     let picture_path = picture_path.to_str().unwrap();
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 9] = [
         (
             &["score", "--model", "models/cifar10-lt", "--onnxruntime", wrong.to_str().unwrap(), picture_path],
             "wrong.so",
@@ -97,7 +97,11 @@ fn what_cannot_start_says_what_was_tried() {
             "/nowhere/lib.so: no such file",
         ),
         (&["score", "--model", "models/nobody", picture_path], "models/nobody"),
-        (&["score", "--model", "models/cifar10-lt", "/nowhere/a.png"], "0 images scored, 1 failed"),
+        (&["score", "--model", "models/cifar10-lt", "/nowhere/a.png"], "failed      1: file_not_found 1"),
+        (
+            &["score", "--model", "models", picture_path],
+            "models: it is a repository, which holds models/cifar10-lt: give one",
+        ),
         (&["serve", "--addr", "127.0.0.1:0", "--models", "models/cifar10-lt"], "is a bundle: give the folder above"),
         (&["score", "--model", "models/cifar10-lt", "--device", "cuda", picture_path], "--device cuda cannot be used"),
         (&["serve", "--addr", "127.0.0.1:0", "--default-model", "x"], "--default-model \"x\""),

@@ -324,10 +324,13 @@ fn profiles_and_splits_are_stratified_and_repeatable() {
     let error = long_tail(&labels, &names, 1000.0, 7).unwrap_err();
     assert!(error.contains("leaves class 2 (c2) none of its 25 images") && error.contains("100 at most"), "{error}");
     let all: Vec<usize> = (0..labels.len()).collect();
-    let (training, held_out) = hold_out(&labels, &all, &names, 0.01, 7).unwrap();
+    let nbn::data::Split { training, held_out, alone } = hold_out(&labels, &all, &names, 0.01, 7).unwrap();
+    assert!(alone.is_empty());
     assert_eq!((counts(&training), counts(&held_out)), (vec![99, 49, 24], vec![1, 1, 1]));
-    let error = hold_out(&labels, &kept, &names, 0.1, 7).unwrap_err();
-    assert!(error.contains("class 2 (c2) has 1 image") && error.contains("--calibration-fraction 0"), "{error}");
+    // The only image of a class is trained on.
+    let split = hold_out(&labels, &kept, &names, 0.9, 7).unwrap();
+    assert_eq!((counts(&split.training), counts(&split.held_out)), (vec![10, 1, 1], vec![90, 9, 0]));
+    assert_eq!(split.alone, [2]);
     assert!(hold_out(&labels, &kept, &names, 0.0, 7).is_ok());
 }
 
@@ -515,12 +518,34 @@ fn what_cannot_be_trained_on_is_named() {
     fs::create_dir(set.join("yellow")).unwrap();
     refused(train(&set, &out, &short), &["class 3 (yellow) has no images", "add some"]);
     fs::copy(set.join("red/00.png"), set.join("yellow/one.png")).unwrap();
-    refused(train(&set, &out, &short), &["class 3 (yellow) has 1 image", "--calibration-fraction 0"]);
+    // All that is broken is named at once, before anything is trained.
     fs::write(set.join("yellow/two.png"), b"no picture").unwrap();
+    fs::write(set.join("blue/zz.jpg"), &fs::read(data("pixels/photo.jpg")).unwrap()[..2000]).unwrap();
     refused(
-        train(&set, &out, &[&short[..], &["--calibration-fraction", "0"]].concat()),
-        &["yellow/two.png", "repair it"],
+        train(&set, &out, &short),
+        &["2 of 45 images cannot be decoded", "yellow/two.png", "blue/zz.jpg", "--skip-broken"],
     );
+    assert!(!out.exists());
+    // What notebooks and other systems leave is no class and no image.
+    fs::create_dir(set.join(".ipynb_checkpoints")).unwrap();
+    fs::write(set.join("red/._00.png"), b"AppleDouble").unwrap();
+    let skipping = folder.path().join("skipping.safetensors");
+    let done = train(&set, &skipping, &[&short[..], &["--skip-broken"]].concat());
+    let said = text(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    for words in [
+        "2 of 45 images, which cannot be decoded",
+        "1 of 4 classes have a single image, which is trained on, such as \"yellow\"",
+        "\"hidden\":2",
+        "images are mirrored at random",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    let listed: Value = serde_json::from_slice(&fs::read(skipping.with_extension("broken.json")).unwrap()).unwrap();
+    assert!(listed[0]["image"].as_str().unwrap().ends_with("blue/zz.jpg") && listed.as_array().unwrap().len() == 2);
+    fs::remove_dir_all(set.join(".ipynb_checkpoints")).unwrap();
+    fs::remove_file(set.join("red/._00.png")).unwrap();
+    fs::remove_file(set.join("blue/zz.jpg")).unwrap();
     fs::remove_dir_all(set.join("yellow")).unwrap();
 
     let one = folder.path().join("one");

@@ -31,8 +31,8 @@ pub enum Format {
 
 impl Format {
     /// The form whose files end in `ending`.
-    pub(super) fn of_ending(ending: &str) -> Option<Self> {
-        Self::value_variants().iter().copied().find(|format| format.ending() == ending)
+    pub fn of_ending(ending: &str) -> Option<Self> {
+        Self::value_variants().iter().copied().find(|format| format.ending().eq_ignore_ascii_case(ending))
     }
 
     /// Whether this build writes it.

@@ -18,8 +18,16 @@ pub enum SourceError {
         cause: io::Error,
     },
     /// A folder without a picture.
-    #[error("{}: the folder holds no file that ends in .{}", .0.display(), ENDINGS.join(", ."))]
-    NoImages(PathBuf),
+    #[error(
+        "{}: the folder holds no file that ends in .{}{}", folder.display(), ENDINGS.join(", ."),
+        if others.is_empty() { String::new() } else { format!("; it holds files {others}") }
+    )]
+    NoImages {
+        /// The folder.
+        folder: PathBuf,
+        /// The endings that its files have, in words.
+        others: String,
+    },
     /// A URL that names no object store.
     #[error("{0}")]
     Url(String),

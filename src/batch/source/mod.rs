@@ -25,7 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Shard;
-use crate::listing::walk;
+use crate::listing::{Found, endings, tell_hidden, walk};
 use crate::pixels::has_picture_ending;
 
 use form::{Form, fits};
@@ -226,13 +226,19 @@ impl Source {
         };
         if let Place::File(path) = &place {
             if path.is_dir() {
-                let (mut files, mut shut) = (Vec::new(), Vec::new());
-                walk(path, &mut |file| files.push(Place::File(file)), &mut |folder, error| {
-                    let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
-                    shut.push(Item { key: Place::File(folder).name(), label: None, content: Content::Lost(fault) });
+                let (mut files, mut shut, mut others, mut hidden) = (Vec::new(), Vec::new(), Vec::new(), 0);
+                walk(path, &mut |found| match found {
+                    Found::Picture(file) => files.push(Place::File(file)),
+                    Found::Shut(folder, error) => {
+                        let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
+                        shut.push(Item { key: Place::File(folder).name(), label: None, content: Content::Lost(fault) });
+                    }
+                    Found::Hidden(_) => hidden += 1,
+                    Found::Other(file) => others.push(file),
                 })
                 .map_err(|cause| SourceError::Io { path: path.clone(), cause })?;
-                let source = Self::of_folder(input, files, options)?;
+                tell_hidden(path, hidden);
+                let source = Self::of_folder(input, files, &endings(&others), options)?;
                 // Each folder that cannot be read is a row at the end.
                 shut.retain(|item| options.shard.has(&item.key));
                 let len = source.len.map(|n| n + shut.len() as u64);
@@ -262,15 +268,16 @@ impl Source {
             (Form::Other, Place::Object(object)) if !has_picture_ending(input) => {
                 let found = object.below().map_err(|cause| SourceError::Io { path: input.to_owned(), cause })?;
                 let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
-                Self::of_folder(input, pictures.map(Place::Object).collect(), options)
+                Self::of_folder(input, pictures.map(Place::Object).collect(), "", options)
             }
             (Form::Other, _) => Ok(Self::of_files(vec![place], options)),
         }
     }
 
-    fn of_folder(input: &Path, files: Vec<Place>, options: &SourceOptions) -> Result<Self, SourceError> {
+    /// `others` are the endings of what is there besides.
+    fn of_folder(input: &Path, files: Vec<Place>, others: &str, options: &SourceOptions) -> Result<Self, SourceError> {
         if files.is_empty() {
-            return Err(SourceError::NoImages(input.to_owned()));
+            return Err(SourceError::NoImages { folder: input.to_owned(), others: others.to_owned() });
         }
         Ok(Self::of_files(files, options))
     }

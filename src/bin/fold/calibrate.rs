@@ -2,14 +2,14 @@
 
 pub(crate) mod target;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe};
-use nbn::data::{Form, LabelledLogits, PixelHash, pixel_hashes};
+use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
 use nbn::files::{Named, is_same, refuse_same};
@@ -85,9 +85,9 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         (Some(_), None) => {
             bail!("--training-data cannot be compared with a file of logits: give --data the images themselves")
         }
-        (Some(path), Some(hashes)) => {
-            let training = training_hashes(&args, path, &bundle)?;
-            logits = without_shared(logits, &hashes, &training, args.drop_shared)?;
+        (Some(path), Some((images, hashes))) => {
+            let training = training_images(&args, path, &bundle)?;
+            logits = without_shared(logits, (&images, &hashes), &training, args.drop_shared)?;
             TrainingOverlap::None
         }
     };
@@ -147,33 +147,44 @@ fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn training_hashes(args: &Calibrate, path: &Path, bundle: &Bundle) -> anyhow::Result<HashSet<PixelHash>> {
+/// The training images, and which of them has each hash of pixels.
+struct Training {
+    images: LabelledImages,
+    hashes: HashMap<PixelHash, usize>,
+}
+
+fn training_images(args: &Calibrate, path: &Path, bundle: &Bundle) -> anyhow::Result<Training> {
     let manifest = &bundle.manifest;
-    let training = images(path, args.training_form, args.training_records.as_deref(), &manifest.classes)?;
-    let bar = bar(training.len(), "training images");
-    let hashes = pixel_hashes(&training, manifest.preprocessing.exif, &|| bar.inc(1))?;
+    let images = images(path, args.training_form, args.training_records.as_deref(), &manifest.classes)?;
+    let bar = bar(images.len(), "training images");
+    let hashes = pixel_hashes(&images, manifest.preprocessing.exif, &|| bar.inc(1))?;
     bar.finish_and_clear();
-    Ok(hashes)
+    Ok(Training { images, hashes })
 }
 
 fn without_shared(
     logits: LabelledLogits,
-    hashes: &[PixelHash],
-    training: &HashSet<PixelHash>,
+    (images, hashes): (&LabelledImages, &[PixelHash]),
+    training: &Training,
     drop_shared: bool,
 ) -> anyhow::Result<LabelledLogits> {
-    let shared: Vec<usize> = (0..hashes.len()).filter(|&n| training.contains(&hashes[n])).collect();
-    let Some(first) = shared.first() else { return Ok(logits) };
+    let is_shared = |n: &usize| training.hashes.contains_key(&hashes[*n]);
+    let shared: Vec<usize> = (0..hashes.len()).filter(is_shared).collect();
+    let Some((&first, same)) = shared.first().and_then(|n| Some((n, training.hashes.get(&hashes[*n])?))) else {
+        return Ok(logits);
+    };
     if !drop_shared {
         bail!(
-            "{} of {} calibration images were trained on (the first is image {first}, counted from 0): scores fitted \
-             to them would be overconfident; hold images out of training, or pass --drop-shared to leave these out",
+            "{} of {} calibration images were trained on (the first is {}, which has the pixels of {}): scores fitted to \
+             them would be overconfident; hold images out of training, or pass --drop-shared to leave these out",
             shared.len(),
-            hashes.len()
+            hashes.len(),
+            images.name(first),
+            training.images.name(*same)
         );
     }
     eprintln!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
-    let kept: Vec<usize> = (0..hashes.len()).filter(|&n| !training.contains(&hashes[n])).collect();
+    let kept: Vec<usize> = (0..hashes.len()).filter(|n| !is_shared(n)).collect();
     anyhow::ensure!(!kept.is_empty(), "no calibration image is left: all were trained on");
     let values = kept.iter().flat_map(|&n| logits.row(n).iter().copied()).collect();
     let labels = kept.iter().map(|&n| logits.labels()[n]).collect();

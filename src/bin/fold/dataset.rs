@@ -66,12 +66,12 @@ impl Dataset {
         Ok(self.form.map_or_else(|| Form::guess(&self.data, bundle.manifest.classes.len()), Ok)?)
     }
 
-    /// The bundle's logits of the set, and the hash of each image's pixels where it has images.
+    /// The bundle's logits of the set, and its images with the hash of each one's pixels where it has images.
     pub(crate) fn logits(
         &self,
         bundle: &Bundle,
         runtime: &RuntimeArgs,
-    ) -> anyhow::Result<(LabelledLogits, Option<Vec<PixelHash>>)> {
+    ) -> anyhow::Result<(LabelledLogits, Option<(LabelledImages, Vec<PixelHash>)>)> {
         let classes = &bundle.manifest.classes;
         let form = self.form(bundle)?;
         if form == Form::Logits {
@@ -84,7 +84,7 @@ impl Dataset {
         let options = SessionOptions { device: runtime.device, threads: 1 };
         let (logits, hashes) = logits_of(bundle, library, options, &images, &|| bar.inc(1))?;
         bar.finish_and_clear();
-        Ok((logits, Some(hashes)))
+        Ok((logits, Some((images, hashes))))
     }
 }
 

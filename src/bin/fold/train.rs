@@ -28,6 +28,7 @@ mod without {
 
 #[cfg(feature = "train")]
 mod with {
+    use std::collections::BTreeSet;
     use std::path::{Path, PathBuf};
     use std::process::exit;
     use std::sync::Arc;
@@ -37,7 +38,7 @@ mod with {
     use burn::tensor::Device;
     use clap::{Args, ValueEnum};
     use nbn::bundle::{Class, Exif, Size};
-    use nbn::data::{Form, LabelledImages, TrainingSet, hold_out, long_tail};
+    use nbn::data::{Form, LabelledImages, Split, TrainingSet, broken_pictures, hold_out, long_tail};
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
     use nbn::train::arch::Arch;
@@ -47,6 +48,7 @@ mod with {
     use nbn::train::run::{End, Job, run as train};
     use nbn::train::state::Files;
 
+    use super::super::dataset::bar;
     use super::view::View;
 
     /// Share of the epochs after which LDAM weighs rare classes more, as its authors do (160 of 200).
@@ -75,9 +77,12 @@ mod with {
         /// Cut the set to an exponential profile in which the first class is F times as large as the last
         #[arg(long, value_name = "F", help_heading = "Images")]
         imbalance_factor: Option<f64>,
-        /// Share of each class to hold out for `nbn fold calibrate`, at least one image
+        /// Share of each class to hold out for `nbn fold calibrate`, at least one image, of a class with one image none
         #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
         calibration_fraction: f64,
+        /// Train without the images that cannot be decoded, which are listed in NAME.broken.json
+        #[arg(long, help_heading = "Images")]
+        skip_broken: bool,
         /// Preprocessing of the images [default: cifar for CIFAR networks, imagenet for others]
         #[arg(long, help_heading = "Images")]
         preprocessing: Option<Preset>,
@@ -378,6 +383,42 @@ mod with {
         anyhow::anyhow!("--augment: {step:?} is unknown; expected none, or steps from {}", known.join(", "))
     }
 
+    /// Images that an error names.
+    const NAMED: usize = 20;
+
+    /// The records of images that cannot be decoded.
+    ///
+    /// # Errors
+    /// When there are any and they are not to be left out; names them.
+    fn broken(args: &Train, set: &TrainingSet, files: &Files, exif: Exif) -> anyhow::Result<BTreeSet<usize>> {
+        let bar = bar(set.images.len(), "checking");
+        let broken = broken_pictures(&set.images, exif, &|| bar.inc(1))?;
+        bar.finish_and_clear();
+        let named = |(record, reason): &(usize, String)| format!("  {}: {reason}", set.images.name(*record));
+        if broken.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let mut lines: Vec<String> = broken.iter().take(NAMED).map(named).collect();
+        if broken.len() > NAMED {
+            lines.push(format!("  and {} more", broken.len() - NAMED));
+        }
+        let (count, total) = (broken.len(), set.images.len());
+        ensure!(
+            args.skip_broken,
+            "{count} of {total} images cannot be decoded: repair or remove them, or train without them by \
+             --skip-broken\n{}",
+            lines.join("\n")
+        );
+        let path = files.checkpoint.with_extension("broken.json");
+        let list: Vec<_> = broken
+            .iter()
+            .map(|(record, reason)| serde_json::json!({"record": record, "image": set.images.name(*record), "reason": reason}))
+            .collect();
+        nbn::files::replace(&path, &serde_json::to_vec_pretty(&list)?)?;
+        eprintln!("left out    {count} of {total} images, which cannot be decoded ({})", path.display());
+        Ok(broken.into_iter().map(|(record, _)| record).collect())
+    }
+
     fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {
         let set = TrainingSet::open(&args.data, args.dataset, args.classes.as_deref())?;
         ensure!(
@@ -387,13 +428,30 @@ mod with {
             set.labels.len()
         );
         let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
-        let records = match recipe.imbalance_factor {
+        let broken = broken(args, &set, &files, recipe.preprocessing.exif)?;
+        let records: Vec<usize> = match recipe.imbalance_factor {
             Some(factor) => long_tail(set.images.labels(), &set.labels, factor, recipe.seed).map_err(refuse)?,
             None => (0..set.images.len()).collect(),
         };
-        let (training, held_out) =
+        let records: Vec<usize> = records.into_iter().filter(|record| !broken.contains(record)).collect();
+        let Split { training, held_out, alone } =
             hold_out(set.images.labels(), &records, &set.labels, recipe.calibration_fraction, recipe.seed)
                 .map_err(refuse)?;
+        if let Some(first) = alone.first() {
+            eprintln!(
+                "warning: {} of {} classes have a single image, which is trained on, such as {:?}: none of theirs is held \
+                 out, so that their scores will be calibrated by what the others say (status prior_only)",
+                alone.len(),
+                set.labels.len(),
+                set.labels[*first]
+            );
+        }
+        if recipe.augment.contains(&Augmentation::Flip) {
+            eprintln!(
+                "augment     images are mirrored at random: where left and right tell classes apart (signs, texts, organs), \
+                 give --augment without flip"
+            );
+        }
         let counts = set.counts(&training);
         let classes: Vec<Class> = set
             .labels

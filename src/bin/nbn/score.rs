@@ -66,9 +66,9 @@ pub(crate) struct Score {
 #[derive(Args)]
 #[command(next_help_heading = "Rows")]
 struct RowArgs {
-    /// Format of the rows
-    #[arg(long, default_value = "jsonl")]
-    format: Format,
+    /// Format of the rows [default: as the name of --output ends, else jsonl]
+    #[arg(long)]
+    format: Option<Format>,
     /// File for the rows [default: stdout]
     #[arg(long, conflicts_with = "output_dir")]
     output: Option<PathBuf>,
@@ -94,6 +94,13 @@ struct RowArgs {
     /// makes it unless told otherwise
     #[arg(long)]
     features: bool,
+}
+
+impl RowArgs {
+    fn format(&self) -> Format {
+        let ending = self.output.as_deref().and_then(Path::extension).and_then(|ending| ending.to_str());
+        self.format.or(ending.and_then(Format::of_ending)).unwrap_or(Format::Jsonl)
+    }
 }
 
 #[derive(Args)]
@@ -183,7 +190,7 @@ pub(crate) fn score(args: Score) -> anyhow::Result<ExitCode> {
 }
 
 fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
-    args.rows.format.is_built()?;
+    args.rows.format().is_built()?;
     let signals = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (_sender, told) = signals.block_on(async { shutdown::on_signal() })?;
     let stopped = Stopped::when(move || *told.borrow());
@@ -221,7 +228,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let rule = model.scorer.rule(args.scores.request(classes)?, &Prior::default())?;
     let min_score = args.scores.min_score.unwrap_or(0.0);
     let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, min_score, columns };
-    let form = (args.rows.format, columns, &classes[..]);
+    let form = (args.rows.format(), columns, &classes[..]);
     // Everything is checked: from here on files may change.
     refuse_overwriting(&args, inputs, &bundle_files)?;
     let summary_file = args.summary.as_deref().map(SummaryFile::open).transpose()?;
@@ -370,7 +377,7 @@ fn record(args: &Score, model: &ServedModel, columns: Columns, prior: Option<&Pr
         "network": model.manifest.model.sha256,
         "calibration": calibration,
         "inputs": nbn::bundle::inputs_sha256(&model.manifest),
-        "format": args.rows.format,
+        "format": args.rows.format(),
         "columns": columns,
         "prior": prior,
         "sets": sets,
@@ -400,37 +407,59 @@ fn bar(images: Option<u64>) -> anyhow::Result<indicatif::ProgressBar> {
     Ok(bar.with_style(indicatif::ProgressStyle::with_template(template)?))
 }
 
+/// The run in words and a table, for people.
 fn describe(summary: &Summary) -> String {
     let Summary { scored, failed, resumed, duplicates, abstained, unknown_labels, seconds, .. } = summary;
-    let rate = summary.images_per_second;
-    let mut text = format!("{scored} images scored, {failed} failed, in {:.1} s ({rate:.1}/s)\n", seconds.total);
     let list = |counts: &std::collections::BTreeMap<&str, u64>| {
         counts.iter().map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
     };
-    let mut line = |wanted: bool, line: String| {
+    let mut lines = vec![("scored", format!("{scored} images in {}{}", span(seconds.total), rate(summary)))];
+    let mut line = |wanted: bool, name: &'static str, text: String| {
         if wanted {
-            text += &line;
-            text.push('\n');
+            lines.push((name, text));
         }
     };
-    line(*failed > 0, format!("  failed: {}", list(&summary.errors)));
-    line(*resumed > 0, format!("  {resumed} already had a row"));
-    line(*duplicates > 0, format!("  {duplicates} left out as duplicates"));
-    line(*scored > 0, format!("  best class: {}", list(&summary.predicted)));
-    line(*abstained > 0, format!("  {abstained} abstained"));
+    line(*failed > 0, "failed", format!("{failed}: {}", list(&summary.errors)));
+    line(*resumed > 0, "left out", format!("{resumed} that already had a row"));
+    line(*duplicates > 0, "left out", format!("{duplicates} that the source names twice"));
+    line(*scored > 0, "best class", list(&summary.predicted));
+    line(*abstained > 0, "abstained", format!("{abstained}"));
     if let Some(accuracy) = &summary.accuracy {
-        let of = |name: &str, value: Option<f64>| value.map(|v| format!(", {name} {v:.4}")).unwrap_or_default();
+        let of =
+            |name: &str, value: Option<f64>| value.map(|v| format!(", {name} {:.1} %", 100.0 * v)).unwrap_or_default();
         let groups = [("many", accuracy.many), ("medium", accuracy.medium), ("few", accuracy.few)];
         let groups: String = groups.map(|(name, value)| of(name, value)).concat();
-        let (top1, recall, images) = (accuracy.top1, accuracy.mean_recall, accuracy.images);
-        line(true, format!("  top-1 {top1:.4} of {images}, mean recall {recall:.4}{groups}"));
+        let (top1, recall) = (100.0 * accuracy.top1, 100.0 * accuracy.mean_recall);
+        line(true, "right", format!("{top1:.1} % of {} images", accuracy.images));
+        line(true, "recall", format!("{recall:.1} % on average over classes{groups}"));
     }
-    line(*unknown_labels > 0, format!("  {unknown_labels} labels are not classes of the model"));
-    let stages = [("read", seconds.read), ("decode", seconds.decode), ("preprocess", seconds.preprocess)];
+    line(*unknown_labels > 0, "labels", format!("{unknown_labels} are not classes of the model"));
+    let stages = [("reading", seconds.read), ("decoding", seconds.decode), ("preparing", seconds.preprocess)];
     let stages = stages.into_iter().chain([("network", seconds.infer), ("rows", seconds.write)]);
-    let stages: Vec<String> = stages.map(|(name, s)| format!("{name} {s:.1} s")).collect();
-    line(true, format!("  {}", stages.join(", ")));
-    text
+    let stages: Vec<String> = stages.map(|(name, s)| format!("{name} {}", span(s))).collect();
+    line(*scored > 0, "time", stages.join(", "));
+    lines.into_iter().fold(String::new(), |all, (name, text)| all + &format!("{name:<11} {text}\n"))
+}
+
+/// How many images a second, or a minute where that is less than one.
+fn rate(summary: &Summary) -> String {
+    let rate = summary.images_per_second;
+    match rate {
+        _ if summary.scored == 0 || !rate.is_finite() => String::new(),
+        100.0.. => format!(", {rate:.0} images/s"),
+        1.0.. => format!(", {rate:.1} images/s"),
+        _ => format!(", {:.1} images/min", 60.0 * rate),
+    }
+}
+
+/// Seconds in the unit that people read.
+fn span(seconds: f64) -> String {
+    match seconds {
+        60.0.. => format!("{}:{:02} min", (seconds / 60.0) as u64, (seconds % 60.0) as u64),
+        1.0.. => format!("{seconds:.1} s"),
+        0.001.. => format!("{:.0} ms", 1e3 * seconds),
+        _ => "0 ms".into(),
+    }
 }
 
 /// A prior by its name, or from a JSON file.

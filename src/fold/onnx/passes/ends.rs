@@ -147,6 +147,12 @@ pub(crate) fn name(
         }
     };
     let (mut logits, ending) = ending(network, &output)?;
+    if maker(graph, &logits).is_none() {
+        return OnnxError::refused(format!(
+            "nothing computes its output {}: it is an input or a constant; name another value by --logits NAME",
+            quoted(&output)
+        ));
+    }
     let value = logits.clone();
     let mut found = if features { classifier_input(network, &logits) } else { None };
     let graph = network.graph_mut();
