@@ -12,7 +12,7 @@ mod summary;
 
 pub use parts::{Parts, PartsError, RunRecord};
 pub use pipeline::{BatchOptions, run};
-pub use rows::{Columns, Format, Output, Row, RowWriter, Scores, Scoring, WriteError};
+pub use rows::{Columns, Form, Format, Origin, Output, Row, RowWriter, Scores, Scoring, WriteError};
 pub use shard::{Shard, ShardError};
 pub use source::{Labels, Source, SourceError, SourceOptions, Stopped, Stores};
 pub use summary::Summary;

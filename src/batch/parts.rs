@@ -15,10 +15,7 @@ use serde_json::Value;
 
 use super::Shard;
 use super::pipeline::{KeyHash, hash};
-use super::rows::{
-    Columns, Format, Output, Row, RowWriter, WriteError, keys_in_csv, keys_in_json_lines, keys_in_parquet,
-};
-use crate::bundle::Class;
+use super::rows::{Form, Format, Output, Row, RowWriter, WriteError, keys_in_csv, keys_in_json_lines, keys_in_parquet};
 use crate::files;
 
 /// What all parts of a folder have in common, as `run.json` keeps it.
@@ -110,9 +107,7 @@ pub enum PartsError {
 pub struct Parts<'a> {
     folder: PathBuf,
     shard: Shard,
-    format: Format,
-    columns: Columns,
-    classes: &'a [Class],
+    form: Form<'a>,
     part_rows: u64,
     next: u64,
     current: Option<Current<'a>>,
@@ -232,7 +227,7 @@ impl<'a> Parts<'a> {
         folder: &Path,
         shard: Shard,
         record: &RunRecord,
-        (format, columns, classes): (Format, Columns, &'a [Class]),
+        form: Form<'a>,
         part_rows: u64,
         resume: bool,
     ) -> Result<(Self, HashMap<KeyHash, u32>), PartsError> {
@@ -240,6 +235,7 @@ impl<'a> Parts<'a> {
             let path = path.to_owned();
             move |cause| PartsError::Io { path, cause }
         };
+        let format = form.format;
         fs::create_dir_all(folder).map_err(io(folder))?;
         let lock = lock(folder, shard)?;
         let Found { parts: mut found, stale } = Found::in_folder(folder, shard).map_err(io(folder))?;
@@ -287,9 +283,7 @@ impl<'a> Parts<'a> {
         let parts = Self {
             folder: folder.to_owned(),
             shard,
-            format,
-            columns,
-            classes,
+            form,
             part_rows: part_rows.max(1),
             next,
             current: None,
@@ -316,13 +310,13 @@ impl<'a> Parts<'a> {
         let current = match self.current.take() {
             Some(current) => current,
             None => {
-                let name = Name { shard: self.shard, number: self.next, format: self.format };
+                let name = Name { shard: self.shard, number: self.next, format: self.form.format };
                 let (part, draft) = (self.folder.join(name.text()), self.folder.join(name.draft()));
                 // Never through a link that somebody put there.
                 let file = remove_draft(&draft).and_then(|()| File::create_new(&draft));
                 let file = file.map_err(|cause| self.explain(cause.into(), &part))?;
                 let output = BufWriter::with_capacity(1 << 18, file);
-                match RowWriter::new(output, self.format, self.columns, self.classes) {
+                match RowWriter::new(output, self.form) {
                     Ok(writer) => Current { draft, part, writer, rows: 0 },
                     Err(error) => return Err(self.give_up(error, &draft, &part)),
                 }

@@ -20,7 +20,7 @@ use crate::scores::{Logits, LogitsError};
 use crate::stop::Stop;
 
 pub use prepare::{Prepare, StageTimes};
-pub use scorer::{Abstention, Decision, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
+pub use scorer::{Abstention, Decision, Scale, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
 
 /// A batch that takes longer than this alone is not worth measuring.
 const LONGEST_BATCH: Duration = Duration::from_millis(250);

@@ -2,11 +2,34 @@
 
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use crate::bundle::{BoundCalibration, Manifest, Status};
 use crate::scores::{
     Calibrator, ClassMix, Logits, Offsets, PredictionSet, Prior, Probabilities, SetError, SetRequest, SetRule, SetRung,
     SetScore,
 };
+
+/// What a score is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Scale {
+    /// Softmax of the logits: it ranks classes, but is not the probability of being right.
+    Softmax,
+    /// Probability under the stated class prior, fitted to held-out images.
+    Calibrated,
+}
+
+impl Scale {
+    /// The name in answers and rows.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::Calibrated => "calibrated",
+        }
+    }
+}
 
 /// What a model's scores are: the softmax of its logits, or calibrated probabilities.
 #[derive(Debug, Clone)]
@@ -111,6 +134,11 @@ impl Scorer {
     /// The calibration behind the scores.
     pub fn calibration(&self) -> Option<&BoundCalibration> {
         self.calibrated.as_ref().map(|(bound, _)| bound)
+    }
+
+    /// What the scores are.
+    pub fn scale(&self) -> Scale {
+        if self.calibrated.is_some() { Scale::Calibrated } else { Scale::Softmax }
     }
 
     /// Prepares a request; `default` is the prior of one that names none.

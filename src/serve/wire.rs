@@ -7,7 +7,7 @@ use super::objects;
 use super::options::{Include, RequestOptions};
 use super::problem::Problem;
 use crate::bundle::{BoundCalibration, Group, Manifest, Status};
-use crate::classify::{Decision, Prediction, ScoreRule, Scored};
+use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scored};
 use crate::registry::ServedModel;
 use crate::scores::{PredictionSet, Prior, SetRequest, SetRung, SetScore};
 
@@ -108,28 +108,11 @@ impl ClassifyReply {
         Self {
             model: model.name.clone(),
             version: model.version.clone(),
-            scale: Scale::of(calibration),
+            scale: model.scorer.scale(),
             calibration: calibration.map(|c| c.id.clone()),
             prior: rule.prior().map(Prior::name),
             results,
         }
-    }
-}
-
-/// What a score is.
-#[derive(Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Scale {
-    /// Softmax of the logits: it ranks classes, but is not the probability of being right.
-    Softmax,
-    /// Probability under the stated class prior, fitted to held-out images.
-    Calibrated,
-}
-
-impl Scale {
-    fn of(calibration: Option<&BoundCalibration>) -> Self {
-        if calibration.is_some() { Self::Calibrated } else { Self::Softmax }
     }
 }
 
@@ -448,7 +431,7 @@ impl ModelCard {
             name: model.name.clone(),
             version: model.version.clone(),
             device: model.device.to_string(),
-            scale: Scale::of(calibration),
+            scale: model.scorer.scale(),
             calibration: calibration.map(CalibrationCard::of).transpose().map_err(failed)?,
             manifest: serde_json::to_value(&*model.manifest).map_err(failed)?,
             evaluation: model.evaluation.clone(),

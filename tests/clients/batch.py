@@ -64,6 +64,10 @@ def rows(folder):
     return found
 
 
+# What says of each row which model scored it, and how.
+ORIGIN = ("model", "version", "scale", "calibration", "prior")
+
+
 def forms(report, score, images, work):
     args = ["--alpha", "0.1", "--probabilities", "--logits", "--labels", "folder", "--top-k", "3", images / "000", work / "gone.png"]
     reference = [json.loads(line) for line in score(*args, status=1).stdout.splitlines()]
@@ -78,6 +82,7 @@ def forms(report, score, images, work):
         got = list(csv.DictReader(io.StringIO(score(*args, "--format", "csv", status=1).stdout)))
         assert len(got) == len(reference)
         for row, want in zip(got, reference):
+            assert [row[n] for n in ORIGIN] == [want[n] for n in ORIGIN]
             assert row["path"] == want["path"] and row["error"] == want.get("error", "") and row["label"] == want["label"]
             if "error" not in want:
                 assert json.loads(row["set"]) == want["set"] and json.loads(row["logits"]) == want["logits"]
@@ -95,6 +100,10 @@ def forms(report, score, images, work):
         kinds = {field.name: field.type for field in prediction}
         assert kinds == {"class_id": pyarrow.int32(), "label": pyarrow.string(), "score": pyarrow.float64(), "group": pyarrow.string()}
         same(table.to_pylist(), reference)
+        about = json.loads(table.schema.metadata[b"nbn"])
+        labels = about.pop("classes")
+        assert about == {name: reference[0][name] for name in ORIGIN}, about
+        assert all(p["label"] == labels[p["class_id"]] for row in reference for p in row.get("predictions", []))
     with report.check("Parquet is read by polars"):
         same(polars.read_parquet(path).to_dicts(), reference)
 
@@ -102,7 +111,7 @@ def forms(report, score, images, work):
 def same(got, reference):
     assert len(got) == len(reference), (len(got), len(reference))
     for row, want in zip(got, reference):
-        for name in ("path", "label", "error", "decision", "predictions", "set", "probabilities"):
+        for name in ("path", "label", "error", "decision", "predictions", "set", "probabilities", *ORIGIN):
             assert row[name] == want.get(name), (name, row[name], want.get(name))
         logits = want.get("logits")
         assert (row["logits"] is None) == (logits is None)

@@ -11,7 +11,9 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use image::ImageFormat;
-use nbn::batch::{self, Columns, Format, Output, RowWriter, Scoring, Shard, Source, SourceOptions, Stores, Summary};
+use nbn::batch::{
+    self, Columns, Form, Format, Origin, Output, RowWriter, Scoring, Shard, Source, SourceOptions, Stores, Summary,
+};
 use nbn::classify::ScoreRequest;
 use nbn::engine::Budget;
 use nbn::registry::ServedModel;
@@ -107,6 +109,75 @@ fn float(field: &Field) -> f32 {
     match field {
         Field::Float(value) => *value,
         other => panic!("{other} is no float"),
+    }
+}
+
+/// Rows of several runs are put into one table, where each must still say what made it.
+#[test]
+fn rows_tell_what_made_them_in_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images");
+    fs::create_dir(&images).unwrap();
+    pictures(&images, 1);
+    fs::write(images.join("broken.png"), "no picture").unwrap();
+    let plain = folder.path().join("plain");
+    let (checkpoint, at) = (data("checkpoints/cifar_bn.pth.tar"), plain.join("7"));
+    assert!(fold(&["export", checkpoint.to_str().unwrap(), "--out", at.to_str().unwrap()]).status.success());
+    let id = nbn::bundle::sha256_hex(&fs::read("models/cifar10-lt/1/calibration.json").unwrap());
+    let id = &id[..12];
+    let prior = folder.path().join("prior.json");
+    fs::write(&prior, "[1, 1, 1, 1, 1, 1, 1, 1, 1, 2]").unwrap();
+    let shipped = "models/cifar10-lt";
+    let names = ["model", "version", "scale", "calibration", "prior"];
+    let cases: [(&str, &[&str], [Option<&str>; 5]); 4] = [
+        (shipped, &[], [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("uniform")]),
+        (shipped, &["--prior", "train"], [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("train")]),
+        (
+            shipped,
+            &["--prior", prior.to_str().unwrap()],
+            [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("custom")],
+        ),
+        (plain.to_str().unwrap(), &[], [Some("plain"), Some("7"), Some("softmax"), None, None]),
+    ];
+    for (model, more, origin) in cases {
+        let run = |format: &str, more_of: &[&str]| {
+            let args = ["score", "--model", model, "--format", format];
+            nbn(&[&args[..], more, more_of, &[images.to_str().unwrap()]].concat())
+        };
+        let lines = text(&run("jsonl", &[]).stdout);
+        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.len(), 2, "{model}");
+        for line in &lines {
+            assert_eq!(names.map(|name| line.get(name).and_then(Value::as_str)), origin, "{line}");
+        }
+        let table = run("csv", &[]).stdout;
+        let mut table = csv::Reader::from_reader(&table[..]);
+        let records: Vec<HashMap<String, String>> = table.deserialize().map(Result::unwrap).collect();
+        assert_eq!(records.len(), 2);
+        for record in &records {
+            assert_eq!(names.map(|name| record[name].as_str()), origin.map(Option::unwrap_or_default), "{model}");
+        }
+        let path = folder.path().join("rows.parquet");
+        run("parquet", &["--output", path.to_str().unwrap()]);
+        let reader = SerializedFileReader::new(fs::File::open(&path).unwrap()).unwrap();
+        let metadata = reader.metadata().file_metadata().key_value_metadata().unwrap();
+        let entry = metadata.iter().find(|entry| entry.key == "nbn").unwrap().value.as_deref().unwrap();
+        let about: Value = serde_json::from_str(entry).unwrap();
+        assert_eq!(names.map(|name| about.get(name).and_then(Value::as_str)), origin);
+        let best = &lines.iter().find(|line| line.get("predictions").is_some()).unwrap()["predictions"][0];
+        assert_eq!(about["classes"][best["class_id"].as_u64().unwrap() as usize], best["label"]);
+        let mut rows = 0;
+        for row in reader.get_row_iter(None).unwrap() {
+            let row = row.unwrap();
+            let fields: HashMap<&String, &Field> = row.get_column_iter().collect();
+            let told = names.map(|name| match fields[&name.to_owned()] {
+                Field::Str(text) => Some(text.as_str()),
+                _ => None,
+            });
+            assert_eq!(told, origin);
+            rows += 1;
+        }
+        assert_eq!(rows, 2);
     }
 }
 
@@ -221,7 +292,10 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
     let (manifest, scorer) = (&model.manifest, &model.scorer);
     let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
     let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
-    let mut rows = RowWriter::new(Vec::new(), Format::Csv, columns, &manifest.classes).unwrap();
+    let origin = Origin::new((&model.name, &model.version), &model.scorer, &scoring.rule);
+    let mut rows =
+        RowWriter::new(Vec::new(), Form { format: Format::Csv, columns, classes: &manifest.classes, origin: &origin })
+            .unwrap();
     let run = batch::BatchOptions {
         max_file_bytes: options.max_file_bytes,
         memory: 1 << 20,
@@ -487,7 +561,9 @@ fn a_run_that_fails_before_its_first_row_leaves_the_files_it_was_to_write() {
     assert_eq!((&summary["scored"], summary["broken"].as_array().unwrap().len()), (&Value::from(0), 1));
     // A list that is empty has no rows, and that is what the file says then.
     fs::write(at("nothing.txt"), "").unwrap();
-    for (format, rows) in [("jsonl", ""), ("csv", "path,error,decision,reason,label_1,score_1\n")] {
+    for (format, rows) in
+        [("jsonl", ""), ("csv", "path,error,decision,reason,label_1,score_1,model,version,scale,calibration,prior\n")]
+    {
         assert!(nbn_score(&[&files[..], &["--format", format, &at("nothing.txt")]].concat()).status.success());
         assert_eq!(fs::read_to_string(at("rows.jsonl")).unwrap(), rows);
     }

@@ -44,7 +44,9 @@ fn score_takes_a_list_on_stdin_and_writes_csv_to_a_file() {
     child.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
     let mut csv = csv::Reader::from_path(&output).unwrap();
-    assert_eq!(csv.headers().unwrap(), vec!["path", "error", "decision", "reason", "label_1", "score_1"]);
+    let origin = ["model", "version", "scale", "calibration", "prior"];
+    let header = [&["path", "error", "decision", "reason", "label_1", "score_1"][..], &origin].concat();
+    assert_eq!(csv.headers().unwrap(), header);
     let rows: Vec<csv::StringRecord> = csv.records().map(Result::unwrap).collect();
     assert_eq!(&rows[0][0], image.to_str().unwrap());
     assert_eq!(&rows[0][2], "accept");

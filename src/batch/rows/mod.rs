@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::bundle::{Class, Group, Manifest};
-use crate::classify::{Decision, Prediction, ScoreRule, Scorer};
+use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scorer};
 use crate::features::{Feature, Missing};
 
 pub(super) use self::parquet::keys as keys_in_parquet;
@@ -69,6 +69,57 @@ pub struct Columns {
     pub logits: bool,
     /// What its classifier sees.
     pub features: bool,
+}
+
+/// What made a row's scores: enough to tell rows of several runs apart when they lie in one table.
+#[derive(Debug, Clone, Serialize)]
+pub struct Origin {
+    /// Name of the model.
+    pub model: String,
+    /// Its version.
+    pub version: String,
+    /// What a score is.
+    pub scale: Scale,
+    /// Id of the calibration behind the scores; none if they are the softmax.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
+    /// The class prior of the scores: `uniform`, `train` or `custom`; none if they are the softmax.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prior: Option<&'static str>,
+}
+
+impl Origin {
+    /// Names of the columns, in their order.
+    pub(super) const COLUMNS: [&'static str; 5] = ["model", "version", "scale", "calibration", "prior"];
+
+    /// The origin of what `scorer` of the model `(name, version)` scores by `rule`.
+    pub fn new((name, version): (&str, &str), scorer: &Scorer, rule: &ScoreRule) -> Self {
+        Self {
+            model: name.to_owned(),
+            version: version.to_owned(),
+            scale: scorer.scale(),
+            calibration: scorer.calibration().map(|calibration| calibration.id.clone()),
+            prior: rule.prior().map(|prior| prior.name()),
+        }
+    }
+
+    /// The fields, in the order of [`Origin::COLUMNS`].
+    pub(super) fn values(&self) -> [Option<&str>; 5] {
+        [Some(&self.model), Some(&self.version), Some(self.scale.name()), self.calibration.as_deref(), self.prior]
+    }
+}
+
+/// How rows are written.
+#[derive(Debug, Clone, Copy)]
+pub struct Form<'a> {
+    /// The form.
+    pub format: Format,
+    /// What they tell.
+    pub columns: Columns,
+    /// The classes, in the order of the logits.
+    pub classes: &'a [Class],
+    /// What made them.
+    pub origin: &'a Origin,
 }
 
 /// One picture's row.
@@ -213,11 +264,11 @@ impl<'a, W: Write + Send> RowWriter<'a, W> {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn new(output: W, format: Format, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
-        Ok(match format {
-            Format::Jsonl => Self::Jsonl(text::JsonLines::new(output, columns, classes)),
-            Format::Csv => Self::Csv(Box::new(text::Csv::new(output, columns, classes)?)),
-            Format::Parquet => Self::Parquet(Box::new(parquet::Parquet::new(output, columns, classes)?)),
+    pub fn new(output: W, form: Form<'a>) -> Result<Self, WriteError> {
+        Ok(match form.format {
+            Format::Jsonl => Self::Jsonl(text::JsonLines::new(output, form)),
+            Format::Csv => Self::Csv(Box::new(text::Csv::new(output, form)?)),
+            Format::Parquet => Self::Parquet(Box::new(parquet::Parquet::new(output, form)?)),
         })
     }
 

@@ -4,18 +4,17 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::marker::PhantomData;
 
-use super::{Columns, Row, WriteError};
-use crate::bundle::Class;
+use super::{Form, Row, WriteError};
 use crate::features::Feature;
 
 /// Parquet, which this build does not write.
 pub struct Parquet<'a, W> {
     never: Infallible,
-    form: PhantomData<(&'a [Class], W)>,
+    form: PhantomData<(Form<'a>, W)>,
 }
 
 impl<'a, W> Parquet<'a, W> {
-    pub(super) fn new(_: W, _: Columns, _: &'a [Class]) -> Result<Self, WriteError> {
+    pub(super) fn new(_: W, _: Form<'a>) -> Result<Self, WriteError> {
         Err(WriteError::Form(missing()))
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::data_type::{ByteArray, ByteArrayType, DataType, DoubleType, FloatType, Int32Type};
 use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
@@ -16,19 +17,21 @@ use parquet::record::RowAccessor;
 use parquet::record::reader::RowIter;
 use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::Type;
+use serde::Serialize;
 
-use super::{Columns, Row, Scores, WriteError, group, label};
-use crate::bundle::Class;
+use super::{Columns, Form, Origin, Row, Scores, WriteError, group, label};
 
 /// Rows of a row group, and values of it, at most: what is held in memory.
 const GROUP_ROWS: usize = 10_000;
 const GROUP_VALUES: usize = 1 << 22;
 
+/// Name of the entry in the file's metadata: JSON with the rows' origin and, in the order of `class_id`, the classes' labels.
+const METADATA: &str = "nbn";
+
 /// Parquet.
 pub struct Parquet<'a, W: Write + Send> {
     output: Option<SerializedFileWriter<W>>,
-    columns: Columns,
-    classes: &'a [Class],
+    form: Form<'a>,
     rows: Vec<Row>,
     values: usize,
 }
@@ -71,22 +74,37 @@ fn schema(columns: Columns) -> String {
     if columns.features {
         fields.push(list("features", "required float element;"));
     }
+    fields.extend(Origin::COLUMNS.map(text));
     format!("message nbn {{ {} }}", fields.join(" "))
 }
 
+fn metadata(form: Form<'_>) -> Result<String, WriteError> {
+    #[derive(Serialize)]
+    struct Metadata<'a> {
+        #[serde(flatten)]
+        origin: &'a Origin,
+        classes: Vec<&'a str>,
+    }
+    let classes = form.classes.iter().map(|class| class.label.as_str()).collect();
+    Ok(serde_json::to_string(&Metadata { origin: form.origin, classes }).map_err(io::Error::from)?)
+}
+
 impl<'a, W: Write + Send> Parquet<'a, W> {
-    pub(super) fn new(output: W, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
-        let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?)).build();
-        let schema = Arc::new(parse_message_type(&schema(columns))?);
+    pub(super) fn new(output: W, form: Form<'a>) -> Result<Self, WriteError> {
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
+            .set_key_value_metadata(Some(vec![KeyValue::new(METADATA.to_owned(), metadata(form)?)]))
+            .build();
+        let schema = Arc::new(parse_message_type(&schema(form.columns))?);
         let output = Some(SerializedFileWriter::new(output, schema, Arc::new(properties))?);
-        Ok(Self { output, columns, classes, rows: Vec::new(), values: 0 })
+        Ok(Self { output, form, rows: Vec::new(), values: 0 })
     }
 
     pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
-        let Columns { top_k, probabilities, logits, set, .. } = self.columns;
+        let Columns { top_k, probabilities, logits, set, .. } = self.form.columns;
         let all = usize::from(probabilities) + usize::from(logits) + usize::from(set);
         let features = scores(row).and_then(|s| s.features.as_ref()).map_or(0, Vec::len);
-        self.values += top_k + all * self.classes.len() + features;
+        self.values += top_k + all * self.form.classes.len() + features;
         self.rows.push(row.clone());
         if self.rows.len() >= GROUP_ROWS || self.values >= GROUP_VALUES {
             self.write_group()?;
@@ -98,7 +116,7 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
         let rows = std::mem::take(&mut self.rows);
         self.values = 0;
         let Some(output) = self.output.as_mut().filter(|_| !rows.is_empty()) else { return Ok(()) };
-        let (columns, classes) = (self.columns, self.classes);
+        let Form { columns, classes, origin, .. } = self.form;
         let mut group_writer = output.next_row_group()?;
         let out = &mut group_writer;
         let text = |text: &str| ByteArray::from(text);
@@ -130,6 +148,9 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
         if columns.features {
             let all = rows.iter().map(|row| scores(row)?.features.as_deref());
             list::<FloatType, _>(out, all, 2, |&v| Some(v))?;
+        }
+        for value in origin.values() {
+            optional(out, rows.iter().map(|_| value.map(text)))?;
         }
         group_writer.close()?;
         Ok(())

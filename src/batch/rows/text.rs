@@ -4,14 +4,12 @@ use std::io::{self, BufRead, Write};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Columns, Row, Scores, WriteError, group, label};
-use crate::bundle::Class;
+use super::{Form, Origin, Row, Scores, WriteError, group, label};
 
 /// JSON lines.
 pub struct JsonLines<'a, W: Write> {
     output: W,
-    columns: Columns,
-    classes: &'a [Class],
+    form: Form<'a>,
 }
 
 #[derive(Serialize)]
@@ -35,6 +33,8 @@ struct Line<'a> {
     reason: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'a str>,
+    #[serde(flatten)]
+    origin: &'a Origin,
 }
 
 #[derive(Serialize)]
@@ -47,12 +47,12 @@ struct ClassScore<'a> {
 }
 
 impl<'a, W: Write> JsonLines<'a, W> {
-    pub(super) fn new(output: W, columns: Columns, classes: &'a [Class]) -> Self {
-        Self { output, columns, classes }
+    pub(super) fn new(output: W, form: Form<'a>) -> Self {
+        Self { output, form }
     }
 
     pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
-        let classes = self.classes;
+        let Form { columns, classes, origin, .. } = self.form;
         let scores = row.outcome.as_ref().ok();
         let of = |&(class_id, score): &(usize, f64)| ClassScore {
             class_id,
@@ -62,7 +62,7 @@ impl<'a, W: Write> JsonLines<'a, W> {
         };
         let line = Line {
             path: &row.key,
-            label: row.label.as_deref().filter(|_| self.columns.label),
+            label: row.label.as_deref().filter(|_| columns.label),
             predictions: scores.map(|s| s.top.iter().map(of).collect()),
             set: scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect())),
             probabilities: scores.and_then(|s| s.probabilities.as_deref()),
@@ -71,6 +71,7 @@ impl<'a, W: Write> JsonLines<'a, W> {
             decision: scores.map(Scores::decision),
             reason: scores.and_then(|s| s.abstained.as_deref()),
             error: row.outcome.as_ref().err().map(String::as_str),
+            origin,
         };
         serde_json::to_writer(&mut self.output, &line).map_err(io::Error::from)?;
         Ok(self.output.write_all(b"\n")?)
@@ -89,12 +90,12 @@ impl<'a, W: Write> JsonLines<'a, W> {
 /// CSV.
 pub struct Csv<'a, W: Write> {
     output: csv::Writer<W>,
-    columns: Columns,
-    classes: &'a [Class],
+    form: Form<'a>,
 }
 
 impl<'a, W: Write> Csv<'a, W> {
-    pub(super) fn new(output: W, columns: Columns, classes: &'a [Class]) -> Result<Self, WriteError> {
+    pub(super) fn new(output: W, form: Form<'a>) -> Result<Self, WriteError> {
+        let Form { columns, .. } = form;
         let mut output = csv::Writer::from_writer(output);
         let mut header: Vec<String> = vec!["path".into()];
         let optional = |wanted: bool, name: &str| wanted.then(|| name.to_owned());
@@ -105,12 +106,13 @@ impl<'a, W: Write> Csv<'a, W> {
         header.extend(optional(columns.logits, "logits"));
         header.extend(optional(columns.features, "features"));
         header.extend((1..=columns.top_k).flat_map(|k| [format!("label_{k}"), format!("score_{k}")]));
+        header.extend(Origin::COLUMNS.map(str::to_owned));
         output.write_record(&header).map_err(csv_error)?;
-        Ok(Self { output, columns, classes })
+        Ok(Self { output, form })
     }
 
     pub(super) fn write(&mut self, row: &Row) -> Result<(), WriteError> {
-        let Self { columns, classes, .. } = *self;
+        let Form { columns, classes, origin, .. } = self.form;
         let scores = row.outcome.as_ref().ok();
         let mut record = vec![row.key.clone()];
         if columns.label {
@@ -137,6 +139,7 @@ impl<'a, W: Write> Csv<'a, W> {
             record.extend([label(classes, class).to_owned(), score.to_string()]);
         }
         record.resize(width, String::new());
+        record.extend(origin.values().map(|value| value.unwrap_or_default().to_owned()));
         self.output.write_record(&record).map_err(csv_error)
     }
 

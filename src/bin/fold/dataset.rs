@@ -71,7 +71,7 @@ impl Dataset {
         &self,
         bundle: &Bundle,
         runtime: &RuntimeArgs,
-    ) -> anyhow::Result<(LabelledLogits, Option<(LabelledImages, Vec<PixelHash>)>)> {
+    ) -> anyhow::Result<(LabelledLogits, Option<HashedImages>)> {
         let classes = &bundle.manifest.classes;
         let form = self.form(bundle)?;
         if form == Form::Logits {
@@ -87,6 +87,9 @@ impl Dataset {
         Ok((logits, Some((images, hashes))))
     }
 }
+
+/// Images, with the hash of each one's pixels.
+pub(crate) type HashedImages = (LabelledImages, Vec<PixelHash>);
 
 /// A progress bar on a terminal, nothing elsewhere.
 pub(crate) fn bar(total: usize, what: &'static str) -> ProgressBar {

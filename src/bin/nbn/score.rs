@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use nbn::batch::{
-    self, Columns, Format, Labels, Parts, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped, Stores, Summary,
-    WriteError,
+    self, Columns, Form, Format, Labels, Origin, Parts, RunRecord, Scoring, Shard, Source, SourceOptions, Stopped,
+    Stores, Summary, WriteError,
 };
 use nbn::bundle::{Bundle, Class};
 use nbn::classify::{Abstention, ScoreRequest};
@@ -228,14 +228,15 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let rule = model.scorer.rule(args.scores.request(classes)?, &Prior::default())?;
     let min_score = args.scores.min_score.unwrap_or(0.0);
     let scoring = Scoring { manifest: &model.manifest, scorer: &model.scorer, rule, min_score, columns };
-    let form = (args.rows.format(), columns, &classes[..]);
+    let origin = Origin::new((&model.name, &model.version), &model.scorer, &scoring.rule);
+    let form = Form { format: args.rows.format(), columns, classes, origin: &origin };
     // Everything is checked: from here on files may change.
     refuse_overwriting(&args, inputs, &bundle_files)?;
     let summary_file = args.summary.as_deref().map(SummaryFile::open).transpose()?;
     let mut committed = HashMap::new();
     let (mut output, place) = match (&args.rows.output_dir, &args.rows.output) {
         (Some(folder), _) => {
-            let record = record(&args, &model, columns, scoring.rule.prior());
+            let record = record(&args, &model, form, scoring.rule.prior());
             let (parts, done) = Parts::open(folder, shard, &record, form, args.rows.part_rows, args.rows.resume)?;
             committed = done;
             (Rows::Parts(parts), folder.display().to_string())
@@ -359,7 +360,7 @@ impl ScoreArgs {
 }
 
 /// What every part of a folder must have in common.
-fn record(args: &Score, model: &ServedModel, columns: Columns, prior: Option<&Prior>) -> RunRecord {
+fn record(args: &Score, model: &ServedModel, form: Form<'_>, prior: Option<&Prior>) -> RunRecord {
     let (scores, source) = (&args.scores, &args.source);
     let prior = prior.map(|prior| match prior {
         Prior::Uniform => "uniform".to_owned(),
@@ -377,8 +378,9 @@ fn record(args: &Score, model: &ServedModel, columns: Columns, prior: Option<&Pr
         "network": model.manifest.model.sha256,
         "calibration": calibration,
         "inputs": nbn::bundle::inputs_sha256(&model.manifest),
-        "format": args.rows.format(),
-        "columns": columns,
+        "format": form.format,
+        "columns": form.columns,
+        "scale": form.origin.scale,
         "prior": prior,
         "sets": sets,
         "min_score": scores.min_score,

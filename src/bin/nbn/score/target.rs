@@ -8,13 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use nbn::batch::{Columns, Format, Output, Parts, Row, RowWriter, WriteError};
-use nbn::bundle::Class;
+use nbn::batch::{Form, Output, Parts, Row, RowWriter, WriteError};
 use nbn::files::{self, Named};
 use nbn::pixels::has_picture_ending;
-
-/// What a writer of rows is made of, beside the stream.
-pub(super) type Form<'a> = (Format, Columns, &'a [Class]);
 
 /// Where the rows go.
 pub(super) enum Rows<'a> {
@@ -30,8 +26,8 @@ impl<'a> Rows<'a> {
         Self::stream(Box::new(io::stdout()), form)
     }
 
-    fn stream(stream: Stream, (format, columns, classes): Form<'a>) -> Result<Self, WriteError> {
-        Ok(Self::Stream(RowWriter::new(BufWriter::new(stream), format, columns, classes)?))
+    fn stream(stream: Stream, form: Form<'a>) -> Result<Self, WriteError> {
+        Ok(Self::Stream(RowWriter::new(BufWriter::new(stream), form)?))
     }
 
     /// Rows in the file at `path`.
@@ -100,8 +96,7 @@ impl<'a> RowFile<'a> {
                 if self.regular {
                     self.file.set_len(0)?;
                 }
-                let (format, columns, classes) = self.form;
-                RowWriter::new(BufWriter::new(self.file.try_clone()?), format, columns, classes)?
+                RowWriter::new(BufWriter::new(self.file.try_clone()?), self.form)?
             }
         };
         Ok(self.writer.insert(writer))
