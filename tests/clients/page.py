@@ -207,8 +207,8 @@ def send(page, *files):
     settled(page)
 
 
-def compare(checks, card, reply, what):
-    """A card's rows, verdict, set and timings against the API's answer."""
+def compare(checks, card, reply, what, limited=False):
+    """A card's rows, verdict, set and timings against the API's answer; whether a limit decides on the best class."""
     result = reply["results"][0]
     rows = card.locator(".rows > li")
     checks.equal(f"{what}: rows", rows.count(), len(result["predictions"]))
@@ -233,7 +233,7 @@ def compare(checks, card, reply, what):
             width = meter.evaluate("e => e.firstElementChild.getBoundingClientRect().width / e.clientWidth")
             checks.that(f"{what}: bar of {label}", abs(width - share) < 0.02, f"{width:.3f}, expected {share:.3f}")
     verdict = card.locator(".verdict").inner_text()
-    checks.that(f"{what}: decision", result["decision"] in verdict, verdict)
+    checks.that(f"{what}: decision", (result["decision"] in verdict) == limited, verdict)
     checks.that(f"{what}: reason", result.get("reason", "") in verdict, verdict)
     checks.that(f"{what}: prior", f"{reply['prior']} prior" in card.locator(".of-score").text_content())
     chips = card.locator(".set li").all_inner_texts() if "set" in result else []
@@ -274,11 +274,12 @@ def start(checks, page, base, api):
 def by_keyboard(checks, page, api, picture):
     """Choosing a picture, a set, a prior and the number of classes without a mouse."""
     stops = []
-    for _ in range(9):
+    for _ in range(10):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(FOCUS))
     checks.equal("focus order", [name for name, _ in stops],
-                 ["choose", "sample-airplane", "sample-ship", "sample-truck", "model", "uniform", "", "top-k", "min-score"])
+                 ["choose", "sample-airplane", "sample-ship", "sample-truck", "reading", "model", "uniform", "", "top-k",
+                  "min-score"])
     checks.that("focus is visible", all(seen for _, seen in stops), stops)
 
     page.locator("#choose").focus()
@@ -323,7 +324,11 @@ def by_keyboard(checks, page, api, picture):
     settled(page)
     page.get_by_label("Abstain below").select_option("0.95")
     settled(page)
-    compare(checks, card, api.classify(picture, top_k=5, prior="train", alpha=0.05, min_score=0.95), "abstain")
+    compare(checks, card, api.classify(picture, top_k=5, prior="train", alpha=0.05, min_score=0.95), "abstain", limited=True)
+    expect(page.locator("#min-score-hint")).to_have_text("What scores more is accepted.")
+    page.get_by_label("Abstain below").select_option("0.25")
+    settled(page)
+    compare(checks, card, api.classify(picture, top_k=5, prior="train", alpha=0.05, min_score=0.25), "accept", limited=True)
     page.get_by_label("Abstain below").select_option("")
     page.get_by_role("radio", name="off").check(force=True)
     page.get_by_role("radio", name="uniform").check(force=True)
@@ -350,6 +355,7 @@ def several(checks, page, api, pictures):
     expect(page.get_by_role("status")).to_have_text("2 pictures scored, 1 not scored.")
     notes = page.get_by_role("article", name="notes.txt")
     checks.equal("error is a sentence", notes.locator(".problem p").inner_text(), api.classify(TEXT)["detail"])
+    checks.equal("nothing to try again", notes.locator(".retry").is_visible(), False)
     checks.equal("no scores with an error", notes.locator(".scores").is_visible(), False)
     expect(notes.locator(".thumb")).to_have_text("no preview")
     compare(checks, page.get_by_role("article", name="frog.png"),
@@ -536,6 +542,8 @@ def look(checks, browser, base, pictures, folder):
             checks.equal(f"{theme}, {device}: contrast below 4.5", page.evaluate(LOW_CONTRAST), [])
             wide = page.evaluate("document.documentElement.scrollWidth")
             checks.that(f"{theme}, {device}: fits the width", wide <= width, wide)
+            tops = [page.locator(part).first.bounding_box()["y"] for part in (".card", "#settings")]
+            checks.that(f"{theme}, {device}: scores are not below the settings", device != "phone" or tops[0] < tops[1], tops)
             checks.equal(f"{theme}, {device}: no motion",
                          page.locator(".bar span").first.evaluate("e => getComputedStyle(e).transitionDuration"), "0s")
             if folder:

@@ -36,13 +36,17 @@ function describe(list, pairs) {
 
 // ---- The server ----
 
-/** An error with a sentence for the reader. */
+/** An error with a sentence for the reader, and whether the same request may succeed later. */
 class Failure extends Error {
-  constructor(sentence, status) {
+  constructor(sentence, { status, again = true } = {}) {
     super(sentence);
     this.status = status;
+    this.again = again;
   }
 }
+
+/** Statuses that say nothing of the request itself; a model that is not there may come. */
+const mayPass = (status) => status >= 500 || [401, 404, 408, 429].includes(status);
 
 /** The server's JSON, or a Failure that says in a sentence why there is none. */
 async function call(path, init = {}) {
@@ -60,7 +64,8 @@ async function call(path, init = {}) {
   } catch (error) {
     if (error.name === 'AbortError') throw error;
     await init.body?.slice(0, 1).arrayBuffer().catch(() => {
-      throw new Failure('This file cannot be read: it is a folder, or was moved or changed. Choose the picture again.');
+      const sentence = 'This file cannot be read: it is a folder, or was moved or changed. Choose the picture again.';
+      throw new Failure(sentence, { again: false });
     });
     const large = init.body ? `, or it closed the connection on a picture of ${plural(init.body.size, 'byte')}` : '';
     throw new Failure(`The server gave no answer: it has stopped or cannot be reached${large}. Try again in a moment.`);
@@ -68,7 +73,7 @@ async function call(path, init = {}) {
   const problem = await response.json().catch(() => init.signal?.throwIfAborted() ?? {});
   const sentence = problem.detail ?? `The server answered ${response.status} and gave no reason.`;
   if (response.status === 401) askForKey(sentence, sent);
-  throw new Failure(sentence + whenAgain(response), response.status);
+  throw new Failure(sentence + whenAgain(response), { status: response.status, again: mayPass(response.status) });
 }
 
 function whenAgain(response) {
@@ -230,12 +235,13 @@ async function score(card) {
       headers: { 'content-type': 'application/octet-stream' }, // the server looks at the bytes
       signal: request.signal,
     });
-    show(card, reply, performance.now() - began);
+    show(card, reply, query.has('min_score'), performance.now() - began);
   } catch (error) {
     if (error.name === 'AbortError') return;
     card.result = null;
     state(card, 'Not scored', 'failed');
     card.element.querySelector('.problem p').textContent = error instanceof Failure ? error.message : String(error);
+    card.element.querySelector('.retry').hidden = error.again === false;
   }
   card.element.ariaBusy = null;
 }
@@ -264,7 +270,7 @@ function report() {
 
 // ---- An answer ----
 
-function show(card, reply, roundTrip) {
+function show(card, reply, limited, roundTrip) {
   const [result] = reply.results;
   const calibrated = reply.scale === 'calibrated';
   const part = (selector) => card.element.querySelector(selector);
@@ -273,6 +279,7 @@ function show(card, reply, roundTrip) {
   const abstains = result.decision === 'abstain';
   state(card, best ? `${best.label}, ${percent(best.score)}` : 'No class', 'scored');
   put('.decision', abstains ? `abstain: ${result.reason}` : result.decision);
+  part('.decision').hidden = !limited; // nothing was asked of the best class
   part('.decision').classList.toggle('abstain', abstains);
   part('.scores').classList.toggle('plain', !calibrated);
   put('.of-score', calibrated ? `calibrated, ${reply.prior} prior` : 'softmax: ranks classes, not a probability');
@@ -326,10 +333,11 @@ function fill(bar, name, share, before = 0) {
 const HINTS = { uniform: 'Every class equally likely.', train: 'Classes as frequent as in training.' };
 
 function hint() {
-  const { prior, alpha } = settings.elements;
+  const { prior, alpha, min_score: least } = settings.elements;
   const often = `Misses the true class at most ${100 * alpha.value} times in 100.`;
   $('prior-hint').textContent = HINTS[prior.value];
   $('alpha-hint').textContent = alpha.value ? often : 'No set is shown.';
+  $('min-score-hint').textContent = least.value ? 'What scores more is accepted.' : '';
 }
 
 settings.addEventListener('submit', (event) => event.preventDefault());
