@@ -297,6 +297,12 @@ impl Recipe {
         }
     }
 
+    /// What stands in the way of going on by this recipe where `begun` was begun: all [differences](Self::differences), but
+    /// that this one has more epochs.
+    pub fn obstacles(&self, begun: &Self) -> Vec<String> {
+        self.differences(&Self { epochs: begun.epochs.max(self.epochs), ..begun.clone() })
+    }
+
     /// The fields in which `other` differs, as `name: mine, not theirs`.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let fields = |recipe: &Self| match serde_json::to_value(recipe) {

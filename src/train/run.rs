@@ -57,6 +57,8 @@ pub enum Event<'a> {
         step: usize,
         /// Steps of an epoch.
         steps: usize,
+        /// Where a run gets more epochs than it had.
+        longer: Option<Longer>,
         /// Learned values.
         parameters: usize,
     },
@@ -73,11 +75,22 @@ pub enum Event<'a> {
     Epoch(&'a EpochReport),
 }
 
+/// A schedule that is laid over more epochs than before.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Longer {
+    /// Epochs that it was laid over.
+    pub before: usize,
+    /// Learning rate of the next step.
+    pub rate: f64,
+}
+
 /// One line of the metrics file.
 #[derive(Debug, Clone, Serialize)]
 pub struct EpochReport {
     /// Epochs done.
     pub epoch: usize,
+    /// Epochs that the learning rate's schedule is laid over: from where it grows, the run was given more.
+    pub epochs: usize,
     /// Mean training loss.
     pub loss: f64,
     /// Top-1 accuracy on the varied training pictures, as they were learned from.
@@ -125,6 +138,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let per_epoch = loader::steps(images.len(), recipe.batch);
     let mut run =
         if job.resume { resume(job, &network, &initial, &set, per_epoch)? } else { begin(job, &network, initial, set) };
+    let begun_with = std::mem::replace(&mut run.progress.recipe, job.recipe.clone()).epochs;
     let counts: Vec<u64> = job.classes.iter().map(|c| c.count.unwrap_or(0)).collect();
     let objective = Objective::new(&recipe, &counts);
     let mut saved = job.resume;
@@ -136,6 +150,10 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         epoch: run.progress.epoch,
         step: run.progress.step,
         steps: per_epoch,
+        longer: (begun_with < recipe.epochs).then(|| Longer {
+            before: begun_with,
+            rate: learning_rate(&recipe, run.progress.epoch * per_epoch + run.progress.step, per_epoch),
+        }),
         parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
     });
     if run.progress.epoch >= recipe.epochs {
@@ -179,6 +197,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         };
         let report = EpochReport {
             epoch: epoch + 1,
+            epochs: recipe.epochs,
             loss: progress.loss / progress.seen as f64,
             training_accuracy: progress.right as f64 / progress.seen as f64,
             learning_rate: rate,
@@ -215,7 +234,7 @@ fn resume(job: &Job, network: &Network, start: &State, set: &str, per_epoch: usi
         Ok(run) => Some(run.progress.recipe.clone()),
         Err(_) => state::recipe(path),
     };
-    let differences = begun.map(|begun| job.recipe.differences(&begun)).unwrap_or_default();
+    let differences = begun.map(|begun| job.recipe.obstacles(&begun)).unwrap_or_default();
     if !differences.is_empty() {
         return Err(TrainError::OtherRecipe { path: path.clone(), differences: differences.join("; ") });
     }

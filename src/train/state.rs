@@ -334,7 +334,8 @@ fn metadata(path: &Path) -> Option<HashMap<String, String>> {
 pub fn check_checkpoint(files: &Files, progress: &Progress) -> Result<(), TrainError> {
     let Some(found) = metadata(&files.checkpoint) else { return Ok(()) };
     let recipe = found.get(RECIPE_KEY).and_then(|text| serde_json::from_str::<Recipe>(text).ok());
-    let other_recipe = recipe.is_some_and(|recipe| !progress.recipe.differences(&recipe).is_empty());
+    // A run that got more epochs may have ended before its first checkpoint.
+    let other_recipe = recipe.is_some_and(|recipe| !progress.recipe.obstacles(&recipe).is_empty());
     if !other_recipe && found.get(SET_KEY).is_none_or(|set| *set == progress.set) {
         return Ok(());
     }

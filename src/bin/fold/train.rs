@@ -193,7 +193,7 @@ mod with {
         /// Checkpoint to write, NAME.safetensors; the run's other files are written beside it
         #[arg(long, value_name = "FILE", help_heading = "Run")]
         out: PathBuf,
-        /// Continue the run of this checkpoint, or start it if there is none yet
+        /// Continue the run of this checkpoint, also with more --epochs, or start it if there is none yet
         #[arg(long, conflicts_with = "overwrite", help_heading = "Run")]
         resume: bool,
         /// Replace an existing run and start again

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nbn::train::run::{EpochReport, Event};
+use nbn::train::run::{EpochReport, Event, Longer};
 
 /// A bar on a terminal, a line per epoch everywhere.
 pub(super) struct View {
@@ -22,10 +22,17 @@ impl View {
 
     pub(super) fn show(&mut self, event: &Event<'_>) {
         match event {
-            Event::Start { epoch, step, steps, parameters } => {
+            Event::Start { epoch, step, steps, longer, parameters } => {
                 eprintln!("learned     {parameters} values; {steps} steps per epoch");
                 if epoch + step > 0 {
                     eprintln!("resumed     after {epoch} epochs and {step} steps");
+                }
+                if let Some(Longer { before, rate }) = longer {
+                    eprintln!(
+                        "longer      {} epochs instead of {before}: the schedule of the learning rate is laid over all of \
+                         them, and goes on at {rate:.3e}",
+                        self.epochs
+                    );
                 }
                 self.bar.set_length((self.epochs * steps) as u64);
                 self.bar.set_position((epoch * steps + step) as u64);
