@@ -60,6 +60,7 @@ fn options() -> CalibrateOptions {
         kappa: Some(Kappa::Learned),
         rung: None,
         seed: 0,
+        groups: None,
         training_overlap: TrainingOverlap::NotChecked,
         command,
     }

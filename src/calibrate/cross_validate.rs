@@ -3,6 +3,8 @@
 //! Rungs are compared under the uniform prior with every class counting the same, since that is how rare classes are
 //! served: under the calibration set's own mix the frequent classes alone would decide how free the rare ones' maps are.
 
+use std::collections::BTreeMap;
+
 use super::ladder::{Kappa, Parameters, Problem};
 use crate::bundle::{Rung, RungReport};
 use crate::data::LabelledLogits;
@@ -35,13 +37,13 @@ pub(super) struct CrossValidation {
 impl CrossValidation {
     pub(super) fn run<'a>(
         logits: &LabelledLogits,
-        seed: u64,
+        folds: &[usize],
         problem: &dyn Fn(Vec<u32>) -> Problem<'a>,
         highest: Rung,
         progress: &dyn Fn(&str),
     ) -> Self {
-        let folds = folds_of(logits, seed);
         let n = logits.len();
+        let count = folds.iter().max().map_or(0, |last| last + 1);
         let zeros = || vec![0.0; n];
         let empty = || OutOfFold {
             balanced_nll: zeros(),
@@ -52,8 +54,8 @@ impl CrossValidation {
         };
         let mut rungs: Vec<OutOfFold> = (0..=highest as usize).map(|_| empty()).collect();
         let mut fits = Vec::new();
-        for fold in 0..FOLDS.min(n) {
-            progress(&format!("cross-validation, fold {} of {}", fold + 1, FOLDS.min(n)));
+        for fold in 0..count {
+            progress(&format!("cross-validation, fold {} of {count}", fold + 1));
             let rows = |inside: bool| (0..n as u32).filter(|&r| (folds[r as usize] == fold) == inside).collect();
             let problem = problem(rows(false));
             let of_fold = problem.fit(highest);
@@ -65,7 +67,7 @@ impl CrossValidation {
         }
         let counts = logits.counts();
         let weights = logits.labels().iter().map(|&l| 1.0 / counts[l as usize] as f64).collect();
-        Self { rungs, folds, fits, weights }
+        Self { rungs, folds: folds.to_vec(), fits, weights }
     }
 
     /// The simplest rung that is at most one standard error less likely than the best, among those that beat the rung
@@ -165,9 +167,13 @@ fn map(out: &mut [f64], logits: &[f32], a: &[f64], offsets: &[f64]) {
     }
 }
 
-/// A fold for each row: every class is dealt out in turn, in a seeded order, so that folds are alike in size and mix.
-fn folds_of(logits: &LabelledLogits, seed: u64) -> Vec<usize> {
+/// A fold for each row, counted from 0 without gaps. Without groups, every class is dealt out in turn, in a seeded order, so
+/// that folds are alike in size and mix.
+pub(super) fn folds_of(logits: &LabelledLogits, groups: Option<&[usize]>, seed: u64) -> Vec<usize> {
     let mut random = fastrand::Rng::with_seed(seed);
+    if let Some(groups) = groups {
+        return folds_of_groups(logits, groups, &mut random);
+    }
     let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); logits.classes()];
     for (row, &label) in logits.labels().iter().enumerate() {
         by_class[label as usize].push(row);
@@ -182,4 +188,55 @@ fn folds_of(logits: &LabelledLogits, seed: u64) -> Vec<usize> {
         }
     }
     folds
+}
+
+/// Folds of whole groups: the largest group chooses first, in a seeded order, the fold that has the least of its classes.
+fn folds_of_groups(logits: &LabelledLogits, groups: &[usize], random: &mut fastrand::Rng) -> Vec<usize> {
+    let totals = logits.counts();
+    let mut rows: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    groups.iter().enumerate().for_each(|(row, &group)| rows.entry(group).or_default().push(row));
+    let mut order: Vec<Vec<usize>> = rows.into_values().collect();
+    random.shuffle(&mut order);
+    order.sort_by_key(|rows| std::cmp::Reverse(rows.len()));
+    let count = FOLDS.min(order.len());
+    // What a fold has of each class, as a share of the class.
+    let mut shares = vec![vec![0.0; logits.classes()]; count];
+    let mut folds = vec![0; logits.len()];
+    for (dealt, rows) in order.iter().enumerate() {
+        let labels = || rows.iter().map(|&row| logits.labels()[row] as usize);
+        let has = |fold: &usize| labels().map(|class| shares[*fold][class]).sum::<f64>();
+        // First one for each fold, so that none stays empty.
+        let fold = if dealt < count { dealt } else { (0..count).min_by(|a, b| has(a).total_cmp(&has(b))).unwrap_or(0) };
+        labels().for_each(|class| shares[fold][class] += 1.0 / totals[class] as f64);
+        rows.iter().for_each(|&row| folds[row] = fold);
+    }
+    folds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_group_is_divided_and_no_fold_is_empty() {
+        let mut random = fastrand::Rng::with_seed(3);
+        for groups in [2, 3, 5, 6, 40] {
+            let sizes: Vec<usize> = (0..groups).map(|_| random.usize(1..12)).collect();
+            let of: Vec<usize> = (0..groups).flat_map(|group| vec![group; sizes[group]]).collect();
+            let labels: Vec<u32> = of.iter().map(|_| random.u32(0..3)).collect();
+            let logits = LabelledLogits::try_new(3, vec![0.0; 3 * of.len()], labels).unwrap();
+            let folds = folds_of(&logits, Some(&of), 1);
+            for (row, group) in of.iter().enumerate() {
+                assert_eq!(folds[row], folds[of.iter().position(|other| other == group).unwrap()]);
+            }
+            let count = groups.min(FOLDS);
+            let filled: Vec<usize> = (0..count).map(|fold| folds.iter().filter(|f| **f == fold).count()).collect();
+            assert_eq!(filled.iter().sum::<usize>(), of.len());
+            assert!(filled.iter().all(|n| *n > 0), "{filled:?}");
+            if groups == 40 {
+                assert!(filled.iter().all(|n| (of.len() / 8..of.len() / 3).contains(n)), "{filled:?}");
+            }
+            assert_eq!(folds, folds_of(&logits, Some(&of), 1));
+        }
+    }
 }

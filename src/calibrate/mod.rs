@@ -17,7 +17,7 @@ use crate::bundle::{
 use crate::data::LabelledLogits;
 use crate::metrics;
 use crate::scores::{argmax, softmax_in_place};
-use cross_validate::CrossValidation;
+use cross_validate::{CrossValidation, folds_of};
 
 pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
@@ -41,6 +41,8 @@ pub struct CalibrateOptions {
     pub rung: Option<Rung>,
     /// Seed of the folds.
     pub seed: u64,
+    /// The group of each image; none is divided between folds. Without them, every image is one of its own.
+    pub groups: Option<Vec<usize>>,
     /// Whether the images were compared with the training images.
     pub training_overlap: TrainingOverlap,
     /// The command line, for the record.
@@ -123,8 +125,9 @@ pub fn calibrate(
         let ridge = logits.classes() as f64 / rows.len() as f64;
         Problem { logits, rows, log_train: &log_train, shift: &shift, kappa, ridge }
     };
+    let folds = folds_of(logits, options.groups.as_deref(), options.seed);
     let cross_validate = |kappa: Kappa, highest: Rung| {
-        CrossValidation::run(logits, options.seed, &|rows| problem(kappa, rows), highest, progress)
+        CrossValidation::run(logits, &folds, &|rows| problem(kappa, rows), highest, progress)
     };
     let known = manifest.fold.kappa.filter(|_| matches!(manifest.fold.head, None | Some(Head::Linear)));
     let (asked, source) = match (options.kappa, known) {

@@ -2,10 +2,12 @@
 //!
 //! A set is class folders, a list file, CIFAR's binary form, IDX, or (in [`LabelledLogits`]) a file of logits and labels.
 
+mod groups;
 mod logits;
 mod source;
 mod training;
 
+pub use groups::{GroupBy, hold_out_groups};
 pub use logits::{LabelledLogits, PixelHash, broken_pictures, logits_of, pixel_hashes};
 pub use source::{Form, LabelledImages, records_from};
 pub use training::{Split, TrainingSet, hold_out, long_tail};

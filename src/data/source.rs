@@ -116,6 +116,11 @@ impl LabelledImages {
         self.items.len()
     }
 
+    /// The file or folder that they were read from.
+    pub(super) fn origin(&self) -> &Path {
+        &self.origin
+    }
+
     /// Whether the pixels of all lie in one file, as they are: such images cannot be damaged one by one.
     pub(super) fn are_in_one_file(&self) -> bool {
         self.store.is_some()

@@ -174,7 +174,7 @@ pub struct Split {
     pub training: Vec<usize>,
     /// In the set's order.
     pub held_out: Vec<usize>,
-    /// Classes of which none is held out, because they have a single image.
+    /// Classes of which none is held out, because they have a single image, or a single group of images.
     pub alone: Vec<usize>,
 }
 

@@ -191,6 +191,9 @@ pub struct Recipe {
     pub imbalance_factor: Option<f64>,
     /// Share of each class held out for calibration.
     pub calibration_fraction: f64,
+    /// What keeps images on one side of that split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_by: Option<String>,
     /// Seed of everything random.
     pub seed: u64,
 }

@@ -41,6 +41,7 @@ fn options(kappa: Kappa) -> CalibrateOptions {
         kappa: Some(kappa),
         rung: None,
         seed: 0,
+        groups: None,
         training_overlap: TrainingOverlap::NotChecked,
         command: "test".into(),
     }

@@ -1,5 +1,6 @@
 //! `nbn fold train`: its arithmetic beside PyTorch's and Pillow's (tests/oracle/make_training.py), and whole runs.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::module::batch_norm_train;
 use burn::tensor::{Device, Tensor, TensorData};
 use nbn::bundle::Exif;
-use nbn::data::{hold_out, long_tail};
+use nbn::data::{hold_out, hold_out_groups, long_tail};
 use nbn::fold::Checkpoint;
 use nbn::fold::architecture::{self, Extras, Magnitude, NbnLayers, Overrides};
 use nbn::fold::checkpoint::Tensor as Values;
@@ -63,6 +64,7 @@ fn recipe() -> Recipe {
         preprocessing: Preset::Cifar.preprocessing(None, Exif::Apply),
         imbalance_factor: None,
         calibration_fraction: 0.0,
+        group_by: None,
         seed: 3,
     }
 }
@@ -577,6 +579,106 @@ fn what_cannot_be_trained_on_is_named() {
     refused(train(&set, &folder.path().join("run.pth"), &short), &["run.pth", ".safetensors"]);
     refused(train(&set, &out, &["--device", "cuda"]), &["--device cuda", "--device cpu"]);
     assert!(!out.exists());
+}
+
+#[test]
+fn groups_are_trained_on_or_held_out_as_a_whole() {
+    let mut random = fastrand::Rng::with_seed(9);
+    let names: Vec<String> = (0..4).map(|k| format!("c{k}")).collect();
+    for seed in 0..20 {
+        // Objects of one class with 1 to 30 pictures each; the last class has one object.
+        let (mut labels, mut groups) = (Vec::new(), Vec::new());
+        let mut group = 0;
+        for (class, objects) in [40, 12, 3, 1].into_iter().enumerate() {
+            for _ in 0..objects {
+                let pictures = random.usize(1..30);
+                labels.extend(vec![class as u32; pictures]);
+                groups.extend(vec![group; pictures]);
+                group += 1;
+            }
+        }
+        let all: Vec<usize> = (0..labels.len()).collect();
+        let split = hold_out_groups(&labels, &all, &names, &groups, 0.1, seed).unwrap();
+        assert_eq!(split.alone, [3]);
+        let of = |records: &[usize]| records.iter().map(|&r| groups[r]).collect::<BTreeSet<usize>>();
+        assert!(of(&split.training).is_disjoint(&of(&split.held_out)));
+        assert_eq!(split.training.len() + split.held_out.len(), all.len());
+        for class in 0..4 {
+            let count = |records: &[usize]| records.iter().filter(|&&r| labels[r] == class).count();
+            assert!(count(&split.training) > 0);
+            assert_eq!(count(&split.held_out) > 0, class != 3);
+        }
+        let share = |class| {
+            let count = |records: &[usize]| records.iter().filter(|&&r| labels[r] == class).count() as f64;
+            count(&split.held_out) / count(&all)
+        };
+        assert!((0.05..0.2).contains(&share(0)), "{}", share(0));
+        assert_eq!(split, hold_out_groups(&labels, &all, &names, &groups, 0.1, seed).unwrap());
+    }
+    // A camera sees all classes.
+    let labels: Vec<u32> = (0..120).map(|r| r % 4).collect();
+    let groups: Vec<usize> = (0..120).map(|r| r / 12).collect();
+    let all: Vec<usize> = (0..120).collect();
+    let split = hold_out_groups(&labels, &all, &names, &groups, 0.1, 1).unwrap();
+    assert_eq!((split.held_out.len(), split.alone.len()), (12, 0));
+    let one = hold_out_groups(&labels, &all, &names, &labels.iter().map(|&l| l as usize).collect::<Vec<_>>(), 0.1, 1);
+    assert!(one.unwrap_err().contains("in every class, all images are of one group"));
+}
+
+#[test]
+fn images_of_one_object_are_kept_together_by_train_and_calibrate() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = folder.path().join("set");
+    for (class, hue) in [("red", 0), ("green", 1)] {
+        for object in 0..6 {
+            for frame in 0..5 {
+                let at = set.join(class).join(format!("object-{object}"));
+                fs::create_dir_all(&at).unwrap();
+                let mut picture = RgbImage::from_pixel(32, 32, image::Rgb([10 * object, 8 * frame, 30]));
+                picture.pixels_mut().for_each(|pixel| pixel.0[hue] = 200 + frame);
+                picture.save(at.join(format!("cam{}_{frame}.png", frame % 2))).unwrap();
+            }
+        }
+    }
+    let out = folder.path().join("run.safetensors");
+    let flags = |by| ["--epochs", "1", "--calibration-fraction", "0.2", "--group-by", by];
+    for (by, words) in [
+        ("object-9", "60 of 60 paths do not match, such as green/object-0/cam0_0.png"),
+        ("object", "all 60 images are in one group"),
+    ] {
+        refused(train(&set, &out, &flags(by)), &[words]);
+    }
+    let wrong = train(&set, &out, &flags("("));
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(text(&wrong.stderr).contains("expected folder, or a regular expression"), "{}", text(&wrong.stderr));
+    let output = train(&set, &out, &flags(r"^(\w+/object-\d+)/"));
+    assert!(text(&output.stderr).contains("groups      12 of images"), "{}", text(&output.stderr));
+    done(output);
+    done(train(&set, &out, &[&flags("folder")[..], &["--overwrite"]].concat()));
+    let records = |ending: &str| -> BTreeSet<usize> {
+        let text = fs::read(out.with_extension(ending)).unwrap();
+        let found: Value = serde_json::from_slice(&text).unwrap();
+        found["records"].as_array().unwrap().iter().map(|r| r.as_u64().unwrap() as usize).collect()
+    };
+    let (training, held_out) = (records("training.json"), records("calibration.json"));
+    // The set's order is that of its paths: five frames of an object follow each other.
+    let objects = |records: &BTreeSet<usize>| records.iter().map(|r| r / 5).collect::<BTreeSet<usize>>();
+    assert!(objects(&training).is_disjoint(&objects(&held_out)), "{held_out:?}");
+    assert_eq!((objects(&training).len(), objects(&held_out).len()), (10, 2));
+    refused(train(&set, &out, &[&flags("object-\\d")[..], &["--resume"]].concat()), &["group_by is", "was \"folder\""]);
+
+    let bundle = folder.path().join("models/objects/1");
+    let (path, at) = (out.to_str().unwrap(), bundle.to_str().unwrap());
+    assert!(fold(&["export", path, "--out", at]).status.success());
+    let calibrate = |more: &[&str]| {
+        let args = ["calibrate", at, "--data", set.to_str().unwrap(), "--dry-run", "--rung", "prior-shift"];
+        fold(&[&args[..], more].concat())
+    };
+    let together = calibrate(&["--group-by", "folder"]);
+    assert!(together.status.success(), "{}", text(&together.stderr));
+    assert_ne!(text(&together.stderr), text(&calibrate(&[]).stderr), "the folds are the same");
+    let refused = calibrate(&["--group-by", "frame-(.)"]);
+    assert!(text(&refused.stderr).contains("60 of 60 paths do not match"), "{}", text(&refused.stderr));
 }
 
 /// The schedule is laid over the longer run; with a constant one, nothing tells the two ways apart.

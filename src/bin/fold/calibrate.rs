@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe};
-use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, pixel_hashes};
+use nbn::data::{Form, GroupBy, LabelledImages, LabelledLogits, PixelHash, pixel_hashes};
 
 use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
 use nbn::files::{Named, is_same, refuse_same};
@@ -47,6 +47,10 @@ pub(crate) struct Calibrate {
     /// Seed for the folds of the cross-validation
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Keep images of one object, camera or patient in one fold of the cross-validation: folder, for images in one folder,
+    /// or a regular expression whose first group (or match) in the image's path says what it belongs to
+    #[arg(long, value_name = "folder|REGEX", value_parser = str::parse::<GroupBy>)]
+    group_by: Option<GroupBy>,
     /// File to write [default: calibration.json in the bundle]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -80,6 +84,11 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         bail!("{} already exists: replace it with --force, or only show the result with --dry-run", out.display());
     }
     let (mut logits, hashes) = args.set.logits(&bundle, &args.runtime)?;
+    let mut groups = match (&args.group_by, &hashes) {
+        (None, _) => None,
+        (Some(by), Some((images, _))) => Some(by.groups(images)?),
+        (Some(by), None) => bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves"),
+    };
     let training_overlap = match (&args.training_data, hashes) {
         (None, _) => TrainingOverlap::NotChecked,
         (Some(_), None) => {
@@ -87,16 +96,20 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         }
         (Some(path), Some((images, hashes))) => {
             let training = training_images(&args, path, &bundle)?;
-            logits = without_shared(logits, (&images, &hashes), &training, args.drop_shared)?;
+            (logits, groups) = without_shared(logits, groups, (&images, &hashes), &training, args.drop_shared)?;
             TrainingOverlap::None
         }
     };
+    if groups.as_ref().is_some_and(|groups| groups.iter().all(|group| *group == groups[0])) {
+        bail!("the images that are left are all of one group (--group-by), and a group is not divided: add others");
+    }
     let Calibrate { kappa, rung, seed, .. } = args;
     let here = std::env::current_dir().unwrap_or_default();
     let options = CalibrateOptions {
         kappa,
         rung,
         seed,
+        groups,
         training_overlap,
         command: command_line(std::env::args_os().skip(1), &here),
     };
@@ -164,14 +177,15 @@ fn training_images(args: &Calibrate, path: &Path, bundle: &Bundle) -> anyhow::Re
 
 fn without_shared(
     logits: LabelledLogits,
+    groups: Option<Vec<usize>>,
     (images, hashes): (&LabelledImages, &[PixelHash]),
     training: &Training,
     drop_shared: bool,
-) -> anyhow::Result<LabelledLogits> {
+) -> anyhow::Result<(LabelledLogits, Option<Vec<usize>>)> {
     let is_shared = |n: &usize| training.hashes.contains_key(&hashes[*n]);
     let shared: Vec<usize> = (0..hashes.len()).filter(is_shared).collect();
     let Some((&first, same)) = shared.first().and_then(|n| Some((n, training.hashes.get(&hashes[*n])?))) else {
-        return Ok(logits);
+        return Ok((logits, groups));
     };
     if !drop_shared {
         bail!(
@@ -188,7 +202,8 @@ fn without_shared(
     anyhow::ensure!(!kept.is_empty(), "no calibration image is left: all were trained on");
     let values = kept.iter().flat_map(|&n| logits.row(n).iter().copied()).collect();
     let labels = kept.iter().map(|&n| logits.labels()[n]).collect();
-    LabelledLogits::try_new(logits.classes(), values, labels).map_err(anyhow::Error::msg)
+    let groups = groups.map(|groups| kept.iter().map(|&n| groups[n]).collect());
+    Ok((LabelledLogits::try_new(logits.classes(), values, labels).map_err(anyhow::Error::msg)?, groups))
 }
 
 /// Writes the whole file or leaves it as it was.

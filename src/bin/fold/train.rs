@@ -38,7 +38,9 @@ mod with {
     use burn::tensor::Device;
     use clap::{Args, ValueEnum};
     use nbn::bundle::{Class, Exif, Size};
-    use nbn::data::{Form, LabelledImages, Split, TrainingSet, broken_pictures, hold_out, long_tail};
+    use nbn::data::{
+        Form, GroupBy, LabelledImages, Split, TrainingSet, broken_pictures, hold_out, hold_out_groups, long_tail,
+    };
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
     use nbn::train::arch::Arch;
@@ -80,6 +82,10 @@ mod with {
         /// Share of each class to hold out for `nbn fold calibrate`, at least one image, of a class with one image none
         #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
         calibration_fraction: f64,
+        /// Keep images of one object, camera or patient together, all trained on or all held out: folder, for images in one
+        /// folder, or a regular expression whose first group (or match) in the image's path says what it belongs to
+        #[arg(long, value_name = "folder|REGEX", value_parser = str::parse::<GroupBy>, help_heading = "Images")]
+        group_by: Option<GroupBy>,
         /// Train without the images that cannot be decoded, which are listed in NAME.broken.json
         #[arg(long, help_heading = "Images")]
         skip_broken: bool,
@@ -371,6 +377,7 @@ mod with {
             preprocessing: preset.preprocessing(args.input_size.map(Size::square), Exif::Apply),
             imbalance_factor: args.imbalance_factor,
             calibration_fraction: args.calibration_fraction,
+            group_by: args.group_by.as_ref().map(ToString::to_string),
             seed: args.seed,
         })
     }
@@ -434,15 +441,26 @@ mod with {
             None => (0..set.images.len()).collect(),
         };
         let records: Vec<usize> = records.into_iter().filter(|record| !broken.contains(record)).collect();
-        let Split { training, held_out, alone } =
-            hold_out(set.images.labels(), &records, &set.labels, recipe.calibration_fraction, recipe.seed)
-                .map_err(refuse)?;
+        let (labels, fraction, seed) = (set.images.labels(), recipe.calibration_fraction, recipe.seed);
+        let split = match &args.group_by {
+            None => hold_out(labels, &records, &set.labels, fraction, seed),
+            Some(by) => {
+                let groups = by.groups(&set.images)?;
+                eprintln!(
+                    "groups      {} of images that stay together (--group-by {by})",
+                    groups.iter().max().map_or(0, |last| last + 1)
+                );
+                hold_out_groups(labels, &records, &set.labels, &groups, fraction, seed)
+            }
+        };
+        let Split { training, held_out, alone } = split.map_err(refuse)?;
         if let Some(first) = alone.first() {
             eprintln!(
-                "warning: {} of {} classes have a single image, which is trained on, such as {:?}: none of theirs is held \
+                "warning: {} of {} classes have a single {}, which is trained on, such as {:?}: none of theirs is held \
                  out, so that their scores will be calibrated by what the others say (status prior_only)",
                 alone.len(),
                 set.labels.len(),
+                if args.group_by.is_some() { "group of images" } else { "image" },
                 set.labels[*first]
             );
         }
