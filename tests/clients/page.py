@@ -325,7 +325,7 @@ def by_keyboard(checks, page, api, picture):
     page.get_by_label("Abstain below").select_option("0.95")
     settled(page)
     compare(checks, card, api.classify(picture, top_k=5, prior="train", alpha=0.05, min_score=0.95), "abstain", limited=True)
-    expect(page.locator("#min-score-hint")).to_have_text("What scores more is accepted.")
+    expect(page.locator("#min-score-hint")).to_have_text("Classes that score less are left out.")
     page.get_by_label("Abstain below").select_option("0.25")
     settled(page)
     compare(checks, card, api.classify(picture, top_k=5, prior="train", alpha=0.05, min_score=0.25), "accept", limited=True)

@@ -490,7 +490,7 @@ fn a_run_json_of_another_program_is_refused_and_left() {
             let refused = run(more);
             assert_eq!(refused.status.code(), Some(1), "{reason}");
             let said = text(&refused.stderr);
-            assert!(said.contains("run.json was not written by a run of nbn score"), "{said}");
+            assert!(said.contains("run.json was not written by a run of this version of nbn score"), "{said}");
             assert!(said.contains(reason) && said.contains("move it, or give another folder"), "{said}");
         }
         let mut after = snapshot(folder.path());

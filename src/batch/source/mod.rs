@@ -43,7 +43,7 @@ pub enum Labels {
     Given,
     /// The name of the folder that the image is in
     Folder,
-    /// The last word of each line of a text list, as in ImageNet-LT's lists
+    /// What follows the picture's name in each line of a text list, as in ImageNet-LT's lists
     Line,
     /// True classes are not read
     None,

@@ -424,7 +424,7 @@ fn describe(summary: &Summary) -> String {
     line(*failed > 0, "failed", format!("{failed}: {}", list(&summary.errors)));
     line(*resumed > 0, "left out", format!("{resumed} that already had a row"));
     line(*duplicates > 0, "left out", format!("{duplicates} that the source names twice"));
-    line(*scored > 0, "best class", list(&summary.predicted));
+    line(*scored > 0, "best in", list(&summary.predicted));
     line(*abstained > 0, "abstained", format!("{abstained}"));
     if let Some(accuracy) = &summary.accuracy {
         let of =

@@ -337,7 +337,7 @@ function hint() {
   const often = `Misses the true class at most ${100 * alpha.value} times in 100.`;
   $('prior-hint').textContent = HINTS[prior.value];
   $('alpha-hint').textContent = alpha.value ? often : 'No set is shown.';
-  $('min-score-hint').textContent = least.value ? 'What scores more is accepted.' : '';
+  $('min-score-hint').textContent = least.value ? 'Classes that score less are left out.' : '';
 }
 
 settings.addEventListener('submit', (event) => event.preventDefault());
