@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -39,6 +40,8 @@ pub struct Job {
     pub files: Files,
     /// What its list of records trained on says, in JSON, and that of those held out; written with the first save.
     pub records: [String; 2],
+    /// What the list of images that were left out says, in JSON, where there are such.
+    pub broken: Option<String>,
     /// Goes on with a run that is there.
     pub resume: bool,
     /// Threads that prepare pictures.
@@ -76,12 +79,14 @@ pub enum Event<'a> {
 }
 
 /// A schedule that is laid over more epochs than before.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Longer {
     /// Epochs that it was laid over.
     pub before: usize,
     /// Learning rate of the next step.
     pub rate: f64,
+    /// The copy of the checkpoint of the finished run.
+    pub kept: Option<PathBuf>,
 }
 
 /// One line of the metrics file.
@@ -143,9 +148,14 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let objective = Objective::new(&recipe, &counts);
     let mut saved = job.resume;
     if job.resume {
-        keep_metrics(&job.files, run.progress.epoch)?;
         keep_lists(job)?;
+        keep_metrics(&job.files, run.progress.epoch)?;
     }
+    let kept = if begun_with < recipe.epochs && run.progress.epoch == begun_with {
+        keep_finished(&job.files, begun_with)?
+    } else {
+        None
+    };
     watch(Event::Start {
         epoch: run.progress.epoch,
         step: run.progress.step,
@@ -153,6 +163,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         longer: (begun_with < recipe.epochs).then(|| Longer {
             before: begun_with,
             rate: learning_rate(&recipe, run.progress.epoch * per_epoch + run.progress.step, per_epoch),
+            kept,
         }),
         parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
     });
@@ -386,6 +397,7 @@ fn save(
             metrics: line.into_bytes(),
             training: job.records[0].clone().into_bytes(),
             calibration: job.records[1].clone().into_bytes(),
+            broken: job.broken.clone().map(String::into_bytes),
         };
         first.write(&job.files)?;
         *saved = true;
@@ -433,6 +445,16 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
     Ok(metadata)
 }
 
+/// Copies the checkpoint of a run that had finished, to `NAME.epoch-N.safetensors`: longer training may make it worse.
+fn keep_finished(files: &Files, epochs: usize) -> Result<Option<PathBuf>, TrainError> {
+    let path = files.checkpoint.with_extension(format!("epoch-{epochs}.safetensors"));
+    match fs::read(&files.checkpoint) {
+        Ok(content) => state::replace(&path, &content, "").map(|()| Some(path)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(TrainError::File { path: files.checkpoint.clone(), cause, kept: String::new() }),
+    }
+}
+
 /// Drops the lines of epochs that are to be trained again.
 fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
     let text = match fs::read_to_string(&files.metrics) {
@@ -451,11 +473,21 @@ fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
     state::replace(&files.metrics, kept.as_bytes(), "")
 }
 
-/// Writes the lists of records where one is missing: they follow from the recipe and the images, which are the same.
+/// Writes the lists of records where one is missing: they follow from the recipe and the images. Where images that are not
+/// trained on came or went, the numbers in the lists would mean other images.
 fn keep_lists(job: &Job) -> Result<(), TrainError> {
+    let numbers = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok().map(|list| list["records"].clone());
     for (path, records) in [&job.files.training, &job.files.calibration].into_iter().zip(&job.records) {
-        if !path.exists() {
-            state::replace(path, records.as_bytes(), "")?;
+        match fs::read_to_string(path) {
+            Ok(found) if numbers(&found) != numbers(records) => {
+                let differences = format!(
+                    "the images that {} numbers are others now: some were added to the set or removed from it",
+                    path.display()
+                );
+                return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
+            }
+            Ok(_) => {}
+            Err(_) => state::replace(path, records.as_bytes(), "")?,
         }
     }
     Ok(())

@@ -111,6 +111,8 @@ pub struct Files {
     pub training: PathBuf,
     /// `NAME.calibration.json`: the records held out.
     pub calibration: PathBuf,
+    /// `NAME.broken.json`: the images left out because they cannot be decoded, where there are such.
+    pub broken: PathBuf,
 }
 
 impl Files {
@@ -123,12 +125,13 @@ impl Files {
             metrics: beside("metrics.jsonl"),
             training: beside("training.json"),
             calibration: beside("calibration.json"),
+            broken: beside("broken.json"),
         }
     }
 
     /// All but the state, in the order in which they take their places.
-    fn after_the_state(&self) -> [&Path; 4] {
-        [&self.checkpoint, &self.metrics, &self.training, &self.calibration]
+    fn after_the_state(&self) -> [&Path; 5] {
+        [&self.checkpoint, &self.metrics, &self.training, &self.calibration, &self.broken]
     }
 
     /// Removes `names` beside the checkpoint, in this order. The folder holds the lock and so stays.
@@ -194,6 +197,8 @@ pub struct FirstSave {
     pub training: Vec<u8>,
     /// The records held out.
     pub calibration: Vec<u8>,
+    /// The images left out, where there are such.
+    pub broken: Option<Vec<u8>>,
 }
 
 impl FirstSave {
@@ -214,7 +219,8 @@ impl FirstSave {
         } else {
             ""
         };
-        for (path, content) in parts {
+        let broken = self.broken.as_ref().map(|broken| (&files.broken, broken));
+        for (path, content) in parts.into_iter().chain(broken) {
             let written = files::replace_through(&partial(path), &waiting(path), content);
             written.map_err(failed(path, kept)).inspect_err(|_| give_up(files))?;
         }
@@ -247,7 +253,7 @@ fn give_up(files: &Files) {
 /// checkpoint does: no moment leaves a checkpoint beside lists of images that another run trained on.
 fn take_places(files: &Files) -> Result<(), TrainError> {
     if waiting(&files.checkpoint).exists() {
-        files.remove(&[&files.training, &files.calibration, &files.metrics].map(|path| name(path)));
+        files.remove(&[&files.training, &files.calibration, &files.broken, &files.metrics].map(|path| name(path)));
     }
     files.after_the_state().into_iter().filter(|path| waiting(path).exists()).try_for_each(take_place)
 }

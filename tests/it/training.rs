@@ -547,8 +547,19 @@ fn what_cannot_be_trained_on_is_named() {
     assert!(listed[0]["image"].as_str().unwrap().ends_with("blue/zz.jpg") && listed.as_array().unwrap().len() == 2);
     fs::remove_dir_all(set.join(".ipynb_checkpoints")).unwrap();
     fs::remove_file(set.join("red/._00.png")).unwrap();
-    fs::remove_file(set.join("blue/zz.jpg")).unwrap();
+    // Another broken image moves the numbers in the lists, and a run that is refused changes none of them.
+    let before = fs::read(skipping.with_extension("broken.json")).unwrap();
+    fs::write(set.join("blue/000.png"), b"no picture").unwrap();
+    let again = |more: &[&str]| train(&set, &skipping, &[&["--skip-broken"], more].concat());
+    refused(again(&["--epochs", "2", "--resume"]), &["skipping.training.json numbers are others now"]);
+    refused(again(&["--epochs", "1", "--seed", "5", "--resume"]), &["seed is 5"]);
+    assert_eq!(fs::read(skipping.with_extension("broken.json")).unwrap(), before);
+    for broken in ["blue/000.png", "blue/zz.jpg"] {
+        fs::remove_file(set.join(broken)).unwrap();
+    }
     fs::remove_dir_all(set.join("yellow")).unwrap();
+    assert!(again(&["--epochs", "1", "--overwrite"]).status.success());
+    assert!(!skipping.with_extension("broken.json").exists(), "the list is of an earlier run");
 
     let one = folder.path().join("one");
     fs::create_dir_all(one.join("only")).unwrap();
@@ -703,10 +714,10 @@ fn a_finished_run_can_be_given_more_epochs() {
         done(output);
         let networks = [&whole, &grown].map(|out| Checkpoint::load(out).unwrap());
         assert_eq!(networks[0] == networks[1], same, "{schedule}");
-        let (whole, lines) = (lines(&whole), lines(&grown));
-        assert_eq!(of(&lines, "epoch"), [1, 2, 3, 4].map(Value::from));
-        assert_eq!(of(&lines, "epochs"), [2, 2, 4, 4].map(Value::from));
-        assert_eq!(of(&lines[2..], "learning_rate"), of(&whole[2..], "learning_rate"));
+        let (whole, told) = (lines(&whole), lines(&grown));
+        assert_eq!(of(&told, "epoch"), [1, 2, 3, 4].map(Value::from));
+        assert_eq!(of(&told, "epochs"), [2, 2, 4, 4].map(Value::from));
+        assert_eq!(of(&told[2..], "learning_rate"), of(&whole[2..], "learning_rate"));
         refused(run(&grown, "2", &["--resume"]), &["epochs is 2, was 4", "--overwrite"]);
         // A kill after the state and before the checkpoint leaves the earlier one, which is this run's.
         let state = fs::read(grown.with_extension("state")).unwrap();
@@ -715,6 +726,13 @@ fn a_finished_run_can_be_given_more_epochs() {
         done(run(&grown, "4", &["--resume"]));
         assert!(Checkpoint::load(&grown).unwrap() == networks[1]);
         refused(run(&grown, "5", &["--resume", "--seed", "7"]), &["seed is 7"]);
+        let kept = Checkpoint::load(&folder.path().join("grown.epoch-2.safetensors")).unwrap();
+        done(run(&grown, "2", &["--overwrite"]));
+        assert!(Checkpoint::load(&grown).unwrap() == kept, "the finished network was not kept");
+        // Without the flag a run keeps its epochs.
+        let flags = ["--schedule", schedule, "--ema", "0.9", "--resume"];
+        done(train(&set, &grown, &flags));
+        assert_eq!(lines(&grown).len(), 2);
     }
 }
 

@@ -48,11 +48,13 @@ mod with {
         Augmentation, BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut,
     };
     use nbn::train::run::{End, Job, run as train};
-    use nbn::train::state::Files;
+    use nbn::train::state::{Files, recipe as begun_recipe};
 
     use super::super::dataset::bar;
     use super::view::View;
 
+    /// Epochs, if nothing is said.
+    const EPOCHS: usize = 60;
     /// Share of the epochs after which LDAM weighs rare classes more, as its authors do (160 of 200).
     const LDAM_DEFERRED: f64 = 0.8;
 
@@ -152,9 +154,9 @@ mod with {
         #[arg(long, value_name = "EPOCH", help_heading = "Loss")]
         reweight_from: Option<usize>,
 
-        /// Number of epochs
-        #[arg(long, default_value_t = 60, help_heading = "Optimisation")]
-        epochs: usize,
+        /// Number of epochs [default: 60; with --resume, as many as the run has]
+        #[arg(long, value_name = "N", help_heading = "Optimisation")]
+        epochs: Option<usize>,
         /// Images per step
         #[arg(long, default_value_t = 64, help_heading = "Optimisation")]
         batch: usize,
@@ -229,10 +231,10 @@ mod with {
             args.out.display()
         );
         let device = device(args.device)?;
-        let recipe = recipe(&args)?;
-        recipe.check()?;
         let files = Files::of(&args.out);
         let resume = args.resume && files.state.exists();
+        let recipe = recipe(&args, resume.then(|| begun_recipe(&files.state)).flatten())?;
+        recipe.check()?;
         ensure!(
             resume || !args.resume || !args.out.exists(),
             "--resume: {} is missing, so {} cannot be continued: start again with --overwrite instead of --resume",
@@ -327,7 +329,8 @@ mod with {
         }
     }
 
-    fn recipe(args: &Train) -> anyhow::Result<Recipe> {
+    /// The recipe that the flags say; what they leave open in a run that goes on is as in `begun`.
+    fn recipe(args: &Train, begun: Option<Recipe>) -> anyhow::Result<Recipe> {
         refuse_idle(args)?;
         let cifar = args.arch.is_cifar();
         let multi = matches!(args.arch, Arch::ImageNet { experts, .. } if experts > 1);
@@ -341,7 +344,11 @@ mod with {
             None => vec![Augmentation::ResizedCrop, Augmentation::Flip, Augmentation::ColorJitter],
         };
         let preset = args.preprocessing.unwrap_or(if cifar { Preset::Cifar } else { Preset::Imagenet });
-        let deferred = (args.epochs as f64 * LDAM_DEFERRED) as usize;
+        let epochs = args.epochs.or(begun.as_ref().map(|begun| begun.epochs)).unwrap_or(EPOCHS);
+        let deferred = match &begun {
+            Some(begun) if begun.loss == Loss::Ldam => begun.reweight_from,
+            _ => Some((epochs as f64 * LDAM_DEFERRED) as usize),
+        };
         let layers = if multi { NbnLayers::LastStageAll } else { NbnLayers::LastStageOutputs };
         Ok(Recipe {
             arch: args.arch.clone(),
@@ -358,8 +365,8 @@ mod with {
             ldam_margin: args.ldam_margin.unwrap_or(0.5),
             ldam_scale: args.ldam_scale.unwrap_or(1.0),
             label_smoothing: args.label_smoothing,
-            reweight_from: args.reweight_from.or((args.loss == Loss::Ldam).then_some(deferred)),
-            epochs: args.epochs,
+            reweight_from: args.reweight_from.or(deferred.filter(|_| args.loss == Loss::Ldam)),
+            epochs,
             batch: args.batch,
             learning_rate: args.lr,
             schedule: args.schedule,
@@ -397,13 +404,18 @@ mod with {
     ///
     /// # Errors
     /// When there are any and they are not to be left out; names them.
-    fn broken(args: &Train, set: &TrainingSet, files: &Files, exif: Exif) -> anyhow::Result<BTreeSet<usize>> {
+    fn broken(
+        args: &Train,
+        set: &TrainingSet,
+        files: &Files,
+        exif: Exif,
+    ) -> anyhow::Result<(BTreeSet<usize>, Option<String>)> {
         let bar = bar(set.images.len(), "checking");
         let broken = broken_pictures(&set.images, exif, &|| bar.inc(1))?;
         bar.finish_and_clear();
         let named = |(record, reason): &(usize, String)| format!("  {}: {reason}", set.images.name(*record));
         if broken.is_empty() {
-            return Ok(BTreeSet::new());
+            return Ok((BTreeSet::new(), None));
         }
         let mut lines: Vec<String> = broken.iter().take(NAMED).map(named).collect();
         if broken.len() > NAMED {
@@ -416,14 +428,12 @@ mod with {
              --skip-broken\n{}",
             lines.join("\n")
         );
-        let path = files.checkpoint.with_extension("broken.json");
         let list: Vec<_> = broken
             .iter()
             .map(|(record, reason)| serde_json::json!({"record": record, "image": set.images.name(*record), "reason": reason}))
             .collect();
-        nbn::files::replace(&path, &serde_json::to_vec_pretty(&list)?)?;
-        eprintln!("left out    {count} of {total} images, which cannot be decoded ({})", path.display());
-        Ok(broken.into_iter().map(|(record, _)| record).collect())
+        eprintln!("left out    {count} of {total} images, which cannot be decoded ({})", files.broken.display());
+        Ok((broken.into_iter().map(|(record, _)| record).collect(), Some(serde_json::to_string_pretty(&list)?)))
     }
 
     fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {
@@ -435,12 +445,16 @@ mod with {
             set.labels.len()
         );
         let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
-        let broken = broken(args, &set, &files, recipe.preprocessing.exif)?;
+        let (broken, left_out) = broken(args, &set, &files, recipe.preprocessing.exif)?;
+        let whole: Vec<usize> = (0..set.images.len()).filter(|record| !broken.contains(record)).collect();
         let records: Vec<usize> = match recipe.imbalance_factor {
-            Some(factor) => long_tail(set.images.labels(), &set.labels, factor, recipe.seed).map_err(refuse)?,
-            None => (0..set.images.len()).collect(),
+            Some(factor) => {
+                let labels: Vec<u32> = whole.iter().map(|&record| set.images.labels()[record]).collect();
+                let kept = long_tail(&labels, &set.labels, factor, recipe.seed).map_err(refuse)?;
+                kept.into_iter().map(|n| whole[n]).collect()
+            }
+            None => whole,
         };
-        let records: Vec<usize> = records.into_iter().filter(|record| !broken.contains(record)).collect();
         let (labels, fraction, seed) = (set.images.labels(), recipe.calibration_fraction, recipe.seed);
         let split = match &args.group_by {
             None => hold_out(labels, &records, &set.labels, fraction, seed),
@@ -511,6 +525,7 @@ mod with {
         Ok(Job {
             training: set.images.select(&training)?,
             records,
+            broken: left_out,
             recipe,
             classes,
             evaluation,

@@ -27,12 +27,15 @@ impl View {
                 if epoch + step > 0 {
                     eprintln!("resumed     after {epoch} epochs and {step} steps");
                 }
-                if let Some(Longer { before, rate }) = longer {
+                if let Some(Longer { before, rate, kept }) = longer {
                     eprintln!(
-                        "longer      {} epochs instead of {before}: the schedule of the learning rate is laid over all of \
-                         them, and goes on at {rate:.3e}",
+                        "longer      {} epochs instead of {before}; the learning rate goes on at {rate:.3e}, as its schedule has \
+                         it for the longer run",
                         self.epochs
                     );
+                    if let Some(kept) = kept {
+                        eprintln!("kept        {}: the network of {before} epochs", kept.display());
+                    }
                 }
                 self.bar.set_length((self.epochs * steps) as u64);
                 self.bar.set_position((epoch * steps + step) as u64);
