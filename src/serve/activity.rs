@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
@@ -55,13 +55,23 @@ struct State {
     /// Of each answer over HTTP/2 that is being sent, when more of it was last taken.
     answers: HashMap<u64, Instant>,
     next: u64,
+    /// Who waits for the end of the answer to a client that will send nothing more.
+    last: Option<Waker>,
 }
 
 impl Activity {
     /// Of a connection that begins now.
     pub(super) fn new(patience: Patience) -> Arc<Self> {
         let now = Instant::now();
-        let state = State { head: Some(now), idle_since: now, http2: false, open: 0, answers: HashMap::new(), next: 0 };
+        let state = State {
+            head: Some(now),
+            idle_since: now,
+            http2: false,
+            open: 0,
+            answers: HashMap::new(),
+            next: 0,
+            last: None,
+        };
         Arc::new(Self { patience, state: Mutex::new(state) })
     }
 
@@ -77,10 +87,12 @@ impl Activity {
         }
     }
 
-    /// Whether a request over HTTP/1 is being answered.
-    fn is_answering(&self) -> bool {
-        let state = self.lock();
-        state.open > 0 && !state.http2
+    /// Whether a request over HTTP/1 is being answered; if so, `context` is woken when that ends.
+    fn is_answering(&self, context: &Context<'_>) -> bool {
+        let mut state = self.lock();
+        let is_answering = state.open > 0 && !state.http2;
+        state.last = is_answering.then(|| context.waker().clone());
+        is_answering
     }
 
     /// A request's head is complete. Dropping the guard says that its answer has ended.
@@ -149,6 +161,11 @@ impl Drop for Open {
         state.idle_since = Instant::now();
         if let Some(answer) = self.answer {
             state.answers.remove(&answer);
+        }
+        let last = if state.open == 0 { state.last.take() } else { None };
+        drop(state);
+        if let Some(last) = last {
+            last.wake();
         }
     }
 }
@@ -236,7 +253,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
             }
             self.ended = Some(Box::pin(sleep(HALF_CLOSED)));
         }
-        let is_answering = self.activity.is_answering();
+        let is_answering = self.activity.is_answering(context);
         match &mut self.ended {
             Some(until) if is_answering => until.as_mut().poll(context).map(Ok),
             _ => Poll::Ready(Ok(())),

@@ -207,8 +207,15 @@ impl RequestOptions {
 
     /// Fills what `self` leaves open from `other`, and checks the ranges.
     pub(crate) fn or(self, other: Self) -> Result<Self, Problem> {
+        // Also what is overridden must be right.
+        self.check()?;
+        other.check()?;
+        // The level that holds is held to the calibration as well, later.
+        if let Some(alpha) = other.alpha.filter(|alpha| self.alpha.is_some() && !(0.0..=1.0).contains(alpha)) {
+            return Err(Problem::new(Code::BadOption, format!("alpha is {alpha}; it must lie between 0 and 1")));
+        }
         let include = if self.include.is_empty() { other.include } else { self.include };
-        let options = Self {
+        Ok(Self {
             top_k: self.top_k.or(other.top_k),
             min_score: self.min_score.or(other.min_score),
             prior: self.prior.or(other.prior),
@@ -218,16 +225,19 @@ impl RequestOptions {
             max_set_size: self.max_set_size.or(other.max_set_size),
             abstain_prior_only: self.abstain_prior_only.or(other.abstain_prior_only),
             include,
-        };
-        for (name, value) in [("top_k", options.top_k), ("max_set_size", options.max_set_size)] {
+        })
+    }
+
+    fn check(&self) -> Result<(), Problem> {
+        for (name, value) in [("top_k", self.top_k), ("max_set_size", self.max_set_size)] {
             if value == Some(0) {
                 return Err(Problem::new(Code::BadOption, format!("{name} is 0; it must be at least 1")));
             }
         }
-        if let Some(score) = options.min_score.filter(|s| !(0.0..=1.0).contains(s)) {
+        if let Some(score) = self.min_score.filter(|score| !(0.0..=1.0).contains(score)) {
             return Err(Problem::new(Code::BadOption, format!("min_score is {score}; it must be from 0 to 1")));
         }
-        Ok(options)
+        Ok(())
     }
 
     /// What the scorer is asked for.

@@ -238,7 +238,7 @@ def sources(report, score, images, work):
             assert done.returncode in (0, 1) and (len(lines) == 60 or done.returncode == 1), (done.returncode, done.stderr)
     with report.check("an image that is named twice"):
         assert len(agree(*files, files[0], count=61)) == 61
-        assert "1 left out" in score("--duplicates", "skip", *files, files[0]).stderr
+        assert "left out    1 that the source names twice" in score("--duplicates", "skip", *files, files[0]).stderr
         out = work / "twice"
         score("--output-dir", out, *files, files[0], files[1])
         score("--output-dir", out, "--resume", *files, files[0], files[1])

@@ -122,6 +122,9 @@ async fn bad_requests_are_problems_that_name_the_thing_and_the_way_out() {
     let jpeg = picture(200, 200, ImageFormat::Jpeg);
     let half = jpeg[..jpeg.len() / 2].to_vec();
     let tall = picture(1, 1, ImageFormat::Png);
+    let overriding =
+        json!({"images": [{"b64": "UDYgMSAxIDI1NQr/gAA="}], "options": {"top_k": 2, "min_score": 0, "alpha": 0.1}});
+    let overriding = overriding.to_string().into_bytes();
     let cases: Vec<(&str, &str, Vec<u8>, u16, &str, &str)> = vec![
         ("/v1/classify", JPEG, vec![], 400, "empty_image", "0 bytes"),
         ("/v1/classify", JPEG, b"just words".to_vec(), 422, "unknown_format", "JPEG, PNG"),
@@ -144,6 +147,10 @@ async fn bad_requests_are_problems_that_name_the_thing_and_the_way_out() {
         ("/v1/classify?max_set_size=2", JPEG, tall.clone(), 400, "bad_option", "alpha"),
         ("/v1/classify?alpha=0.1", JPEG, tall.clone(), 400, "bad_option", "calibrated"),
         ("/v1/classify?min_score=2", JPEG, tall.clone(), 400, "bad_option", "min_score is 2"),
+        // A wrong value in the query is one even where the body has another.
+        ("/v1/classify?top_k=0", "application/json", overriding.clone(), 400, "bad_option", "top_k is 0"),
+        ("/v1/classify?min_score=2", "application/json", overriding.clone(), 400, "bad_option", "min_score is 2"),
+        ("/v1/classify?alpha=2", "application/json", overriding.clone(), 400, "bad_option", "alpha is 2"),
         ("/v1/classify", "application/json", b"{".to_vec(), 400, "bad_json", "JSON"),
         ("/v1/classify", "application/json", b"[[{\"b64\":\"\"}]]".to_vec(), 400, "bad_json", "an object"),
         ("/v1/classify", "application/json", b"{\"images\":[[\"\"]]}".to_vec(), 400, "bad_json", "an object"),
