@@ -172,6 +172,16 @@ impl LabelledImages {
         }
     }
 
+    /// Whether the bytes of the image can be had, whatever they are. A link may lead nowhere, or a disk be missing.
+    pub fn is_readable(&self, index: usize) -> bool {
+        match &self.items[index] {
+            Item::File(path) => {
+                fs::File::open(path).is_ok_and(|file| file.metadata().is_ok_and(|found| found.is_file()))
+            }
+            Item::Raw { .. } => true,
+        }
+    }
+
     /// Decodes an image.
     ///
     /// # Errors

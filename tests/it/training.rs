@@ -527,6 +527,11 @@ fn what_cannot_be_trained_on_is_named() {
         train(&set, &out, &short),
         &["2 of 45 images cannot be decoded", "yellow/two.png", "blue/zz.jpg", "--skip-broken"],
     );
+    // A file that is not there is no broken picture.
+    std::os::unix::fs::symlink("gone.png", set.join("blue/link.png")).unwrap();
+    let gone = ["1 of 46 images are missing or may not be read", "blue/link.png: No such file", "is a disk mounted"];
+    refused(train(&set, &out, &[&short[..], &["--skip-broken"]].concat()), &gone);
+    fs::remove_file(set.join("blue/link.png")).unwrap();
     assert!(!out.exists());
     // What notebooks and other systems leave is no class and no image.
     fs::create_dir(set.join(".ipynb_checkpoints")).unwrap();

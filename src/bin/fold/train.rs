@@ -422,6 +422,16 @@ mod with {
             lines.push(format!("  and {} more", broken.len() - NAMED));
         }
         let (count, total) = (broken.len(), set.images.len());
+        // Another day they may be there: a run without them would not be the one that was asked for.
+        let missing: Vec<&(usize, String)> =
+            broken.iter().filter(|(record, _)| !set.images.is_readable(*record)).collect();
+        ensure!(
+            missing.is_empty(),
+            "{} of {total} images are missing or may not be read, which --skip-broken does not pass over: is a disk \
+             mounted, do links lead somewhere?\n{}",
+            missing.len(),
+            missing.iter().take(NAMED).map(|one| named(one)).collect::<Vec<_>>().join("\n")
+        );
         ensure!(
             args.skip_broken,
             "{count} of {total} images cannot be decoded: repair or remove them, or train without them by \
