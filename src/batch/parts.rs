@@ -82,7 +82,8 @@ pub enum PartsError {
     },
     /// Something of the user's has a name that a run needs.
     #[error(
-        "{} was not written by a run of this version of nbn score ({reason}); it is left as it is: move it, or give another folder",
+        "{} was not written by a run of this version of nbn score ({reason}); it is left as it is: move it, or give \
+         another folder",
         path.display()
     )]
     Foreign {

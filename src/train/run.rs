@@ -487,7 +487,8 @@ fn keep_lists(job: &Job) -> Result<(), TrainError> {
                 return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
             }
             Ok(_) => {}
-            Err(_) => state::replace(path, records.as_bytes(), "")?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => state::replace(path, records.as_bytes(), "")?,
+            Err(cause) => return Err(TrainError::File { path: path.clone(), cause, kept: String::new() }),
         }
     }
     Ok(())

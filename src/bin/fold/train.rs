@@ -413,13 +413,13 @@ mod with {
         let bar = bar(set.images.len(), "checking");
         let broken = broken_pictures(&set.images, exif, &|| bar.inc(1))?;
         bar.finish_and_clear();
-        let named = |(record, reason): &(usize, String)| format!("  {}: {reason}", set.images.name(*record));
+        let listed = |of: &[&(usize, String)]| {
+            let one = |(record, reason): &&(usize, String)| format!("  {}: {reason}", set.images.name(*record));
+            let more = (of.len() > NAMED).then(|| format!("  and {} more", of.len() - NAMED));
+            of.iter().take(NAMED).map(one).chain(more).collect::<Vec<_>>().join("\n")
+        };
         if broken.is_empty() {
             return Ok((BTreeSet::new(), None));
-        }
-        let mut lines: Vec<String> = broken.iter().take(NAMED).map(named).collect();
-        if broken.len() > NAMED {
-            lines.push(format!("  and {} more", broken.len() - NAMED));
         }
         let (count, total) = (broken.len(), set.images.len());
         // Another day they may be there: a run without them would not be the one that was asked for.
@@ -430,13 +430,13 @@ mod with {
             "{} of {total} images are missing or may not be read, which --skip-broken does not pass over: is a disk \
              mounted, do links lead somewhere?\n{}",
             missing.len(),
-            missing.iter().take(NAMED).map(|one| named(one)).collect::<Vec<_>>().join("\n")
+            listed(&missing)
         );
         ensure!(
             args.skip_broken,
             "{count} of {total} images cannot be decoded: repair or remove them, or train without them by \
              --skip-broken\n{}",
-            lines.join("\n")
+            listed(&broken.iter().collect::<Vec<_>>())
         );
         let list: Vec<_> = broken
             .iter()
