@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
@@ -152,6 +152,13 @@ impl Open {
             self.activity.lock().answers.insert(answer, Instant::now());
         }
     }
+
+    /// All there is of the answer was taken; more is still to come.
+    fn is_ahead(&self) {
+        if let Some(answer) = self.answer {
+            self.activity.lock().answers.remove(&answer);
+        }
+    }
 }
 
 impl Drop for Open {
@@ -192,12 +199,16 @@ impl HttpBody for Guarded {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.open.taken();
         if self.rest.is_empty() {
-            match ready!(Pin::new(&mut self.body).poll_frame(context)) {
-                Some(Ok(frame)) if self.pieces => match frame.into_data() {
+            match Pin::new(&mut self.body).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) if self.pieces => match frame.into_data() {
                     Ok(data) => self.rest = data,
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
                 },
-                other => return Poll::Ready(other),
+                Poll::Pending => {
+                    self.open.is_ahead();
+                    return Poll::Pending;
+                }
+                other => return other,
             }
         }
         self.begun = true;
@@ -365,5 +376,21 @@ mod tests {
         drop(body);
         pass(75).await;
         assert_eq!(activity.overdue(), Some(Closing::Idle));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_goes_on_later_waits_for_nobody() {
+        let activity = Activity::new(PATIENCE);
+        let (sender, pieces) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(1);
+        let stream = futures_util::stream::unfold(pieces, |mut pieces| async { Some((pieces.recv().await?, pieces)) });
+        let mut body = activity.begin(Version::HTTP_2).guard(Body::from_stream(stream));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(Pin::new(&mut body).poll_frame(&mut context).is_pending());
+        pass(1000).await;
+        assert_eq!(activity.overdue(), None, "nothing was there to be taken");
+        sender.send(Ok(Bytes::from("more"))).await.unwrap();
+        assert!(Pin::new(&mut body).poll_frame(&mut context).is_ready());
+        pass(30).await;
+        assert_eq!(activity.overdue(), Some(Closing::Stuck), "nobody asked for what follows");
     }
 }

@@ -24,10 +24,11 @@ use tower::ServiceExt;
 
 use super::activity::{Activity, Closing, Noted, PIECE, Patience};
 use super::tls::Tls;
+use super::unread::Worded;
 use super::{ConnectionLimits, Ended, Shared};
 
 /// Bytes of a request's head.
-const MAX_HEAD: usize = 64 << 10;
+pub(super) const MAX_HEAD: usize = 64 << 10;
 /// Bytes of an answer that the system holds for a client. It grows them to megabytes by itself, and says that there is room
 /// again only when a third is free: a client that reads slowly but steadily would look stuck.
 const SEND_BUFFER: usize = 128 << 10;
@@ -77,9 +78,12 @@ async fn accept(
     places: Arc<Semaphore>,
 ) {
     let Server { listener, router, tls } = server;
-    // A connection inherits it.
+    // A connection inherits them.
     if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER) {
         tracing::debug!(%error, "the size of send buffers cannot be set");
+    }
+    if let Err(error) = keep_alive(&listener, limits.idle_timeout) {
+        tracing::debug!(%error, "lost peers cannot be told from silent ones");
     }
     let patience = Patience { head: limits.header_timeout, idle: limits.idle_timeout, answer: shared.limits.timeout };
     loop {
@@ -113,6 +117,16 @@ async fn accept(
             }
         });
     }
+}
+
+/// Asks a peer from which nothing has come for `idle` whether it is still there: a watch of the server's health has nothing to
+/// send for days.
+fn keep_alive(listener: &TcpListener, idle: Duration) -> rustix::io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(listener, true)?;
+    sockopt::set_tcp_keepidle(listener, idle.clamp(Duration::from_secs(1), Duration::from_secs(3600)))?;
+    sockopt::set_tcp_keepintvl(listener, Duration::from_secs(15))?;
+    sockopt::set_tcp_keepcnt(listener, 4)
 }
 
 /// An open connection's place and count.
@@ -157,7 +171,7 @@ where
         // No pings: their answers wait behind an answer that a slow client still reads. A peer that has gone is idle, or takes
         // nothing more.
         .max_header_list_size(MAX_HEAD as u32);
-    let stream = TokioIo::new(Noted::new(Box::pin(stream), activity.clone()));
+    let stream = TokioIo::new(Noted::new(Worded::new(Box::pin(stream)), activity.clone()));
     let mut connection = pin!(builder.serve_connection(stream, service));
     let mut due = pin!(sleep_until(activity.due().0));
     let mut drain = pin!(draining.changed());

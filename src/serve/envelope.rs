@@ -21,7 +21,7 @@ use super::problem::{Problem, ProblemBody, panicked};
 use crate::telemetry::{Ids, UNTRACED, join};
 
 /// Header that names a request in answers and logs.
-const REQUEST_ID: &str = "x-request-id";
+pub(super) const REQUEST_ID: &str = "x-request-id";
 const TRACEPARENT: &str = "traceparent";
 const SERVER_TIMING: &str = "server-timing";
 /// Bytes of a path in the log and in errors.
@@ -240,6 +240,6 @@ fn is_id(text: &str) -> bool {
 }
 
 /// 64 random bits: the standard library's hasher keys are random per process and differ per call.
-fn random_hex() -> String {
+pub(super) fn random_hex() -> String {
     format!("{:016x}", RandomState::new().hash_one(Instant::now()))
 }

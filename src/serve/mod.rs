@@ -25,6 +25,7 @@ mod problem;
 mod prometheus;
 #[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;
+mod unread;
 mod v2;
 mod wire;
 
@@ -182,13 +183,18 @@ impl std::ops::Deref for App {
 impl App {
     /// Whether requests should be sent here.
     pub(crate) fn ready(&self) -> Result<(), Problem> {
-        if self.draining.load(Ordering::Acquire) {
+        if self.is_draining() {
             Err(problem::draining())
         } else if self.registry.is_filled() {
             Ok(())
         } else {
             Err(problem::loading())
         }
+    }
+
+    /// Whether open requests are the last.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
     }
 }
 
@@ -240,10 +246,7 @@ fn main_routes(app: &App, with_administration: bool, cors_origins: &[String]) ->
         .route("/v2/models/{model}/versions/{version}/infer", post(v2::infer_version))
         .route("/inference.GRPCInferenceService/{method}", post(v2::method));
     let guarded = if with_administration { guarded.merge(administration()) } else { guarded };
-    let open = health()
-        .route("/grpc.health.v1.Health/{method}", post(v2::health))
-        .route("/openapi.yaml", get(handlers::openapi))
-        .merge(page::routes());
+    let open = health().merge(v2::services(app)).route("/openapi.yaml", get(handlers::openapi)).merge(page::routes());
     let router = guarded.route_layer(from_fn_with_state(app.clone(), admit)).merge(open);
     let router = enveloped(router, app);
     if cors_origins.is_empty() { router } else { router.layer(cors(cors_origins)) }

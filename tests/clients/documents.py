@@ -34,6 +34,7 @@ ELSEWHERE = {
     "pip install nbn-": "release/build makes the file; tried in empty environments before a release",
     "docker ": "needs a container engine; tried before a release",
     "kubectl ": "needs a cluster; tests/clients/deploy.py holds the files to Kubernetes' schemas",
+    "grpcurl ": "a tool of its own; tests/clients/reflection.py asks the same with gRPC's own client",
     "python deploy/ray/score.py": "tests/clients/spread.py runs it",
     "install -d -o 10001": "needs root; belongs to the container",
     "cp -r out models/mine/.2": "tests/it/operations.rs swaps versions under load",

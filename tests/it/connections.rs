@@ -169,6 +169,88 @@ async fn an_answer_that_flow_control_holds_back_ends_the_connection() {
     assert!(crate::support::text(&metrics.body).contains("nbn_connections 1\n"), "the connection still counts");
 }
 
+#[tokio::test]
+async fn a_head_that_cannot_be_read_is_refused_with_a_word() {
+    let server = server().await;
+    let long = |n: usize| "a".repeat(n);
+    let cases = [
+        ("GET / HTTP/1.1\r\nbroken header\r\n\r\n".to_owned(), 400, "not valid HTTP/1.1"),
+        ("nonsense\r\n\r\n".into(), 400, "not valid HTTP/1.1"),
+        // TLS on a plain port.
+        ("\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\u{3}\r\n\r\n".into(), 400, "meant to be HTTP"),
+        (format!("GET / HTTP/1.1\r\nhost: x\r\nlong: {}\r\n\r\n", long(300 << 10)), 431, "65536 bytes"),
+        (format!("GET / HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(101)), 431, "100 headers"),
+    ];
+    for (request, status, wanted) in cases {
+        let mut stream = TcpStream::connect(&server.address).await.unwrap();
+        // After an answer of the usual kind, too.
+        answer(&mut stream).await;
+        // The server may close before it has read all.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let (read, _) = until_closed(&mut stream).await;
+        let text = String::from_utf8(read).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{wanted}: {text:?}"));
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{wanted}: {head}");
+        assert!(
+            head.contains("content-type: application/problem+json") && head.contains("connection: close"),
+            "{head}"
+        );
+        assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{head}");
+        let problem: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(problem["status"], status);
+        assert!(problem["detail"].as_str().unwrap().contains(wanted), "{problem}");
+        assert!(head.contains(&format!("x-request-id: {}", problem["request_id"].as_str().unwrap())), "{head}");
+    }
+}
+
+/// The messages of a call's answer, one after the other: the number in field 1 of each.
+async fn next_status(body: &mut h2::RecvStream) -> Option<u8> {
+    let piece = tokio::time::timeout(NEVER, body.data()).await.unwrap()?.unwrap();
+    let [0, 0, 0, 0, 2, 8, status] = piece[..] else { panic!("{piece:?}") };
+    let _ = body.flow_control().release_capacity(piece.len());
+    Some(status)
+}
+
+#[tokio::test]
+async fn a_watch_of_the_health_stays_until_the_server_stops_and_is_told() {
+    const SERVING: u8 = 1;
+    const NOT_SERVING: u8 = 2;
+    const SERVICE_UNKNOWN: u8 = 3;
+    let server = server().await;
+    let stream = TcpStream::connect(&server.address).await.unwrap();
+    let (mut requests, connection) = h2::client::handshake(stream).await.unwrap();
+    let ended = tokio::spawn(connection);
+    let mut watch = async |message: &[u8]| {
+        let request = axum::http::Request::post(format!("http://{}/grpc.health.v1.Health/Watch", server.address))
+            .header("content-type", "application/grpc")
+            .body(())
+            .unwrap();
+        let (response, mut body) = requests.send_request(request, false).unwrap();
+        let framed = [&[0, 0, 0, 0, message.len() as u8][..], message].concat();
+        body.send_data(bytes::Bytes::from(framed), true).unwrap();
+        let response = response.await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body()
+    };
+    let (mut whole, mut unknown) = (watch(b"").await, watch(b"\x0A\x01x").await);
+    assert_eq!(next_status(&mut whole).await, Some(SERVING));
+    assert_eq!(next_status(&mut unknown).await, Some(SERVICE_UNKNOWN));
+    // Longer than anything else may stay open.
+    tokio::time::sleep(2 * IDLE).await;
+    assert!(!ended.is_finished());
+    let stopped = Instant::now();
+    server.stop();
+    for body in [&mut whole, &mut unknown] {
+        assert_eq!(next_status(body).await, Some(NOT_SERVING));
+        assert_eq!(next_status(body).await, None);
+        let trailers = body.trailers().await.unwrap().unwrap();
+        assert_eq!(trailers["grpc-status"], "0");
+    }
+    drop(requests);
+    tokio::time::timeout(NEVER, ended).await.unwrap().unwrap().unwrap();
+    assert!(stopped.elapsed() < Duration::from_secs(5), "{:?}", stopped.elapsed());
+}
+
 fn http_get(server: &Server, path: &str) -> axum::http::Request<()> {
     axum::http::Request::get(format!("http://{}{path}", server.address)).body(()).unwrap()
 }

@@ -138,11 +138,17 @@ async fn with_an_admin_listener_the_repository_is_spoken_of_there_and_only_there
     let message = health.headers()["grpc-message"].to_str().unwrap().to_owned();
     assert!(grpc_status(&health) == "5" && !message.contains("cifar10-lt"), "{message}");
     let large = grpc(&main_address.to_string(), "grpc.health.v1.Health/Check", &[0; 5000]).await;
-    // RESOURCE_EXHAUSTED
-    assert_eq!(grpc_status(&large), "8");
+    // OUT_OF_RANGE
+    assert_eq!(grpc_status(&large), "11");
     // UNIMPLEMENTED
+    assert_eq!(grpc_status(&grpc(&main_address.to_string(), "grpc.health.v1.Health/List", b"").await), "12");
+    // In field 7, a question for the services.
     let reflection = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
-    assert_eq!(grpc_status(&grpc(&main_address.to_string(), reflection, b"").await), "12");
+    let services = grpc(&main_address.to_string(), reflection, b"\x3A\x00").await.bytes().await.unwrap();
+    let services = String::from_utf8_lossy(&services);
+    for service in ["inference.GRPCInferenceService", "grpc.health.v1.Health"] {
+        assert!(services.contains(service), "{services}");
+    }
 }
 
 #[cfg(unix)]

@@ -1,4 +1,4 @@
-//! The protocol over gRPC, and `grpc.health.v1`. Calls are unary; bodies are read within the same bounds as over REST.
+//! The protocol over gRPC. Calls are unary; bodies are read within the same bounds as over REST.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use tonic::Status;
 use tonic::codec::{Codec, EncodeBody, SingleMessageCompressionOverride};
 use tonic_prost::ProstCodec;
 
-use super::super::body::{self, BodyMemory, Held};
+use super::super::body::{self, Held};
 use super::super::code::Code;
 use super::super::coding::Coding;
 use super::super::control::Control;
-use super::super::cut::{quoted, shown};
+use super::super::cut::shown;
 use super::super::keys::Caller;
 use super::super::wire::ClientId;
 use super::bounds;
@@ -163,41 +163,11 @@ pub(crate) async fn method(
     }
 }
 
-/// `/grpc.health.v1.Health/{method}`: the server's health, or a model's.
-pub(crate) async fn health(
-    State(app): State<App>,
-    Path(method): Path<String>,
-    request: Request,
-) -> Result<Response, Problem> {
-    const SERVING: i32 = 1;
-    const NOT_SERVING: i32 = 2;
-    /// Bytes: a model's name.
-    const HEALTH_BODY: usize = 4 << 10;
-    if method != "Check" {
-        return Err(no_such_method(&method));
-    }
-    must_be_grpc(request.headers())?;
-    // Anybody may ask: little is read, and not out of the memory that requests with a key share.
-    let deadline = shared::deadline(&app, request.headers());
-    let (parts, body) = request.into_parts();
-    let own = BodyMemory::of(HEALTH_BODY);
-    let held = body::read_little(body, &parts.headers, &app.limits, &own, deadline, HEALTH_BODY).await?;
-    let request: m::HealthRequest = decode(unframed(&held.bytes)?)?;
-    let ready = app.ready().is_ok();
-    let own = request.service.is_empty() || request.service == "inference.GRPCInferenceService";
-    if !own && ready && app.registry.get(&request.service, None).is_none() {
-        // Without the names that there are: a key is needed to learn them.
-        let detail = format!("no model is named {}", quoted(&request.service));
-        return Err(Problem::new(Code::NoSuchModel, detail));
-    }
-    Ok(reply(m::Health { status: if ready { SERVING } else { NOT_SERVING } }))
-}
-
-fn no_such_method(method: &str) -> Problem {
+pub(super) fn no_such_method(method: &str) -> Problem {
     Problem::new(Code::NoSuchMethod, format!("this server has no method {}", shown(method)))
 }
 
-fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
+pub(super) fn must_be_grpc(headers: &HeaderMap) -> Result<(), Problem> {
     if is_grpc(headers) {
         return Ok(());
     }
@@ -219,17 +189,9 @@ fn framed_message(body: &Bytes) -> Result<(Bytes, bool), Problem> {
     Ok((body.slice(5..), compressed != 0))
 }
 
-/// The one message of a unary call that is too small to be compressed.
-fn unframed(body: &Bytes) -> Result<Bytes, Problem> {
-    match framed_message(body)? {
-        (message, false) => Ok(message),
-        (_, true) => Err(unknown_compression()),
-    }
-}
-
 fn unknown_compression() -> Problem {
-    let detail = "the message is compressed in a way that this server does not accept: send it uncompressed, or, but for \
-                  health checks, by gzip (grpc-encoding)";
+    let detail = "the message is compressed in a way that this server does not accept: send it uncompressed, or by gzip \
+                  (grpc-encoding)";
     Problem::new(Code::ContentEncoding, detail)
 }
 

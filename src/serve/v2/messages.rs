@@ -1,6 +1,6 @@
-//! Messages of the protocol's gRPC package `inference`, and of `grpc.health.v1`. The numbers are the protocol's.
+//! Messages of the protocol's gRPC package `inference`, as `inference.proto` has them. The numbers are the protocol's.
 //!
-//! Source: the Open Inference Protocol's and Triton's `grpc_service.proto`; a test holds them to `tritonclient`.
+//! Source: the Open Inference Protocol's and Triton's `grpc_service.proto`; tests hold both files to `tritonclient`.
 
 use std::collections::HashMap;
 
@@ -161,6 +161,4 @@ messages! {
         /// Names only; uploads are refused.
         parameters: HashMap<String, Empty> = [map = "string, message", tag = "3"],
     }
-    HealthRequest { service: String = [string, tag = "1"], }
-    Health { status: i32 = [int32, tag = "1"], }
 }

@@ -1,5 +1,6 @@
 //! The Open Inference Protocol, version 2, as KServe and Triton speak it: over REST with binary tensors (`rest`) and over
-//! gRPC (`grpc`). Both turn a request into a [`Call`] and an [`Answer`] into their own form.
+//! gRPC (`grpc`). Both turn a request into a [`Call`] and an [`Answer`] into their own form. Beside them, gRPC's own services
+//! of health and reflection (`services`).
 
 #[cfg(feature = "grpc")]
 mod bounds;
@@ -9,6 +10,8 @@ mod grpc;
 #[cfg(feature = "grpc")]
 mod messages;
 mod rest;
+#[cfg(feature = "grpc")]
+mod services;
 mod tensors;
 mod wire;
 
@@ -35,8 +38,12 @@ use crate::classify::{Input, Prediction, ScoreRequest, Scored};
 use crate::registry::ServedModel;
 
 use describe::{IndexLine, IndexState, ServerInfo, Stats};
-pub(crate) use grpc::{health, method, refusal};
+#[cfg(not(feature = "grpc"))]
+pub(crate) use grpc::services;
+pub(crate) use grpc::{method, refusal};
 pub(crate) use rest::*;
+#[cfg(feature = "grpc")]
+pub(crate) use services::services;
 use tensors::{Data, RawTensor, Tensor};
 #[cfg(feature = "openapi")]
 pub(crate) use wire::WireInfer;

@@ -1,10 +1,12 @@
 //! In place of `grpc` in builds without that feature: calls are told so in gRPC's form.
 
+use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
+use axum::routing::post;
 
-use super::Problem;
+use super::{App, Problem};
 use crate::features::Feature;
 
 /// The code UNIMPLEMENTED.
@@ -27,8 +29,9 @@ pub(crate) async fn method() -> Problem {
     Problem::missing(&missing())
 }
 
-pub(crate) async fn health() -> Problem {
-    Problem::missing(&missing())
+/// The one service of which clients ask before any other.
+pub(crate) fn services(_: &App) -> Router<App> {
+    Router::new().route("/grpc.health.v1.Health/{method}", post(method))
 }
 
 fn missing() -> crate::features::Missing {
