@@ -48,6 +48,10 @@ impl Comparison {
         let mut out = format!("\n{} minus {}, 95 % paired intervals\n", self.bundle, self.against);
         for prior in &self.differences {
             for scorer in &prior.scorers {
+                if scorer.is_unchanged() {
+                    let _ = writeln!(out, "{:<8} {:<11} the same in every figure", prior.prior, scorer.scorer);
+                    continue;
+                }
                 for slice in &scorer.slices {
                     let _ = write!(out, "{:<8} {:<11} {:<8}", prior.prior, scorer.scorer, slice.slice);
                     for (name, factor) in [("top1", 100.0), ("nll", 1.0), ("ece", 100.0)] {

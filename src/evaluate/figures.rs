@@ -70,6 +70,8 @@ pub struct SliceFigures {
 /// One bin of a reliability diagram.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct ReliabilityBin {
+    /// Images.
+    pub images: u64,
     /// Share of the slice's weight.
     pub share: f64,
     /// Mean score of the best class.
@@ -77,6 +79,9 @@ pub struct ReliabilityBin {
     /// Share of images whose best class is right.
     pub accuracy: f64,
 }
+
+/// Shares of images by what they were counted for.
+pub(super) type Shares = BTreeMap<&'static str, f64>;
 
 /// One class.
 #[derive(Debug, Clone, Serialize)]
@@ -90,9 +95,9 @@ pub struct ClassFigures {
     /// Its test images.
     pub images: u64,
     /// Share of them whose best class is right, by the softmax and by the calibrated scores.
-    pub recall: BTreeMap<&'static str, f64>,
+    pub recall: Shares,
     /// Share of them whose set holds the class: PAS and plain.
-    pub coverage: BTreeMap<&'static str, f64>,
+    pub coverage: Shares,
 }
 
 /// How often one class is taken for another.
@@ -117,6 +122,13 @@ pub struct Comparison {
     pub against: String,
     /// First minus second by prior, slice and metric, with paired intervals.
     pub differences: Vec<PriorFigures>,
+}
+
+impl ScorerFigures {
+    /// Of a comparison: whether both bundles have the same figures, in every resample.
+    pub fn is_unchanged(&self) -> bool {
+        self.slices.iter().all(|slice| slice.metrics.values().all(Figure::is_zero))
+    }
 }
 
 impl Evaluation {

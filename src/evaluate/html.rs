@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots};
+use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots, table};
 
 /// Why the page could not be drawn.
 #[derive(Debug, thiserror::Error)]
@@ -29,15 +29,34 @@ const ROWS: [(&str, &str, f64, usize); 11] = [
 
 const DOCTYPE: &str = "<!doctype html>\n";
 
+/// The plots' own colours are those of the light style; [`plots`] writes them as attributes, which rules outrank.
 const STYLE: &str = "
-body{font:15px/1.5 system-ui,sans-serif;color:#222226;background:#fff;max-width:1040px;margin:32px auto;padding:0 20px}
-h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:40px 0 8px}p{max-width:76ch}small,.note{color:#606068}
-table{border-collapse:collapse;margin:12px 0;min-width:560px;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:4px 8px;text-align:right;border-bottom:1px solid #e4e4e8}td{white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #88888f;vertical-align:bottom}
-td small{display:block;font-size:11.5px}.plots{display:flex;flex-wrap:wrap;gap:4px}.scroll{overflow-x:auto}
-svg{max-width:100%;height:auto}.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 14px}
-code{font-size:13px}";
+:root{color-scheme:light dark;--page:#fff;--ink:#222226;--soft:#606068;--line:#e4e4e8;--rule:#88888f;--mesh:#dedee2;--axis:#3c3c43;
+--before:#d67648;--after:#266ea8;--medium:#569962;--few:#be5278;--none:#787880;--tint:#266ea82e}
+@media(prefers-color-scheme:dark){:root{--page:#17171b;--ink:#e6e6ea;--soft:#a6a6b0;--line:#303038;--rule:#77777f;--mesh:#36363e;
+--axis:#c6c6ce;--before:#e58f63;--after:#62a8e0;--medium:#74ba80;--few:#e07fa3;--none:#9c9ca6;--tint:#62a8e03d}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:1180px;margin:32px auto;padding:0 20px}
+h1{font-size:26px;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:19px;margin:40px 0 8px}p{max-width:76ch}
+small,.note{color:var(--soft)}
+table{border-collapse:separate;border-spacing:0;margin:12px 0;min-width:560px;font-variant-numeric:tabular-nums;font-size:14px}
+th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--line)}td{white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--page)}
+thead th{border-bottom:2px solid var(--rule);vertical-align:bottom}td small{display:block;font-size:11.5px}
+.plots{display:flex;flex-wrap:wrap;gap:4px}.scroll{overflow-x:auto}.tall{max-height:75vh;overflow:auto;border-bottom:1px solid var(--line)}
+.tall thead th{position:sticky;top:0;background:var(--page)}.tall thead th:first-child{z-index:1}.tall table{margin-top:0}
+.classes td:first-child{max-width:16em;overflow:hidden;text-overflow:ellipsis}
+th button{all:unset;cursor:pointer;text-decoration:underline dotted var(--soft)}th button:focus-visible{outline:2px solid var(--after)}
+th[aria-sort=ascending] button::after{content:' \\2191'}th[aria-sort=descending] button::after{content:' \\2193'}
+td.bar{min-width:88px;background:linear-gradient(var(--tint),var(--tint)) 0/calc(var(--v)*1%) 100% no-repeat}
+.plots svg{max-width:100%;height:auto}.scroll svg{display:block}
+i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 0;background:var(--none)}.key i{margin-left:14px}.key span{white-space:nowrap}
+i.before{background:var(--before)}i.after,i.many{background:var(--after)}i.medium{background:var(--medium)}i.few{background:var(--few)}
+.tip{fill:transparent}.tip:hover{fill:var(--tint)}code{font-size:13px}
+[fill='#3C3C43']{fill:var(--axis)}[stroke='#3C3C43']{stroke:var(--axis)}[stroke='#DEDEE2']{stroke:var(--mesh)}
+[fill='#D67648']{fill:var(--before)}[stroke='#D67648']{stroke:var(--before)}[fill='#266EA8']{fill:var(--after)}
+[stroke='#266EA8']{stroke:var(--after)}[fill='#569962']{fill:var(--medium)}[fill='#BE5278']{fill:var(--few)}
+[fill='#787880']{fill:var(--none)}
+@media(max-width:600px){body{margin:16px auto;padding:0 12px}h1{font-size:21px}.classes td:first-child{max-width:8em}table{min-width:0}}";
 
 /// What every page's head has, and by which it is known.
 const GENERATOR: &str = "<meta name=\"generator\" content=\"fold evaluate\">";
@@ -69,7 +88,7 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
     let _ = write!(
         out,
         "{DOCTYPE}<html lang=\"en\"><head><meta charset=\"utf-8\">{GENERATOR}<title>{title}</title>\n\
-         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"><style>{STYLE}</style></head><body>\n\
          <h1>{title}</h1>\n<p class=\"note\">{} images · calibration {} · {} · model {}…</p>\n",
         evaluation.images,
         evaluation.calibration.as_deref().unwrap_or("none"),
@@ -94,7 +113,7 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
     for prior in &evaluation.priors {
         figures(&mut out, prior, evaluation);
     }
-    out.push_str("</body></html>\n");
+    let _ = writeln!(out, "<script>{}</script></body></html>", table::SORT);
     Ok(out)
 }
 
@@ -155,18 +174,20 @@ fn figures(out: &mut String, prior: &PriorFigures, evaluation: &Evaluation) {
         prior.prior, evaluation.resamples
     );
     for scorer in &prior.scorers {
-        table(out, scorer, true);
+        metrics(out, scorer, true);
     }
 }
 
-fn table(out: &mut String, scorer: &ScorerFigures, plain_values: bool) {
+fn metrics(out: &mut String, scorer: &ScorerFigures, plain_values: bool) {
     let _ = write!(out, "<div class=\"scroll\"><table><thead><tr><th>{}</th>", caption(scorer.scorer));
     for slice in &scorer.slices {
         let _ = write!(out, "<th>{}</th>", slice.slice);
     }
     out.push_str("</tr></thead><tbody>\n");
     for (metric, heading, factor, decimals) in ROWS {
-        if !scorer.slices.iter().any(|s| s.metrics.contains_key(metric)) {
+        let figures = || scorer.slices.iter().filter_map(|s| s.metrics.get(metric));
+        // Of a difference: a row of zeros says nothing.
+        if figures().next().is_none() || (!plain_values && figures().all(Figure::is_zero)) {
             continue;
         }
         let _ = write!(out, "<tr><td>{heading}</td>");
@@ -203,38 +224,39 @@ fn pictures(
     out.push_str(
         "<h2>Reliability</h2>\n<p>Of the images whose best class scores about x, the share that is right. On the \
          line, scores are probabilities. Groups are by true class, so for them the line is not an exact target. \
-         Circles grow with the share of images.</p>\n<p class=\"key\"><i style=\"background:#d67648\"></i>softmax",
+         Circles grow with the share of images; those of fewer than 10 images are pale and not joined.</p>\n<p class=\"key\"><i class=\"before\"></i>softmax",
     );
     if after.is_some() {
-        out.push_str("<i style=\"background:#266ea8\"></i>calibrated");
+        out.push_str("<i class=\"after\"></i>calibrated");
     }
     out.push_str("</p>\n<div class=\"plots\">\n");
     for (n, slice) in before.slices.iter().enumerate().filter(|(_, s)| s.slice != "macro") {
         out.push_str(&plots::reliability(slice.slice, slice, after.map(|a| &a.slices[n]))?);
     }
     out.push_str("</div>\n<h2>Accuracy per class</h2>\n");
-    let key = "<p class=\"key\">Training images: <i style=\"background:#266ea8\"></i>many, over 100 <i \
-               style=\"background:#569962\"></i>medium, 20 to 100 <i style=\"background:#be5278\"></i>few, under 20</p>\n";
+    let key = "<p class=\"key\">Training images, the most first: <span><i class=\"many\"></i>many, over 100</span> \
+               <span><i class=\"medium\"></i>medium, 20 to 100</span> <span><i class=\"few\"></i>few, under 20</span></p>\n";
     out.push_str(key);
     let scorer = if after.is_some() { "calibrated" } else { "softmax" };
     let recall = plots::by_class(evaluation, "accuracy", &|c| c.recall.get(scorer).copied(), None)?;
-    let _ = writeln!(out, "<div>{recall}</div>");
+    let _ = writeln!(out, "<div class=\"scroll\">{recall}</div>");
+    table::classes(out, evaluation);
     if evaluation.set_sizes.is_empty() {
         return Ok(());
     }
     let _ = write!(
         out,
         "<h2>Prediction sets, α = {}</h2>\n<p>Share of each class's images whose set contains the class; the line is the \
-         target of {:.0} %, which is promised on average over the stated class mix, not for every class.</p>\n{key}<h3>Adjusted by \
-         prevalence</h3>\n",
+         target of {:.0} %, which is promised on average over the stated class mix, not for every class.</p>\n{key}",
         evaluation.alpha,
         100.0 * (1.0 - evaluation.alpha)
     );
     let goal = Some(1.0 - evaluation.alpha);
-    out.push_str(&plots::by_class(evaluation, "coverage", &|c| c.coverage.get("pas").copied(), goal)?);
-    out.push_str("\n<h3>Plain</h3>\n");
-    out.push_str(&plots::by_class(evaluation, "coverage", &|c| c.coverage.get("plain").copied(), goal)?);
-    out.push_str("\n<h3>Set sizes</h3>\n<div class=\"plots\">\n");
+    for (method, heading) in [("pas", "Adjusted by prevalence"), ("plain", "Plain")] {
+        let coverage = plots::by_class(evaluation, "coverage", &|c| c.coverage.get(method).copied(), goal)?;
+        let _ = writeln!(out, "<h3>{heading}</h3>\n<div class=\"scroll\">{coverage}</div>");
+    }
+    out.push_str("<h3>Set sizes</h3>\n<div class=\"plots\">\n");
     for (method, title) in [("pas", "adjusted by prevalence"), ("plain", "plain")] {
         if let Some(counts) = evaluation.set_sizes.get(method) {
             out.push_str(&plots::set_sizes(counts, title)?);
@@ -279,11 +301,128 @@ fn differences(out: &mut String, comparison: &Comparison) {
     for prior in &comparison.differences {
         let _ = writeln!(out, "<h3>Under the {} prior</h3>", prior.prior);
         for scorer in &prior.scorers {
-            table(out, scorer, false);
+            if scorer.is_unchanged() {
+                let _ = writeln!(out, "<p>{}: the same in every figure.</p>", caption(scorer.scorer));
+            } else {
+                metrics(out, scorer, false);
+            }
         }
     }
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{ClassFigures, ReliabilityBin, SliceFigures};
+    use super::*;
+    use crate::bundle::Group;
+
+    fn figure(value: f64) -> Figure {
+        Figure { value, interval: Some([value; 2]), null: None }
+    }
+
+    fn scorer(scorer: &'static str, value: f64) -> ScorerFigures {
+        let bin = |n: u64, images| ReliabilityBin { images, share: 0.1, confidence: n as f64 / 4.0, accuracy: 0.5 };
+        let slice = SliceFigures {
+            slice: "overall",
+            metrics: [("top1", figure(value)), ("nll", figure(0.0))].into(),
+            reliability: vec![bin(1, 100), bin(2, 3), bin(3, 100)],
+        };
+        ScorerFigures { scorer, slices: vec![slice] }
+    }
+
+    fn evaluation(classes: u64) -> Evaluation {
+        let class = |n: u64| ClassFigures {
+            label: format!("<{n}> „ä, b“"),
+            group: Some(Group::of(n)),
+            training_images: Some(n),
+            images: 3,
+            recall: [("softmax", 0.25), ("calibrated", 0.5)].into(),
+            coverage: [("pas", 0.75), ("plain", 1.0)].into(),
+        };
+        Evaluation {
+            bundle: "mine/1".into(),
+            model_sha256: "0".repeat(64),
+            calibration: None,
+            data: "test".into(),
+            images: 3 * classes as usize,
+            created: String::new(),
+            alpha: 0.1,
+            resamples: 20,
+            absent_classes: 0,
+            priors: vec![PriorFigures {
+                prior: "uniform",
+                scorers: vec![scorer("softmax", 0.1), scorer("calibrated", 0.2)],
+            }],
+            classes: (1..=classes).map(class).collect(),
+            confusions: Vec::new(),
+            set_sizes: [("pas", vec![1]), ("plain", vec![1, 2])].into(),
+        }
+    }
+
+    #[test]
+    fn every_class_can_be_told_from_the_others_however_many_there_are() {
+        for classes in [1, 2, 10, 43, 80, 81, 1000, 2500] {
+            let page = page(&evaluation(classes), None).unwrap();
+            let tips = page.matches("<title>&lt;").count() as u64;
+            assert_eq!(tips, 3 * classes, "three plots tell of {classes} classes");
+            for n in 1..=classes {
+                let label = format!("&lt;{n}&gt; „ä, b“");
+                let row = format!("<td title=\"{label}\">{label}</td>");
+                assert_eq!(page.matches(&row).count(), 1, "{label}");
+                let named = page.matches(&format!("fill=\"#3C3C43\">{label}</text>")).count();
+                assert_eq!(named, if classes <= 80 { 3 } else { 0 }, "{label} of {classes}");
+            }
+            let first = page.find(&format!("<td title=\"&lt;{classes}&gt;")).unwrap();
+            assert!(classes == 1 || first < page.find("<td title=\"&lt;1&gt;").unwrap(), "the most frequent is first");
+        }
+    }
+
+    #[test]
+    fn the_colours_of_the_plots_are_all_of_both_styles() {
+        let page = page(&evaluation(10), None).unwrap();
+        let plots = &page[page.find("<svg").unwrap()..];
+        let mut colours: Vec<&str> =
+            plots.split("=\"#").skip(1).filter_map(|after| after.get(..6)).filter(|c| !c.contains('"')).collect();
+        colours.sort_unstable();
+        colours.dedup();
+        assert!(colours.len() >= 5, "{colours:?}");
+        for colour in colours {
+            assert!(STYLE.contains(&format!("[fill='#{colour}']")) || STYLE.contains(&format!("[stroke='#{colour}']")));
+        }
+        for variable in STYLE.split("var(").skip(1).map(|after| after.split(')').next().unwrap()) {
+            let set = STYLE.matches(&format!("{variable}:")).count();
+            assert!(
+                set == 2 || variable == "--v",
+                "{variable} is set {set} times: in the light style, and in the dark one"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bin_of_three_images_bends_no_line() {
+        let page = page(&evaluation(10), None).unwrap();
+        let lines: Vec<&str> =
+            page.split("<polyline").skip(1).filter(|line| line.contains("stroke-width=\"2\"")).collect();
+        assert_eq!(lines.len(), 2);
+        for line in lines {
+            let points = line.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+            assert_eq!(points.split_whitespace().count(), 2, "{points}");
+        }
+    }
+
+    #[test]
+    fn a_comparison_has_no_rows_of_zeros() {
+        let differences =
+            vec![PriorFigures { prior: "uniform", scorers: vec![scorer("softmax", 0.0), scorer("calibrated", 0.01)] }];
+        let comparison = Comparison { bundle: "one".into(), against: "two".into(), differences };
+        let page = page(&evaluation(10), Some(&comparison)).unwrap();
+        let part = &page[page.find("one minus two").unwrap()..page.find("All figures").unwrap()];
+        assert!(part.contains("softmax of the logits: the same in every figure."), "{part}");
+        assert!(part.contains("+1.00<small>") && !part.contains("+0.0000"), "{part}");
+        assert!(comparison.describe().contains("softmax     the same in every figure"), "{}", comparison.describe());
+    }
 }

@@ -40,6 +40,13 @@ pub struct Figure {
     pub null: Option<f64>,
 }
 
+impl Figure {
+    /// Of a difference: none, in any resample.
+    pub(super) fn is_zero(&self) -> bool {
+        self.value == 0.0 && self.interval.is_none_or(|interval| interval == [0.0; 2])
+    }
+}
+
 /// The images that a figure is over.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Slice {

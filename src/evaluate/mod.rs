@@ -9,6 +9,7 @@ mod figures;
 pub mod html;
 mod measure;
 mod plots;
+mod table;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -268,6 +269,7 @@ fn reliability(bins: &[Bin; BINS]) -> Vec<ReliabilityBin> {
     bins.iter()
         .filter(|b| b.weight > 0.0)
         .map(|b| ReliabilityBin {
+            images: b.count,
             share: b.weight / total,
             confidence: b.confidence / b.weight,
             accuracy: b.hits / b.weight,

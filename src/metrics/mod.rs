@@ -136,6 +136,8 @@ impl Rows {
 /// One bin of a reliability diagram.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Bin {
+    /// Rows of any weight.
+    pub count: u64,
     /// Sum of weights.
     pub weight: f64,
     /// Weighted sum of scores.
@@ -146,6 +148,7 @@ pub struct Bin {
 
 impl Bin {
     fn add(&mut self, confidence: f64, hit: f64, weight: f64) {
+        self.count += u64::from(weight > 0.0);
         self.weight += weight;
         self.confidence += weight * confidence;
         self.hits += weight * hit;
