@@ -52,6 +52,13 @@ impl Feature {
         self.entry().1
     }
 
+    /// What to give to `--features` for a build with this one beside those that this build has.
+    fn with_those_built(self) -> String {
+        let by_default = [Self::Serve, Self::Fold];
+        let wanted = |other: &Self| *other == self || (other.is_built() && !by_default.contains(other));
+        Self::ALL.into_iter().filter(wanted).map(|feature| feature.entry().0).collect::<Vec<_>>().join(",")
+    }
+
     /// That `wanted` is not in this build, and how to get one that has it.
     #[must_use]
     pub fn missing(self, wanted: impl Into<String>) -> Missing {
@@ -63,8 +70,8 @@ impl Feature {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error(
     "{wanted} needs the feature `{0}`, which this program was built without: build it with `cargo build --release \
-     --features {0}`, or install the Python wheel or the container, which include it",
-    feature.entry().0
+     --features {1}`, or install the Python wheel or the container, which include it",
+    feature.entry().0, feature.with_those_built()
 )]
 pub struct Missing {
     wanted: String,

@@ -7,6 +7,11 @@ use std::path::{Path, PathBuf};
 
 use crate::pixels::has_picture_ending;
 
+/// Names that a table's column of images has when none is given, in the order of preference.
+pub const IMAGE_COLUMNS: [&str; 7] = ["path", "image", "image_path", "file", "file_name", "filename", "bytes"];
+/// The same for the true class.
+pub const LABEL_COLUMNS: [&str; 3] = ["label", "class", "target"];
+
 /// What a walk through folders comes upon.
 #[derive(Debug)]
 pub enum Found {
@@ -51,14 +56,29 @@ pub fn walk(folder: &Path, found: &mut dyn FnMut(Found)) -> io::Result<()> {
     Ok(())
 }
 
-/// Says in the log how many hidden files and folders of `folder` were left out, if any.
-pub fn tell_hidden(folder: &Path, hidden: usize) {
-    if hidden > 0 {
-        tracing::warn!(
-            folder = %folder.display(),
-            hidden,
-            "files and folders whose names begin with a dot are left out"
-        );
+/// What a walk through a folder passed over.
+#[derive(Debug, Default)]
+pub struct PassedOver {
+    /// Hidden files and folders.
+    pub hidden: Vec<PathBuf>,
+    /// Files whose names do not end as a picture's.
+    pub others: Vec<PathBuf>,
+}
+
+impl PassedOver {
+    /// Says so in the log, if there is any.
+    pub fn tell(&self, folder: &Path) {
+        let folder = folder.display();
+        if let Some(first) = self.hidden.first() {
+            tracing::warn!(
+                "{folder}: files and folders whose names begin with a dot are left out: {}, such as {}",
+                self.hidden.len(),
+                first.display()
+            );
+        }
+        if !self.others.is_empty() {
+            tracing::warn!("{folder}: files that do not end as pictures do are left out: {}", endings(&self.others));
+        }
     }
 }
 

@@ -31,15 +31,29 @@ pub const UNTRACED: &str = "nbn::untraced";
 /// Overrules the level: `debug`, or levels of modules such as `nbn=debug,ort=warn`.
 const RUST_LOG: &str = "RUST_LOG";
 
-/// Starts logging at `level`; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
+/// Who reads the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    /// Whoever ran a command, between its other lines.
+    Person,
+    /// A person at a terminal, else what collects logs.
+    Operator,
+}
+
+/// Starts logging for a server at `level`; `RUST_LOG` overrules it. ONNX Runtime logs warnings only.
 pub fn init(level: Level) {
-    start(level, Identity::new());
+    start(level, Identity::new(), Reader::Operator);
+}
+
+/// Starts logging for a command whose reader is a person, as [`init`] does.
+pub fn init_command(level: Level) {
+    start(level, Identity::new(), Reader::Person);
 }
 
 /// `spans` takes what is to be exported.
-fn start(level: Level, spans: impl Layer<Layered<Targets, Registry>> + Send + Sync) {
+fn start(level: Level, spans: impl Layer<Layered<Targets, Registry>> + Send + Sync, reader: Reader) {
     let (filter, refused) = filter(level);
-    tracing_subscriber::registry().with(filter).with(spans).with(lines()).init();
+    tracing_subscriber::registry().with(filter).with(spans).with(lines(reader)).init();
     if let Some(text) = refused {
         tracing::warn!(
             "{RUST_LOG}={text:?} is not valid and is ignored: expected a level (error, warn, info, debug, trace, off) \
@@ -63,9 +77,12 @@ fn filter(level: Level) -> (Targets, Option<String>) {
 }
 
 /// What writes the log's lines.
-fn lines<S: Subscriber + for<'a> LookupSpan<'a>>() -> Box<dyn Layer<S> + Send + Sync> {
+fn lines<S: Subscriber + for<'a> LookupSpan<'a>>(reader: Reader) -> Box<dyn Layer<S> + Send + Sync> {
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    if std::io::stderr().is_terminal() {
+    let is_terminal = std::io::stderr().is_terminal();
+    if reader == Reader::Person {
+        layer.with_target(false).without_time().with_ansi(is_terminal).boxed()
+    } else if is_terminal {
         layer.with_target(false).boxed()
     } else {
         layer.json().flatten_event(true).boxed()

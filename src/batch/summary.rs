@@ -62,6 +62,10 @@ pub struct Accuracy {
     pub medium: Option<f64>,
     /// The same over classes with fewer than 20.
     pub few: Option<f64>,
+    /// Of these pictures, those whose decision is not withheld.
+    pub accepted: u64,
+    /// Share of those whose best class is the true one.
+    pub accepted_top1: Option<f64>,
 }
 
 /// Seconds, summed over threads except for `total` and `write`.
@@ -88,12 +92,14 @@ pub(super) struct Tally<'a> {
     ids: BTreeMap<&'a str, usize>,
     /// Pictures and hits by true class.
     recall: Vec<(u64, u64)>,
+    /// Pictures and hits of those that are accepted.
+    accepted: (u64, u64),
 }
 
 impl<'a> Tally<'a> {
     pub(super) fn new(classes: &'a [Class]) -> Self {
         let ids = classes.iter().enumerate().map(|(id, class)| (class.label.as_str(), id)).collect();
-        Self { summary: Summary::default(), classes, ids, recall: vec![(0, 0); classes.len()] }
+        Self { summary: Summary::default(), classes, ids, recall: vec![(0, 0); classes.len()], accepted: (0, 0) }
     }
 
     pub(super) fn failed(&mut self, fault: &Fault) {
@@ -102,7 +108,7 @@ impl<'a> Tally<'a> {
     }
 
     pub(super) fn scored(&mut self, best: usize, label: Option<&str>, abstained: bool, timings: &Timings) {
-        let Self { summary, classes, ids, recall } = self;
+        let Self { summary, classes, ids, recall, accepted } = self;
         summary.scored += 1;
         summary.abstained += u64::from(abstained);
         let group = classes.get(best).and_then(Class::group).map_or("unknown", Group::name);
@@ -118,6 +124,10 @@ impl<'a> Tally<'a> {
             Some(class) => {
                 recall[class].0 += 1;
                 recall[class].1 += u64::from(class == best);
+                if !abstained {
+                    accepted.0 += 1;
+                    accepted.1 += u64::from(class == best);
+                }
             }
             None => summary.unknown_labels += 1,
         }
@@ -151,6 +161,8 @@ impl<'a> Tally<'a> {
             many: of(Group::Many),
             medium: of(Group::Medium),
             few: of(Group::Few),
+            accepted: self.accepted.0,
+            accepted_top1: (self.accepted.0 > 0).then(|| self.accepted.1 as f64 / self.accepted.0 as f64),
         })
     }
 }

@@ -234,6 +234,20 @@ pub enum BundleError {
          bundle, or export it again", .0.display()
     )]
     OtherWeights(PathBuf),
+    /// Nothing is where a bundle was expected.
+    #[error("{}: no such folder{hint}", folder.display())]
+    Missing {
+        /// The folder.
+        folder: PathBuf,
+        /// What may have been meant.
+        hint: String,
+    },
+    /// A file, where a bundle was expected.
+    #[error(
+        "{}: it is a file: a bundle is a folder, such as models/NAME/1, which `nbn fold export` makes of a checkpoint or an \
+         ONNX file", .0.display()
+    )]
+    NotAFolder(PathBuf),
     /// No version folder below a model's folder.
     #[error("{path}: no version found: a bundle is a folder whose name is a decimal number, such as {path}/1, and \
              which holds {MANIFEST_FILE} and {MODEL_FILE}", path = .0.display())]
@@ -276,6 +290,9 @@ pub enum BundleError {
     #[error("{path}: no model found: give a folder that holds NAME/VERSION/{MANIFEST_FILE}", path = .0.display())]
     NoModel(PathBuf),
 }
+
+/// The version of a bundle whose folder is not named by one.
+const NO_VERSION: &str = "-";
 
 impl Bundle {
     /// Opens the bundle in `folder`, which holds `manifest.json` itself, or the highest version below it. Figures that do
@@ -330,6 +347,14 @@ impl Bundle {
     }
 
     fn open_uncalibrated(folder: &Path) -> Result<Self, BundleError> {
+        if folder.is_file() {
+            return Err(BundleError::NotAFolder(folder.to_owned()));
+        }
+        if !folder.exists() {
+            let usual = Path::new("models").join(folder);
+            let hint = if usual.is_dir() { format!("; is it {}?", usual.display()) } else { String::new() };
+            return Err(BundleError::Missing { folder: folder.to_owned(), hint });
+        }
         let folder = if folder.join(MANIFEST_FILE).exists() { folder.to_owned() } else { latest_version(folder)? };
         let folder = fs::canonicalize(&folder).map_err(|cause| BundleError::Read { path: folder, cause })?;
         let path = folder.join(MANIFEST_FILE);
@@ -338,7 +363,12 @@ impl Bundle {
         manifest.check().map_err(|cause| BundleError::Manifest { path, cause })?;
         let network = Network::new(&folder, &manifest);
         let part = |p: Option<&Path>| p.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
-        let (name, version) = (part(folder.parent()), part(Some(&folder)));
+        let own = part(Some(&folder));
+        // A bundle that is not yet in a model's folder has a name, and no version.
+        let (name, version) = match own.parse::<u64>() {
+            Ok(_) => (part(folder.parent()), own),
+            Err(_) => (own, NO_VERSION.to_owned()),
+        };
         Ok(Self { name, version, manifest, network, calibration: None, evaluation: None, stale_card: None, folder })
     }
 }

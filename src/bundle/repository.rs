@@ -76,7 +76,9 @@ impl Repository {
     pub fn models(&self) -> Result<Vec<String>, BundleError> {
         let mut folders: Vec<PathBuf> = list(&self.folder)?.into_iter().filter(|path| path.is_dir()).collect();
         folders.sort();
-        if let Some(version) = folders.iter().find(|folder| folder.join(MANIFEST_FILE).exists()) {
+        let own = [self.folder.clone()];
+        let bundle = |folder: &&PathBuf| folder.join(MANIFEST_FILE).exists();
+        if let Some(version) = own.iter().chain(&folders).find(bundle) {
             return Err(BundleError::NotARepository { path: self.folder.clone(), version: version.clone() });
         }
         let names: Vec<String> = folders

@@ -19,9 +19,9 @@ use super::{DataError, LabelledImages, Split};
 pub enum GroupBy {
     /// The folder that an image lies in.
     Folder,
-    /// The part of an image's path within the set that the expression's first group matches; all that it matches where it
-    /// has no group.
-    Path(Regex),
+    /// A table's column of this name; else the part of an image's path within the set that the expression's first group
+    /// matches, all that it matches where it has no group.
+    Text(String, Result<Regex, String>),
 }
 
 impl FromStr for GroupBy {
@@ -31,8 +31,13 @@ impl FromStr for GroupBy {
         if text == "folder" {
             return Ok(Self::Folder);
         }
-        let advice = "expected folder, or a regular expression that is looked for in each image's path";
-        Regex::new(text).map(Self::Path).map_err(|error| format!("{advice}: {error}"))
+        if text.is_empty() {
+            return Err(
+                "expected folder, a column's name, or a regular expression that is looked for in each path".into()
+            );
+        }
+        // A column's name need not be an expression.
+        Ok(Self::Text(text.to_owned(), Regex::new(text).map_err(|error| error.to_string())))
     }
 }
 
@@ -40,19 +45,32 @@ impl fmt::Display for GroupBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Folder => f.write_str("folder"),
-            Self::Path(regex) => f.write_str(regex.as_str()),
+            Self::Text(text, _) => f.write_str(text),
         }
     }
 }
 
 impl GroupBy {
+    /// By the image's path.
     fn key(&self, id: &str) -> Option<String> {
         match self {
             Self::Folder => Some(Path::new(id).parent()?.display().to_string()),
-            Self::Path(regex) => {
-                let found = regex.captures(id)?;
+            Self::Text(_, regex) => {
+                let found = regex.as_ref().ok()?.captures(id)?;
                 found.get(usize::from(found.len() > 1)).map(|part| part.as_str().to_owned())
             }
+        }
+    }
+
+    /// The key of each image, as far as it has one.
+    fn keys(&self, images: &LabelledImages) -> Vec<Option<String>> {
+        let named = match self {
+            Self::Folder => None,
+            Self::Text(text, _) => images.columns().and_then(|columns| columns.column(text)),
+        };
+        match named {
+            Some(column) => column.map(|value| (!value.is_empty()).then(|| value.to_owned())).collect(),
+            None => (0..images.len()).map(|index| self.key(&images.id(index))).collect(),
         }
     }
 
@@ -63,23 +81,32 @@ impl GroupBy {
     pub fn groups(&self, images: &LabelledImages) -> Result<Vec<usize>, DataError> {
         let refuse = |reason: String| Err(content(images.origin(), &format!("--group-by {self}: {reason}")));
         if images.are_in_one_file() {
-            return refuse("its images have no paths: --group-by is for folders and lists of images".into());
+            return refuse("its images have no paths: --group-by is for folders, lists and tables of images".into());
+        }
+        let has_column = |text: &str| images.columns().is_some_and(|columns| columns.column(text).is_some());
+        if let Self::Text(text, Err(error)) = self
+            && !has_column(text)
+        {
+            return refuse(format!("it is neither a column of the set nor a regular expression: {error}"));
+        }
+        let keys = self.keys(images);
+        if let Some(first) = keys.iter().position(Option::is_none) {
+            let (found, all) = (keys.iter().filter(|key| key.is_none()).count(), images.len());
+            if matches!(self, Self::Text(text, _) if has_column(text)) {
+                let reason = format!("the column is empty for {found} of {all} images, such as {}", images.id(first));
+                return refuse(reason);
+            }
+            let hint = match images.columns() {
+                Some(columns) => format!("; the columns of the table are {}", columns.names()),
+                None => "; as a regular expression it is looked for in each path".into(),
+            };
+            return refuse(format!("{found} of {all} paths do not match, such as {}{hint}", images.id(first)));
         }
         let mut numbers = HashMap::new();
         let mut groups = Vec::with_capacity(images.len());
-        let mut outside = Vec::new();
-        for index in 0..images.len() {
-            let id = images.id(index);
-            let Some(key) = self.key(&id) else {
-                outside.push(id);
-                continue;
-            };
+        for key in keys.into_iter().flatten() {
             let next = numbers.len();
             groups.push(*numbers.entry(key).or_insert(next));
-        }
-        if let Some(first) = outside.first() {
-            let (found, all) = (outside.len(), images.len());
-            return refuse(format!("{found} of {all} paths do not match, such as {first}"));
         }
         if numbers.len() < 2 {
             return refuse(format!("all {} images are in one group, and a group is not divided", images.len()));
@@ -146,7 +173,11 @@ pub fn hold_out_groups(
     }
     let alone: Vec<usize> = (0..names.len()).filter(|&k| share(k) > 0 && held[k] == 0).collect();
     if alone.len() == names.len() {
-        return Err("nothing can be held out in whole groups: in every class, all images are of one group".into());
+        return Err(
+            "nothing can be held out in whole groups: in every class, all images are of one group (for --group-by \
+                    folder, each object has a folder of its own: SET/LABEL/OBJECT/image.jpg)"
+                .into(),
+        );
     }
     let (held_out, training) = records.iter().partition(|&&record| chosen.contains(&groups[record]));
     Ok(Split { training, held_out, alone })

@@ -27,7 +27,7 @@ pub struct LabelledLogits {
 }
 
 /// Images whose unreadable examples are quoted in an error.
-const QUOTED: usize = 3;
+const QUOTED: usize = 20;
 /// SHA-256 of an image's size and RGB bytes.
 pub type PixelHash = [u8; 32];
 
@@ -51,6 +51,16 @@ impl LabelledLogits {
             ));
         }
         Ok(Self { classes, values, labels })
+    }
+
+    /// Those of the images with these numbers, each below N.
+    #[must_use]
+    pub fn select(&self, numbers: &[usize]) -> Self {
+        Self {
+            classes: self.classes,
+            values: numbers.iter().flat_map(|&n| self.row(n).iter().copied()).collect(),
+            labels: numbers.iter().map(|&n| self.labels[n]).collect(),
+        }
     }
 
     /// Reads `logits` [N, K] (f32 or f64) and `labels` [N] (i64 or i32) from a safetensors file.
@@ -206,19 +216,29 @@ pub fn pixel_hashes(
     Ok(hashes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
 }
 
-/// The images that cannot be decoded, in order, each with the reason.
+/// What became of a set's images when each was decoded.
+#[derive(Debug, Clone, Default)]
+pub struct Checked {
+    /// Those that cannot be decoded, in order, each with the reason.
+    pub broken: Vec<(usize, String)>,
+    /// The hash of each one's pixels; none of those that cannot be decoded.
+    pub hashes: Vec<Option<PixelHash>>,
+}
+
+/// Decodes every image, to find those that cannot be, and which have the same pixels.
 ///
 /// # Errors
 /// Never for what is wrong with an image.
-pub fn broken_pictures(
-    images: &LabelledImages,
-    exif: Exif,
-    progress: &(dyn Fn() + Sync),
-) -> Result<Vec<(usize, String)>, DataError> {
-    if images.are_in_one_file() {
-        return Ok(Vec::new());
-    }
-    unreadable(images, exif, progress, || Ok(|_: usize, _: &Picture| Ok(())))
+pub fn check_pictures(images: &LabelledImages, exif: Exif, progress: &(dyn Fn() + Sync)) -> Result<Checked, DataError> {
+    let hashes = Mutex::new(vec![None; images.len()]);
+    let broken = unreadable(images, exif, progress, || {
+        Ok(|index: usize, picture: &Picture| {
+            let hash = hash_of(picture);
+            hashes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = Some(hash);
+            Ok(())
+        })
+    })?;
+    Ok(Checked { broken, hashes: hashes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) })
 }
 
 fn hash_of(picture: &Picture) -> PixelHash {
@@ -244,8 +264,10 @@ where
         return Ok(());
     }
     let examples: Vec<String> =
-        unreadable.iter().take(QUOTED).map(|(n, reason)| format!("{}: {reason}", images.name(*n))).collect();
-    Err(DataError::Images { failed: unreadable.len(), total: images.len(), examples: examples.join("; ") })
+        unreadable.iter().take(QUOTED).map(|(n, reason)| format!("  {}: {reason}", images.name(*n))).collect();
+    let more = unreadable.len().saturating_sub(QUOTED);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(DataError::Images { failed: unreadable.len(), total: images.len(), examples: examples.join("\n") + &more })
 }
 
 /// As [`each`], and gives the images that cannot be decoded, in order, each with the reason.

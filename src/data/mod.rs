@@ -1,15 +1,18 @@
 //! Labelled image sets, as benchmarks and users have them, and a bundle's logits of them.
 //!
-//! A set is class folders, a list file, CIFAR's binary form, IDX, or (in [`LabelledLogits`]) a file of logits and labels.
+//! A set is class folders, a list file, a table, CIFAR's binary form, IDX, or (in [`LabelledLogits`]) a file of logits and labels.
 
 mod groups;
 mod logits;
+mod records;
 mod source;
+mod table;
 mod training;
 
 pub use groups::{GroupBy, hold_out_groups};
-pub use logits::{LabelledLogits, PixelHash, broken_pictures, logits_of, pixel_hashes};
-pub use source::{Form, LabelledImages, records_from};
+pub use logits::{Checked, LabelledLogits, PixelHash, check_pictures, logits_of, pixel_hashes};
+pub use records::{Purpose, Records};
+pub use source::{Form, LabelledImages};
 pub use training::{Split, TrainingSet, hold_out, long_tail};
 
 use std::path::PathBuf;
@@ -34,7 +37,7 @@ pub enum DataError {
         reason: String,
     },
     /// Some images cannot be decoded.
-    #[error("{failed} of {total} images cannot be read: {examples}: repair or remove them")]
+    #[error("{failed} of {total} images cannot be read: repair or remove them\n{examples}")]
     Images {
         /// How many.
         failed: usize,

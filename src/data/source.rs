@@ -1,16 +1,17 @@
 //! Where labelled images come from.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::DataError;
+use super::table::{self, Columns};
 use crate::bundle::Exif;
 use crate::gzip::Gunzip;
-use crate::listing::{Found, endings, is_hidden, labelled, tell_hidden, walk};
-use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode};
+use crate::listing::{Found, PassedOver, endings, is_hidden, labelled, walk};
+use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode, has_picture_ending};
 use crate::stop::Stop;
 
 const CIFAR_SIDE: usize = 32;
@@ -25,6 +26,9 @@ pub enum Form {
     Folder,
     /// A text file with one `path label` per line; paths are relative to its folder, labels are names or indices
     List,
+    /// A CSV file with a header: the images' paths, relative to its folder, in the column `path` (or image, file, …), their
+    /// labels in `label` (or class, target), and more for --group-by
+    Csv,
     /// CIFAR-10's binary version: a label byte, then 3072 pixel bytes; one file, or the folder with the five published
     /// ones
     Cifar10,
@@ -49,8 +53,13 @@ impl Form {
             Self::Cifar10
         } else if metadata.is_dir() {
             Self::Folder
+        } else if has_picture_ending(path) {
+            let reason = "is one image: give a folder that holds a folder of images per class, or a list of images";
+            return Err(content(path, reason));
         } else if name.ends_with(".safetensors") {
             Self::Logits
+        } else if name.ends_with(".csv") {
+            Self::Csv
         } else if name.contains("idx3-ubyte") {
             Self::Idx
         } else if name.ends_with(".bin") {
@@ -89,6 +98,7 @@ pub struct LabelledImages {
     labels: Vec<u32>,
     store: Option<Store>,
     origin: PathBuf,
+    columns: Option<Columns>,
 }
 
 impl LabelledImages {
@@ -100,6 +110,7 @@ impl LabelledImages {
         let set = match form {
             Form::Folder => folder(path, labels),
             Form::List => list(path, labels),
+            Form::Csv => table::open(path, labels),
             Form::Cifar10 => cifar(path, labels, 1),
             Form::Cifar100 => cifar(path, labels, 2),
             Form::Idx => idx(path, labels),
@@ -109,6 +120,22 @@ impl LabelledImages {
             return Err(content(path, "holds no images"));
         }
         Ok(set)
+    }
+
+    /// Of `files`, whose classes are `labels`; `origin` says so, in `columns` if it has more to say.
+    pub(super) fn of_files(
+        files: Vec<PathBuf>,
+        labels: Vec<u32>,
+        origin: &Path,
+        columns: Option<Columns>,
+    ) -> LabelledImages {
+        let items = files.into_iter().map(Item::File).collect();
+        Self { items, labels, store: None, origin: origin.to_owned(), columns }
+    }
+
+    /// What a table says of the images besides.
+    pub(super) fn columns(&self) -> Option<&Columns> {
+        self.columns.as_ref()
     }
 
     /// Number of images.
@@ -150,6 +177,7 @@ impl LabelledImages {
             labels: records.iter().map(|&r| self.labels[r]).collect(),
             store: self.store.clone(),
             origin: self.origin.clone(),
+            columns: self.columns.as_ref().map(|columns| columns.select(records)),
         })
     }
 
@@ -210,31 +238,20 @@ impl Store {
     }
 }
 
-/// The record numbers in a JSON file `{"records": […]}`, as training writes it, or a plain list of them.
-///
-/// # Errors
-/// When the file cannot be read or has another form.
-pub fn records_from(path: &Path) -> Result<Vec<usize>, DataError> {
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum Records {
-        Named { records: Vec<usize> },
-        Plain(Vec<usize>),
-    }
-    let bytes = read(path)?;
-    let records: Records = serde_json::from_slice(&bytes)
-        .map_err(|_| content(path, "expected JSON {\"records\": [0, 1, …]} or a list of record numbers"))?;
-    Ok(match records {
-        Records::Named { records } | Records::Plain(records) => records,
-    })
-}
-
 fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
-    let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
-    let (mut unknown, mut others, mut hidden) = (Vec::new(), Vec::new(), 0);
-    for class in entries(path)?.into_iter().filter(|p| p.is_dir()) {
+    let mut set = LabelledImages::of_files(Vec::new(), Vec::new(), path, None);
+    let (mut unknown, mut loose, mut passed) = (Vec::new(), Vec::new(), PassedOver::default());
+    for class in entries(path)? {
         if is_hidden(&class) {
-            hidden += 1;
+            passed.hidden.push(class);
+            continue;
+        }
+        if !class.is_dir() {
+            if has_picture_ending(&class) {
+                loose.push(class);
+            } else {
+                passed.others.push(class);
+            }
             continue;
         }
         let name = class.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -247,8 +264,8 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         walk(&class, &mut |found| match found {
             Found::Picture(path) => set.items.push(Item::File(path)),
             Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
-            Found::Hidden(_) => hidden += 1,
-            Found::Other(path) => others.push(path),
+            Found::Hidden(path) => passed.hidden.push(path),
+            Found::Other(path) => passed.others.push(path),
         })
         .map_err(|cause| read(&class, cause))?;
         if let Some(error) = shut {
@@ -256,7 +273,15 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         }
         set.labels.resize(set.items.len(), label as u32);
     }
-    tell_hidden(path, hidden);
+    passed.tell(path);
+    if let Some(first) = loose.first() {
+        tracing::warn!(
+            "{}: images outside of the classes' folders are left out: {}, such as {}",
+            path.display(),
+            loose.len(),
+            first.display()
+        );
+    }
     if let Some(first) = unknown.first() {
         let reason = format!(
             "has {} folder(s) that are not named after a class of the model, the first is {first:?}: give each folder \
@@ -267,7 +292,8 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         return Err(content(path, &reason));
     }
     if set.items.is_empty() {
-        let seen = if others.is_empty() { String::new() } else { format!("; it holds files {}", endings(&others)) };
+        let others = &passed.others;
+        let seen = if others.is_empty() { String::new() } else { format!("; it holds files {}", endings(others)) };
         let reason = format!(
             "holds no class folder with images, which end in .{}: expected FOLDER/LABEL/image.jpg{seen}",
             ENDINGS.join(", .")
@@ -287,27 +313,34 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 
 fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let text = text(path, LIST)?;
-    let index: HashMap<&str, usize> = labels.iter().enumerate().map(|(k, l)| (l.as_str(), k)).collect();
+    let index = class_index(labels);
+    let known: HashSet<&str> = labels.iter().map(String::as_str).collect();
     let base = path.parent().unwrap_or(Path::new("."));
-    let mut set = LabelledImages { items: Vec::new(), labels: Vec::new(), store: None, origin: path.to_owned() };
+    let (mut files, mut classes) = (Vec::new(), Vec::new());
     for (n, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let wrong = |reason: String| content(path, &format!("line {}: {reason}", n + 1));
-        let parts = labelled(line, |label| index.contains_key(label));
-        let numbered = |label: &str| index.get(label).copied().or_else(|| label.parse().ok());
-        let Some((file, label)) = parts.and_then(|(file, label)| Some((file, numbered(label)?))) else {
-            return Err(wrong(format!("{line:?}: expected a path, a space, and a class's label or index")));
+        let wrong = |reason: &str| content(path, &format!("line {}: {reason}", n + 1));
+        let Some((file, label)) = labelled(line, |label| known.contains(label)) else {
+            return Err(wrong(&format!("{line:?}: expected a path, a space, and a class's label or index")));
         };
-        if label >= labels.len() {
-            return Err(wrong(format!(
-                "label {label} is out of range; the model has {} classes, 0 to {}",
-                labels.len(),
-                labels.len() - 1
-            )));
-        }
-        set.items.push(Item::File(base.join(file)));
-        set.labels.push(label as u32);
+        files.push(base.join(file));
+        classes.push(index(label).map_err(|reason| wrong(&reason))?);
     }
-    Ok(set)
+    Ok(LabelledImages::of_files(files, classes, path, None))
+}
+
+/// Finds the class of a text that is a label or a class's number.
+pub(super) fn class_index(labels: &[String]) -> impl Fn(&str) -> Result<u32, String> {
+    let index: HashMap<String, u32> = labels.iter().cloned().zip(0..).collect();
+    let count = labels.len();
+    move |label| match index.get(label).copied().or_else(|| label.parse().ok()) {
+        Some(found) if (found as usize) < count => Ok(found),
+        Some(number) => {
+            Err(format!("label {number} is out of range; the model has {count} classes, 0 to {}", count - 1))
+        }
+        None => {
+            Err(format!("{label:?} is no class of the model, nor its number: expected a path, and a label or index"))
+        }
+    }
 }
 
 fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledImages, DataError> {
@@ -329,7 +362,7 @@ fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledI
     let labels = check_labels(path, (0..count).map(|r| bytes[r * record + label_bytes - 1]).collect(), labels)?;
     let items = (0..count).map(|r| Item::Raw { at: r * record + label_bytes }).collect();
     let store = Store { bytes: bytes.into(), width: CIFAR_SIDE, height: CIFAR_SIDE, planes: 3 };
-    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned() })
+    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned(), columns: None })
 }
 
 fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
@@ -349,7 +382,7 @@ fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let labels = check_labels(&beside, label_bytes[label_at..].to_vec(), labels)?;
     let items = (0..count).map(|n| Item::Raw { at: at + n * height * width }).collect();
     let store = Store { bytes: pixels.into(), width, height, planes: 1 };
-    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned() })
+    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned(), columns: None })
 }
 
 /// Dimensions, all bytes, and where the data starts. Source: yann.lecun.com/exdb/mnist, "the IDX file format".

@@ -83,7 +83,14 @@ fn names(file: &Path) -> Result<Vec<String>, DataError> {
 }
 
 fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
-    let numbered = |highest: usize| (0..=highest).map(|k| format!("class {k}")).collect();
+    let numbered = |highest: usize| -> Vec<String> { (0..=highest).map(|k| format!("class {k}")).collect() };
+    let by_name = |found: BTreeSet<String>| {
+        let indices: Option<Vec<usize>> = found.iter().map(|l| l.parse().ok()).collect();
+        match indices.and_then(|indices| indices.into_iter().max()) {
+            Some(highest) if highest < (1 << 20) => numbered(highest),
+            _ => found.into_iter().collect(),
+        }
+    };
     match form {
         Form::Folder => {
             let fail = |cause| DataError::Read { path: path.to_owned(), cause };
@@ -114,12 +121,9 @@ fn discover(path: &Path, form: Form) -> Result<Vec<String>, DataError> {
                 }
                 found.insert(label.to_owned());
             }
-            let indices: Option<Vec<usize>> = found.iter().map(|l| l.parse().ok()).collect();
-            Ok(match indices.and_then(|indices| indices.into_iter().max()) {
-                Some(highest) if highest < (1 << 20) => numbered(highest),
-                _ => found.into_iter().collect(),
-            })
+            Ok(by_name(found))
         }
+        Form::Csv => Ok(by_name(super::table::labels(path)?.into_iter().collect())),
         Form::Cifar10 | Form::Cifar100 | Form::Idx => {
             let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
             if let Some(file) = NAMES.iter().map(|n| folder.join(n)).find(|p| p.exists()) {

@@ -22,8 +22,8 @@ impl Evaluation {
         let mut out = String::new();
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{} on {}: {} images", self.bundle, self.data, self.images);
-        if self.absent_classes > 0 {
-            let _ = writeln!(out, "{} classes have no images and are left out of all figures", self.absent_classes);
+        if let Some(absent) = self.absent() {
+            let _ = writeln!(out, "{absent}");
         }
         for prior in &self.priors {
             let _ = writeln!(out, "\nunder the {} prior", prior.prior);

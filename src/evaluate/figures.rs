@@ -16,6 +16,8 @@ pub struct Evaluation {
     pub model_sha256: String,
     /// Id of its calibration.
     pub calibration: Option<String>,
+    /// What the calibration fits: the rung of the ladder of methods.
+    pub rung: Option<&'static str>,
     /// File name of the set.
     pub data: String,
     /// Images.
@@ -132,6 +134,19 @@ impl ScorerFigures {
 }
 
 impl Evaluation {
+    /// That some classes have no images, and which; nothing where all have.
+    pub(super) fn absent(&self) -> Option<String> {
+        const NAMED: usize = 5;
+        let absent: Vec<&str> = self.classes.iter().filter(|c| c.images == 0).map(|c| c.label.as_str()).collect();
+        if absent.is_empty() {
+            return None;
+        }
+        let named = absent.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+        let more = if absent.len() > NAMED { ", …" } else { "" };
+        let (classes, are) = if absent.len() == 1 { ("class has", "is") } else { ("classes have", "are") };
+        Some(format!("{} {classes} no images here and {are} left out of all figures: {named}{more}", absent.len()))
+    }
+
     /// What goes into the bundle and onto its card: values without intervals, rounded to 4 decimals.
     pub fn card(&self) -> serde_json::Value {
         let rounded = |figure: &Figure| (figure.value * 1e4).round() / 1e4;

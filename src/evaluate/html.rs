@@ -89,18 +89,15 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
         out,
         "{DOCTYPE}<html lang=\"en\"><head><meta charset=\"utf-8\">{GENERATOR}<title>{title}</title>\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"><style>{STYLE}</style></head><body>\n\
-         <h1>{title}</h1>\n<p class=\"note\">{} images · calibration {} · {} · model {}…</p>\n",
+         <h1>{title}</h1>\n<p class=\"note\">{} images · calibration {}{} · {} · model {}…</p>\n",
         evaluation.images,
         evaluation.calibration.as_deref().unwrap_or("none"),
+        evaluation.rung.map(|rung| format!(" ({rung})")).unwrap_or_default(),
         evaluation.created,
         &evaluation.model_sha256.chars().take(12).collect::<String>()
     );
-    if evaluation.absent_classes > 0 {
-        let _ = writeln!(
-            out,
-            "<p>{} classes have no images here and are left out of all figures.</p>",
-            evaluation.absent_classes
-        );
+    if let Some(absent) = evaluation.absent() {
+        let _ = writeln!(out, "<p>{}.</p>", escape(&absent));
     }
     for prior in &evaluation.priors {
         headline(&mut out, prior);
@@ -169,8 +166,8 @@ fn figures(out: &mut String, prior: &PriorFigures, evaluation: &Evaluation) {
     let _ = write!(
         out,
         "<h2>All figures under the {} prior</h2>\n<p>Small print: the 95 % interval over {} resamples of the images and, for \
-         binned errors, after ≤ the most that perfect calibration would give in 95 % of draws. NLL and Brier decide; lower \
-         is better.</p>\n",
+         binned errors, after ≤ the most that perfect calibration would give in 95 % of draws. Binned errors grow when images \
+         are drawn twice, so that their intervals may lie above the figures. NLL and Brier decide; lower is better.</p>\n",
         prior.prior, evaluation.resamples
     );
     for scorer in &prior.scorers {
@@ -347,6 +344,7 @@ mod tests {
             bundle: "mine/1".into(),
             model_sha256: "0".repeat(64),
             calibration: None,
+            rung: None,
             data: "test".into(),
             images: 3 * classes as usize,
             created: String::new(),

@@ -96,6 +96,7 @@ pub fn evaluate(
         bundle: format!("{}/{}", bundle.name, bundle.version),
         model_sha256: bundle.manifest.model.sha256.clone(),
         calibration: bundle.calibration.as_ref().map(|c| c.id.clone()),
+        rung: bundle.calibration.as_ref().map(|bound| bound.content.rung.name()),
         data: data.to_owned(),
         images: logits.len(),
         created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),

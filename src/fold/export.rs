@@ -110,10 +110,15 @@ pub(super) struct Proved {
 pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, FoldError> {
     let version = file_name(&options.out);
     if version.parse::<u64>().ok().map(|number| number.to_string()) != Some(version.clone()) {
+        let numbered = version.strip_prefix(['v', 'V']).and_then(|number| number.parse::<u64>().ok());
+        let instead = match numbered {
+            Some(number) => options.out.with_file_name(number.to_string()),
+            None => options.out.join("1"),
+        };
         return Err(FoldError::Input(format!(
-            "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}/1, \
-             for example",
-            options.out.display()
+            "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}, for \
+             example",
+            instead.display()
         )));
     }
     refuse_link(&options.out)?;

@@ -53,7 +53,7 @@ impl Default for DecodeLimits {
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     /// Nothing was sent.
-    #[error("the image is empty (0 bytes): send the encoded file itself")]
+    #[error("the image is empty (0 bytes): give the encoded file itself")]
     Empty,
     /// Not one of the formats.
     #[error("not an image of a known format; the formats are JPEG, PNG, WebP, GIF, BMP, TIFF and PNM (PPM, PGM, PBM)")]

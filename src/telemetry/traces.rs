@@ -7,7 +7,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 
-use super::{Ids, UNTRACED, init, start};
+use super::{Ids, Reader, UNTRACED, init, start};
 
 /// The way to the collector.
 pub struct Traces(opentelemetry_sdk::trace::SdkTracerProvider);
@@ -44,7 +44,11 @@ pub fn init_traced(level: Level, otlp: Option<&str>) -> Result<Option<Traces>, S
         .with_resource(resource)
         .build();
     let traced = filter_fn(|metadata| metadata.target() != UNTRACED);
-    start(level, tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")).with_filter(traced));
+    start(
+        level,
+        tracing_opentelemetry::layer().with_tracer(provider.tracer("nbn")).with_filter(traced),
+        Reader::Operator,
+    );
     Ok(Some(Traces(provider)))
 }
 

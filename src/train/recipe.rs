@@ -1,5 +1,7 @@
 //! What a training run is told: everything that decides its result, and nothing else.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
@@ -312,15 +314,21 @@ impl Recipe {
             Ok(serde_json::Value::Object(map)) => map,
             _ => serde_json::Map::new(),
         };
-        let theirs = fields(other);
-        fields(self)
+        let (mine, theirs) = (fields(self), fields(other));
+        // One that is not there is none.
+        let names: BTreeSet<&String> = mine.keys().chain(theirs.keys()).collect();
+        let value = |of: &serde_json::Map<_, _>, name| of.get(name).unwrap_or(&serde_json::Value::Null).clone();
+        names
             .into_iter()
-            .filter(|(name, value)| theirs.get(name) != Some(value))
-            .map(|(name, value)| {
-                format!("{name} is {value}, was {}", theirs.get(&name).unwrap_or(&serde_json::Value::Null))
-            })
+            .map(|name| (name, value(&mine, name), value(&theirs, name)))
+            .filter(|(_, mine, theirs)| mine != theirs)
+            .map(|(name, mine, theirs)| format!("{name} is {}, was {}", shown(&mine), shown(&theirs)))
             .collect()
     }
+}
+
+fn shown(value: &serde_json::Value) -> String {
+    if value.is_null() { "none".into() } else { value.to_string() }
 }
 
 /// Types that are written as they print.

@@ -21,7 +21,7 @@ use super::optimizer::{Optimizer, learning_rate};
 use super::recipe::Recipe;
 use super::state::{self, Files, FirstSave, Progress, RECIPE_KEY, Resumable, SET_KEY};
 use crate::bundle::{Class, sha256_hex};
-use crate::data::LabelledImages;
+use crate::data::{LabelledImages, Records};
 use crate::fold::architecture;
 
 /// What a run works on and with.
@@ -38,8 +38,8 @@ pub struct Job {
     pub evaluate_every: usize,
     /// Where the run is kept.
     pub files: Files,
-    /// What its list of records trained on says, in JSON, and that of those held out; written with the first save.
-    pub records: [String; 2],
+    /// The list of images trained on, and that of those held out; written with the first save.
+    pub records: [Records; 2],
     /// What the list of images that were left out says, in JSON, where there are such.
     pub broken: Option<String>,
     /// Goes on with a run that is there.
@@ -245,20 +245,26 @@ fn resume(job: &Job, network: &Network, start: &State, set: &str, per_epoch: usi
         Ok(run) => Some(run.progress.recipe.clone()),
         Err(_) => state::recipe(path),
     };
-    let differences = begun.map(|begun| job.recipe.obstacles(&begun)).unwrap_or_default();
+    let mut differences = begun.map(|begun| job.recipe.obstacles(&begun)).unwrap_or_default();
+    if run.as_ref().is_ok_and(|run| run.progress.set != set) {
+        differences.insert(0, other_images(job));
+    }
     if !differences.is_empty() {
         return Err(TrainError::OtherRecipe { path: path.clone(), differences: differences.join("; ") });
     }
     let run = run?;
-    if run.progress.set != set {
-        let differences = "the training images or classes differ, or are in another order".into();
-        return Err(TrainError::OtherRecipe { path: path.clone(), differences });
-    }
     run.progress.check(job.training.len(), per_epoch).map_err(|reason| {
         TrainError::Input(format!("{} is damaged: {reason}: start again with --overwrite", path.display()))
     })?;
     state::check_checkpoint(&job.files, &run.progress)?;
     Ok(run)
+}
+
+/// What tells the images of the run from those of its list.
+fn other_images(job: &Job) -> String {
+    let begun = Records::load(&job.files.training).ok();
+    let difference = begun.and_then(|begun| job.records[0].difference(&begun));
+    difference.unwrap_or_else(|| "the training images or classes differ, or are in another order".into())
 }
 
 /// SHA-256 of the classes' names, and of the images' with their labels.
@@ -395,8 +401,8 @@ fn save(
             state: state::state_content(network, run)?,
             checkpoint: checkpoint(job, network, run, per_epoch)?,
             metrics: line.into_bytes(),
-            training: job.records[0].clone().into_bytes(),
-            calibration: job.records[1].clone().into_bytes(),
+            training: job.records[0].to_json().into_bytes(),
+            calibration: job.records[1].to_json().into_bytes(),
             broken: job.broken.clone().map(String::into_bytes),
         };
         first.write(&job.files)?;
@@ -473,22 +479,21 @@ fn keep_metrics(files: &Files, epochs: usize) -> Result<(), TrainError> {
     state::replace(&files.metrics, kept.as_bytes(), "")
 }
 
-/// Writes the lists of records where one is missing: they follow from the recipe and the images. Where images that are not
-/// trained on came or went, the numbers in the lists would mean other images.
+/// Writes the lists of records where one is missing: they follow from the recipe and the images. Where another list stands,
+/// images were added to the set or removed from it.
 fn keep_lists(job: &Job) -> Result<(), TrainError> {
-    let numbers = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok().map(|list| list["records"].clone());
     for (path, records) in [&job.files.training, &job.files.calibration].into_iter().zip(&job.records) {
-        match fs::read_to_string(path) {
-            Ok(found) if numbers(&found) != numbers(records) => {
-                let differences = format!(
-                    "the images that {} numbers are others now: some were added to the set or removed from it",
-                    path.display()
-                );
-                return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
-            }
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => state::replace(path, records.as_bytes(), "")?,
-            Err(cause) => return Err(TrainError::File { path: path.clone(), cause, kept: String::new() }),
+        if !path.exists() {
+            state::replace(path, records.to_json().as_bytes(), "")?;
+            continue;
+        }
+        let found = Records::load(path).map_err(|error| TrainError::Input(error.to_string()))?;
+        if !found.is_same_as(records) {
+            let differences = format!(
+                "the images that {} lists are others now: some were added to the set or removed from it",
+                path.display()
+            );
+            return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
         }
     }
     Ok(())

@@ -89,7 +89,29 @@ fn what_cannot_start_says_what_was_tried() {
     let picture_path = folder.path().join("a.png");
     fs::write(&picture_path, picture(8, 8, ImageFormat::Png)).unwrap();
     let picture_path = picture_path.to_str().unwrap();
-    let cases: [(&[&str], &str); 9] = [
+    let (at, state) = (folder.path().join("rows.xlsx"), folder.path().join("run.state"));
+    let (at, state) = (at.to_str().unwrap(), state.to_str().unwrap());
+    fs::write(state, "").unwrap();
+    let (version, model) = ("models/cifar10-lt/1", "models/cifar10-lt");
+    let cases: [(&[&str], &str); 18] = [
+        (&["score", "--model", "cifar10-lt", picture_path], "cifar10-lt: no such folder; is it models/cifar10-lt?"),
+        (&["score", "--model", "README.md", picture_path], "README.md: it is a file: a bundle is a folder"),
+        (&["score", "--model", model, "nothere/"], "nothere/: no such file or folder"),
+        (
+            &["score", "--model", model, "--output", at, picture_path],
+            "rows.xlsx: no format has this ending: name it .jsonl",
+        ),
+        (
+            &["serve", "--addr", "127.0.0.1:0", "--models", version],
+            "models/cifar10-lt/1 is a bundle: give the folder above",
+        ),
+        (&["fold", "export", version, "--out", "x/1"], "models/cifar10-lt/1: is a bundle already"),
+        (&["fold", "evaluate", model, "--data", picture_path], "a.png: is one image: give a folder"),
+        (
+            &["fold", "evaluate", model, "--data", "tests", "--report", picture_path],
+            "a.png: it is a file: give a folder",
+        ),
+        (&["fold", "inspect", state], "run.state: it belongs to a run of `nbn fold train`"),
         (
             &["score", "--model", "models/cifar10-lt", "--onnxruntime", wrong.to_str().unwrap(), picture_path],
             "wrong.so",

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use image::{ImageFormat, Rgb, RgbImage};
 use nbn::bundle::Exif;
-use nbn::data::{Form, LabelledImages, pixel_hashes, records_from};
+use nbn::data::{Form, LabelledImages, Purpose, Records, pixel_hashes};
 use nbn::pixels::DecodeLimits;
 
 fn labels(names: &[&str]) -> Vec<String> {
@@ -124,7 +124,80 @@ fn a_set_that_does_not_fit_is_refused_by_name() {
     assert!(error.contains("1 of 1 images cannot be read") && error.contains("nowhere.png"), "{error}");
     assert!(gone.select(&[1]).unwrap_err().to_string().contains("record 1"));
     fs::write(at("r.json"), "{\"records\": [3, 1]}").unwrap();
-    assert_eq!(records_from(&at("r.json")).unwrap(), [3, 1]);
+    let beyond = Records::load(&at("r.json")).unwrap().select(&gone).unwrap_err().to_string();
+    assert!(beyond.contains("1 images, counted from 0, but record 3"), "{beyond}");
     fs::write(at("r.json"), "{\"rows\": 1}").unwrap();
-    assert!(records_from(&at("r.json")).unwrap_err().to_string().contains("records"));
+    assert!(Records::load(&at("r.json")).unwrap_err().to_string().contains("records"));
+}
+
+#[test]
+fn a_list_means_the_same_images_whatever_comes_and_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = folder.path().join("set");
+    let names = ["cat", "cow"];
+    for class in names {
+        fs::create_dir_all(set.join(class)).unwrap();
+        for n in 0..4 {
+            image::RgbImage::from_pixel(2, 2, image::Rgb([n, 0, 0]))
+                .save(set.join(class).join(format!("{n}.png")))
+                .unwrap();
+        }
+    }
+    let labels = names.map(str::to_owned);
+    let open = || LabelledImages::open(&set, Form::Folder, &labels).unwrap();
+    let list = folder.path().join("run.calibration.json");
+    let before = open();
+    fs::write(&list, Records::new(&set, &before, &[1, 6], Purpose::HeldOut, 0).to_json()).unwrap();
+    let ids = |images: &LabelledImages| (0..images.len()).map(|n| images.id(n)).collect::<Vec<_>>();
+    let wanted = ["cat/1.png", "cow/2.png"];
+    let chosen = |images: &LabelledImages| Records::load(&list).unwrap().select(images);
+    assert_eq!(ids(&chosen(&before).unwrap()), wanted);
+    fs::copy(set.join("cat/0.png"), set.join("cat/00.png")).unwrap();
+    fs::remove_file(set.join("cow/0.png")).unwrap();
+    fs::remove_file(set.join("cow/1.png")).unwrap();
+    assert_eq!(ids(&chosen(&open()).unwrap()), wanted);
+    fs::remove_file(set.join("cow/2.png")).unwrap();
+    let refused = chosen(&open()).unwrap_err().to_string();
+    assert!(refused.contains("1 of its 2 images are not in") && refused.contains("such as cow/2.png"), "{refused}");
+    // In one file, the numbers count, and so does how many there are.
+    let raw = folder.path().join("set.bin");
+    fs::write(&raw, [cifar_record(&[0], &picture(0)), cifar_record(&[1], &picture(1))].concat()).unwrap();
+    let cifar = || LabelledImages::open(&raw, Form::Cifar10, &labels).unwrap();
+    fs::write(&list, Records::new(&raw, &cifar(), &[1], Purpose::HeldOut, 0).to_json()).unwrap();
+    assert_eq!(chosen(&cifar()).unwrap().labels(), [1]);
+    fs::write(&raw, cifar_record(&[0], &picture(0)).repeat(3)).unwrap();
+    let refused = chosen(&cifar()).unwrap_err().to_string();
+    assert!(refused.contains("a set of 2") && refused.contains("has 3"), "{refused}");
+}
+
+#[test]
+fn a_table_has_a_header_and_says_more_of_its_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let labels = ["cat, small", "cow"].map(str::to_owned);
+    fs::write(at("t.csv"), "\u{feff}patient,path,label\np1,\"a, b.png\",\"cat, small\"\np2,c.png,1\n").unwrap();
+    assert_eq!(Form::guess(&at("t.csv"), 2).unwrap(), Form::Csv);
+    let table = LabelledImages::open(&at("t.csv"), Form::Csv, &labels).unwrap();
+    assert_eq!((table.labels(), table.id(0).as_str()), (&[0, 1][..], "a, b.png"));
+    let by = |by: &str| by.parse::<nbn::data::GroupBy>().unwrap().groups(&table).map_err(|error| error.to_string());
+    assert_eq!(by("patient").unwrap(), [0, 1]);
+    assert!(by("person").unwrap_err().contains("the columns of the table are patient, path, label"));
+    fs::write(at("t.csv"), "patient;image;class\n;a.png;0\nx;c.png;cow\n").unwrap();
+    let table = LabelledImages::open(&at("t.csv"), Form::Csv, &labels).unwrap();
+    assert_eq!(table.labels(), [0, 1]);
+    let refused = "patient".parse::<nbn::data::GroupBy>().unwrap().groups(&table).unwrap_err().to_string();
+    assert!(refused.contains("the column is empty for 1 of 2 images, such as a.png"), "{refused}");
+    for (text, words) in [
+        ("a.png 0\n", "has no column for the images' paths"),
+        ("path,species\na.png,0\n", "no column for their classes, which is named one of label, class, target"),
+        ("path,label\na.png,dog\n", "line 2: \"dog\" is no class"),
+        ("path,label\na.png,7\n", "line 2: label 7 is out of range"),
+        ("path,label\n,cow\n", "line 2 names no image"),
+        ("path,label\na.png\n", "line: 2"),
+        ("path,label\n", "holds no images"),
+    ] {
+        fs::write(at("t.csv"), text).unwrap();
+        let error = LabelledImages::open(&at("t.csv"), Form::Csv, &labels).unwrap_err().to_string();
+        assert!(error.contains(words), "{text:?}: {error}");
+    }
 }

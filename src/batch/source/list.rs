@@ -6,12 +6,7 @@ use serde_json::Value;
 
 use super::lines::{Records, lines};
 use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, Stores, cut, picture};
-use crate::listing::labelled;
-
-/// Names that an image's column has when none is given, in the order of preference.
-pub(super) const IMAGE_COLUMNS: [&str; 7] = ["path", "image", "image_path", "file", "file_name", "filename", "bytes"];
-/// The same for the true class.
-pub(super) const LABEL_COLUMNS: [&str; 3] = ["label", "class", "target"];
+use crate::listing::{IMAGE_COLUMNS, LABEL_COLUMNS, labelled};
 
 fn open(place: &Place) -> Result<BufReader<Box<dyn Read + Send>>, SourceError> {
     let opened = place.open().map_err(|cause| SourceError::Io { path: place.name().into(), cause });

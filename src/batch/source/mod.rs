@@ -25,7 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Shard;
-use crate::listing::{Found, endings, tell_hidden, walk};
+use crate::listing::{Found, PassedOver, endings, walk};
 use crate::pixels::has_picture_ending;
 
 use form::{Form, fits};
@@ -191,7 +191,7 @@ impl Source {
     /// - a URL (s3://, gs://, az://, file://) is the same in an object store, where patterns have `*` and `[`; one that ends
     ///   as neither list, archive nor picture is every picture below it;
     /// - `-` is a list of paths on `stdin`;
-    /// - every other file is a picture, even when it is missing, which its row will tell.
+    /// - every other file is a picture; one that ends as pictures do may be missing, which its row will tell.
     ///
     /// # Errors
     /// When an input cannot be opened or holds no picture. What fails later is a row with an error, or, where the rest of
@@ -226,19 +226,19 @@ impl Source {
         };
         if let Place::File(path) = &place {
             if path.is_dir() {
-                let (mut files, mut shut, mut others, mut hidden) = (Vec::new(), Vec::new(), Vec::new(), 0);
+                let (mut files, mut shut, mut passed) = (Vec::new(), Vec::new(), PassedOver::default());
                 walk(path, &mut |found| match found {
                     Found::Picture(file) => files.push(Place::File(file)),
                     Found::Shut(folder, error) => {
                         let fault = Fault::new("folder_not_readable", format!("the folder cannot be read: {error}"));
                         shut.push(Item { key: Place::File(folder).name(), label: None, content: Content::Lost(fault) });
                     }
-                    Found::Hidden(_) => hidden += 1,
-                    Found::Other(file) => others.push(file),
+                    Found::Hidden(path) => passed.hidden.push(path),
+                    Found::Other(file) => passed.others.push(file),
                 })
                 .map_err(|cause| SourceError::Io { path: path.clone(), cause })?;
-                tell_hidden(path, hidden);
-                let source = Self::of_folder(input, files, &endings(&others), options)?;
+                passed.tell(path);
+                let source = Self::of_folder(input, files, &endings(&passed.others), options)?;
                 // Each folder that cannot be read is a row at the end.
                 shut.retain(|item| options.shard.has(&item.key));
                 let len = source.len.map(|n| n + shut.len() as u64);
@@ -270,6 +270,11 @@ impl Source {
                 let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
                 Self::of_folder(input, pictures.map(Place::Object).collect(), "", options)
             }
+            // A folder that was misspelt is no picture.
+            (Form::Other, Place::File(path)) if !has_picture_ending(path) && !path.exists() => Err(SourceError::Io {
+                path: path.clone(),
+                cause: io::Error::new(io::ErrorKind::NotFound, "no such file or folder"),
+            }),
             (Form::Other, _) => Ok(Self::of_files(vec![place], options)),
         }
     }

@@ -2,18 +2,18 @@
 
 pub(crate) mod target;
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe};
-use nbn::data::{Form, GroupBy, LabelledImages, LabelledLogits, PixelHash, pixel_hashes};
+use nbn::data::{GroupBy, Records};
 
-use super::dataset::{Dataset, RuntimeArgs, bar, images, say};
+use super::dataset::{Dataset, RuntimeArgs, say};
+use super::training_set::{TrainingSet, Unseen};
 use nbn::files::{Named, is_same, refuse_same};
-use target::{given, of_bundle, refuse_foreign};
+use target::{of_bundle, refuse_foreign};
 
 #[derive(Args)]
 #[command(
@@ -24,18 +24,8 @@ pub(crate) struct Calibrate {
     bundle: PathBuf,
     #[command(flatten)]
     set: Dataset,
-    /// Images that the network was trained on; none of them may be among the calibration images
-    #[arg(long, value_name = "SET")]
-    training_data: Option<PathBuf>,
-    /// Format of the training images, if it is not recognised correctly
-    #[arg(long = "training-data-format", alias = "training-form", value_name = "FORMAT", requires = "training_data")]
-    training_form: Option<Form>,
-    /// JSON file with the numbers of the images that were trained on, if that is not all of them
-    #[arg(long, value_name = "FILE", requires = "training_data")]
-    training_records: Option<PathBuf>,
-    /// Leave out calibration images that were trained on, instead of refusing the set
-    #[arg(long, requires = "training_data")]
-    drop_shared: bool,
+    #[command(flatten)]
+    training: TrainingSet,
     /// How much of the class prior the training has removed from the logits: 0 (cross-entropy), 1 (Balanced Softmax,
     /// logit adjustment), or learned (logit-rectification head, or if in doubt) [default: from the loss that the
     /// checkpoint records, otherwise learned]
@@ -47,9 +37,10 @@ pub(crate) struct Calibrate {
     /// Seed for the folds of the cross-validation
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Keep images of one object, camera or patient in one fold of the cross-validation: folder, for images in one folder,
-    /// or a regular expression whose first group (or match) in the image's path says what it belongs to
-    #[arg(long, value_name = "folder|REGEX", value_parser = str::parse::<GroupBy>)]
+    /// Keep images of one object, camera or patient in one fold of the cross-validation: folder, for images in one folder; a
+    /// column of the table; or a regular expression whose first group (or match) in the image's path says what it belongs to
+    /// [default: as the list in --records says]
+    #[arg(long, value_name = "folder|COLUMN|REGEX", value_parser = str::parse::<GroupBy>)]
     group_by: Option<GroupBy>,
     /// File to write [default: calibration.json in the bundle]
     #[arg(long, value_name = "FILE")]
@@ -83,23 +74,21 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     if out.exists() && !args.force && !args.dry_run {
         bail!("{} already exists: replace it with --force, or only show the result with --dry-run", out.display());
     }
-    let (mut logits, hashes) = args.set.logits(&bundle, &args.runtime)?;
-    let mut groups = match (&args.group_by, &hashes) {
+    let (logits, images, records) = args.set.logits(&bundle, &args.runtime)?;
+    let group_by = match (&args.group_by, records.as_ref().and_then(Records::group_by)) {
+        (None, Some(by)) => {
+            eprintln!("groups      --group-by {by}, as the run had it");
+            Some(by.parse().map_err(anyhow::Error::msg)?)
+        }
+        (by, _) => by.clone(),
+    };
+    let groups = match (&group_by, &images) {
         (None, _) => None,
         (Some(by), Some((images, _))) => Some(by.groups(images)?),
         (Some(by), None) => bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves"),
     };
-    let training_overlap = match (&args.training_data, hashes) {
-        (None, _) => TrainingOverlap::NotChecked,
-        (Some(_), None) => {
-            bail!("--training-data cannot be compared with a file of logits: give --data the images themselves")
-        }
-        (Some(path), Some((images, hashes))) => {
-            let training = training_images(&args, path, &bundle)?;
-            (logits, groups) = without_shared(logits, groups, (&images, &hashes), &training, args.drop_shared)?;
-            TrainingOverlap::None
-        }
-    };
+    let Unseen { logits, groups, compared, .. } = args.training.without(&bundle, logits, groups, images)?;
+    let training_overlap = if compared { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
     if groups.as_ref().is_some_and(|groups| groups.iter().all(|group| *group == groups[0])) {
         bail!("the images that are left are all of one group (--group-by), and a group is not divided: add others");
     }
@@ -134,8 +123,7 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
 fn check_out(args: &Calibrate, bundle: &Bundle, out: &Path) -> anyhow::Result<()> {
     let own = bundle.folder.join(CALIBRATION_FILE);
     let mut read = args.set.files();
-    read.extend(given("--training-data", args.training_data.as_ref()));
-    read.extend(given("--training-records", args.training_records.as_ref()));
+    read.extend(args.training.files());
     read.extend(of_bundle(bundle).filter(|file| file.path != own));
     refuse_same(&[Named { role: "--out", path: out.to_owned() }], &read)?;
     if args.out.is_none() || is_same(out, &own) {
@@ -158,52 +146,6 @@ fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
         eprintln!("            its figures are not shown until `nbn fold evaluate --card` has measured them again");
     }
     Ok(())
-}
-
-/// The training images, and which of them has each hash of pixels.
-struct Training {
-    images: LabelledImages,
-    hashes: HashMap<PixelHash, usize>,
-}
-
-fn training_images(args: &Calibrate, path: &Path, bundle: &Bundle) -> anyhow::Result<Training> {
-    let manifest = &bundle.manifest;
-    let images = images(path, args.training_form, args.training_records.as_deref(), &manifest.classes)?;
-    let bar = bar(images.len(), "training images");
-    let hashes = pixel_hashes(&images, manifest.preprocessing.exif, &|| bar.inc(1))?;
-    bar.finish_and_clear();
-    Ok(Training { images, hashes })
-}
-
-fn without_shared(
-    logits: LabelledLogits,
-    groups: Option<Vec<usize>>,
-    (images, hashes): (&LabelledImages, &[PixelHash]),
-    training: &Training,
-    drop_shared: bool,
-) -> anyhow::Result<(LabelledLogits, Option<Vec<usize>>)> {
-    let is_shared = |n: &usize| training.hashes.contains_key(&hashes[*n]);
-    let shared: Vec<usize> = (0..hashes.len()).filter(is_shared).collect();
-    let Some((&first, same)) = shared.first().and_then(|n| Some((n, training.hashes.get(&hashes[*n])?))) else {
-        return Ok((logits, groups));
-    };
-    if !drop_shared {
-        bail!(
-            "{} of {} calibration images were trained on (the first is {}, which has the pixels of {}): scores fitted to \
-             them would be overconfident; hold images out of training, or pass --drop-shared to leave these out",
-            shared.len(),
-            hashes.len(),
-            images.name(first),
-            training.images.name(*same)
-        );
-    }
-    eprintln!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
-    let kept: Vec<usize> = (0..hashes.len()).filter(|n| !is_shared(n)).collect();
-    anyhow::ensure!(!kept.is_empty(), "no calibration image is left: all were trained on");
-    let values = kept.iter().flat_map(|&n| logits.row(n).iter().copied()).collect();
-    let labels = kept.iter().map(|&n| logits.labels()[n]).collect();
-    let groups = groups.map(|groups| kept.iter().map(|&n| groups[n]).collect());
-    Ok((LabelledLogits::try_new(logits.classes(), values, labels).map_err(anyhow::Error::msg)?, groups))
 }
 
 /// Writes the whole file or leaves it as it was.

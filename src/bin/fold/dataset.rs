@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use nbn::bundle::{Bundle, Class};
-use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, logits_of, records_from};
+use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, Purpose, Records, logits_of};
 use nbn::runtime::{Device, Library, SessionOptions};
 
 use super::calibrate::target::given;
@@ -14,13 +14,14 @@ use nbn::files::Named;
 
 #[derive(Args)]
 pub(crate) struct Dataset {
-    /// Labelled images: class folders, a list file, the files of CIFAR or Fashion-MNIST, or a file of logits
+    /// Labelled images: class folders, a list file, a CSV table, the files of CIFAR or Fashion-MNIST, or a file of logits
     #[arg(long, value_name = "SET")]
     pub(crate) data: PathBuf,
     /// Format of the set, if it is not recognised correctly
     #[arg(long = "data-format", alias = "form", value_name = "FORMAT")]
     pub(crate) form: Option<Form>,
-    /// JSON file with the numbers of the images to use, counted from 0: {"records": [0, 1, ...]}
+    /// JSON file that lists the images to use, as `nbn fold train` writes it, or with their numbers, counted from 0:
+    /// {"records": [0, 1, ...]}
     #[arg(long, value_name = "FILE")]
     pub(crate) records: Option<PathBuf>,
 }
@@ -35,20 +36,27 @@ pub(crate) struct RuntimeArgs {
     onnxruntime: Option<PathBuf>,
 }
 
-/// Opens the images of `path`, all or the `records` of it.
+/// Opens the images of `path`: all, or those of a list, which must not be one for another purpose. `records` are the list's
+/// path, its flag, and that purpose.
 pub(crate) fn images(
     path: &Path,
     form: Option<Form>,
-    records: Option<&Path>,
+    records: Option<(&Path, &str, Purpose)>,
     classes: &[Class],
-) -> anyhow::Result<LabelledImages> {
+) -> anyhow::Result<(LabelledImages, Option<Records>)> {
     let form = form.map_or_else(|| Form::guess(path, classes.len()), Ok)?;
     let labels: Vec<String> = classes.iter().map(|c| c.label.clone()).collect();
     let images = LabelledImages::open(path, form, &labels)?;
-    Ok(match records {
-        Some(records) => images.select(&records_from(records)?)?,
-        None => images,
-    })
+    let Some((list, flag, other)) = records else { return Ok((images, None)) };
+    let records = Records::load(list)?;
+    if records.purpose() == Some(other) {
+        let (is, wanted) = match other {
+            Purpose::Training => ("that were trained on", "NAME.calibration.json"),
+            Purpose::HeldOut => ("that were held out", "NAME.training.json"),
+        };
+        anyhow::bail!("{flag}: {} lists the images {is}: give {wanted} of the run", list.display());
+    }
+    Ok((records.select(&images)?, Some(records)))
 }
 
 impl Dataset {
@@ -66,25 +74,27 @@ impl Dataset {
         Ok(self.form.map_or_else(|| Form::guess(&self.data, bundle.manifest.classes.len()), Ok)?)
     }
 
-    /// The bundle's logits of the set, and its images with the hash of each one's pixels where it has images.
+    /// The bundle's logits of the set, its images with the hash of each one's pixels where it has images, and the list that
+    /// they were chosen by.
     pub(crate) fn logits(
         &self,
         bundle: &Bundle,
         runtime: &RuntimeArgs,
-    ) -> anyhow::Result<(LabelledLogits, Option<HashedImages>)> {
+    ) -> anyhow::Result<(LabelledLogits, Option<HashedImages>, Option<Records>)> {
         let classes = &bundle.manifest.classes;
         let form = self.form(bundle)?;
         if form == Form::Logits {
             anyhow::ensure!(self.records.is_none(), "--records is for images; {} holds logits", self.data.display());
-            return Ok((LabelledLogits::load(&self.data, classes.len())?, None));
+            return Ok((LabelledLogits::load(&self.data, classes.len())?, None, None));
         }
-        let images = images(&self.data, Some(form), self.records.as_deref(), classes)?;
+        let records = self.records.as_deref().map(|path| (path, "--records", Purpose::Training));
+        let (images, records) = images(&self.data, Some(form), records, classes)?;
         let library = Library::load(runtime.onnxruntime.as_deref())?;
         let bar = bar(images.len(), "network");
         let options = SessionOptions { device: runtime.device, threads: 1 };
         let (logits, hashes) = logits_of(bundle, library, options, &images, &|| bar.inc(1))?;
         bar.finish_and_clear();
-        Ok((logits, Some((images, hashes))))
+        Ok((logits, Some((images, hashes)), records))
     }
 }
 

@@ -11,6 +11,7 @@ use nbn::evaluate::{EvaluateOptions, Evaluation, compare, evaluate, html};
 use super::calibrate::replace;
 use super::calibrate::target::{given, is_logits, of_bundle, refuse_foreign};
 use super::dataset::{Dataset, RuntimeArgs, say};
+use super::training_set::{TrainingSet, Unseen};
 use nbn::files::{Named, refuse_same};
 
 const REPORT_JSON: &str = "report.json";
@@ -25,6 +26,8 @@ pub(crate) struct Evaluate {
     bundle: PathBuf,
     #[command(flatten)]
     set: Dataset,
+    #[command(flatten)]
+    training: TrainingSet,
     /// Folder for report.html and report.json
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -61,7 +64,8 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     }
     let other = args.against.as_ref().map(|path| open_other(path, &bundle, &args)).transpose()?;
     check_targets(&args, &bundle, other.as_ref())?;
-    let (logits, _) = args.set.logits(&bundle, &args.runtime)?;
+    let (logits, images, _) = args.set.logits(&bundle, &args.runtime)?;
+    let Unseen { logits, kept, .. } = args.training.without(&bundle, logits, None, images)?;
     if let Some(path) = &args.logits {
         logits.save(path)?;
     }
@@ -70,7 +74,11 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let comparison = match &other {
         None => None,
         Some(other) => {
-            let (theirs, _) = args.set.logits(other, &args.runtime)?;
+            let (theirs, ..) = args.set.logits(other, &args.runtime)?;
+            let theirs = match &kept {
+                Some(kept) => theirs.select(kept),
+                None => theirs,
+            };
             Some(compare(&bundle, &logits, other, &theirs, &options)?)
         }
     };
@@ -116,6 +124,7 @@ fn open_other(path: &Path, bundle: &Bundle, args: &Evaluate) -> anyhow::Result<B
 /// Refuses to write over a file that the run reads, a file of a bundle, or one that no evaluation wrote.
 fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> anyhow::Result<()> {
     let mut read = args.set.files();
+    read.extend(args.training.files());
     read.extend(given("--calibration", args.calibration.as_ref()));
     read.extend([Some(bundle), other].into_iter().flatten().flat_map(of_bundle));
     let report = |name: &str| args.report.as_ref().map(|folder| folder.join(name));
@@ -126,6 +135,9 @@ fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> an
     if let Some(path) = &args.logits {
         let is_own = |path: &Path| nbn::files::is_special(path) || is_logits(path);
         refuse_foreign(path, "file of logits and labels as --logits writes it", is_own)?;
+    }
+    if let Some(folder) = args.report.as_ref().filter(|folder| folder.exists() && !folder.is_dir()) {
+        bail!("--report {}: it is a file: give a folder, which will hold {REPORT_HTML}", folder.display());
     }
     if let Some(path) = &json {
         refuse_foreign(path, "report of `nbn fold evaluate`", |path| {

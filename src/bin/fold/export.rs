@@ -162,6 +162,11 @@ fn input_size(text: &str) -> Result<Size, String> {
 }
 
 pub(crate) fn run(args: Export) -> anyhow::Result<()> {
+    if args.checkpoint.is_dir() {
+        let is_bundle = args.checkpoint.join("manifest.json").exists();
+        let what = if is_bundle { "is a bundle already: use it as it is" } else { "is a folder: give a file in it" };
+        anyhow::bail!("{}: {what}; export reads a checkpoint or an ONNX file", args.checkpoint.display());
+    }
     let library = Library::load(args.onnxruntime.as_deref())?;
     let options = ExportOptions {
         checkpoint: args.checkpoint,

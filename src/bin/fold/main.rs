@@ -5,6 +5,7 @@ mod dataset;
 mod evaluate;
 mod export;
 mod train;
+mod training_set;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,7 +54,7 @@ enum Command {
 pub(crate) fn main() -> ExitCode {
     disable_telemetry();
     let cli = Cli::parse();
-    nbn::telemetry::init(tracing::Level::WARN);
+    nbn::telemetry::init_command(tracing::Level::WARN);
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -92,6 +93,14 @@ fn run(command: Command) -> anyhow::Result<()> {
             );
             print!("{}", inspect::onnx(&path)?);
             Ok(())
+        }
+        Command::Inspect { path, .. }
+            if path.extension().is_some_and(|ending| ending == "state" || ending == "json") =>
+        {
+            anyhow::bail!(
+                "{}: it belongs to a run of `nbn fold train`, whose checkpoint is NAME.safetensors: inspect that",
+                path.display()
+            )
         }
         Command::Inspect { path, overrides } => {
             print!("{}", inspect::checkpoint(&Checkpoint::load(&path)?, &overrides.into())?);

@@ -28,7 +28,7 @@ mod without {
 
 #[cfg(feature = "train")]
 mod with {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeSet, HashMap};
     use std::path::{Path, PathBuf};
     use std::process::exit;
     use std::sync::Arc;
@@ -39,7 +39,8 @@ mod with {
     use clap::{Args, ValueEnum};
     use nbn::bundle::{Class, Exif, Size};
     use nbn::data::{
-        Form, GroupBy, LabelledImages, Split, TrainingSet, broken_pictures, hold_out, hold_out_groups, long_tail,
+        Checked, Form, GroupBy, LabelledImages, PixelHash, Purpose, Records, Split, TrainingSet, check_pictures,
+        hold_out, hold_out_groups, long_tail,
     };
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
@@ -63,7 +64,7 @@ mod with {
         after_help = "Examples:\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors --resume"
     )]
     pub(crate) struct Train {
-        /// Class folders, a list of `path label` lines, or a benchmark's file or folder (CIFAR binary, IDX)
+        /// Class folders, a list of `path label` lines, a CSV table, or a benchmark's file or folder (CIFAR binary, IDX)
         #[arg(long, value_name = "SET", help_heading = "Images")]
         data: PathBuf,
         /// Format of the set, if it is not recognised correctly
@@ -85,8 +86,9 @@ mod with {
         #[arg(long, value_name = "SHARE", default_value_t = 0.1, help_heading = "Images")]
         calibration_fraction: f64,
         /// Keep images of one object, camera or patient together, all trained on or all held out: folder, for images in one
-        /// folder, or a regular expression whose first group (or match) in the image's path says what it belongs to
-        #[arg(long, value_name = "folder|REGEX", value_parser = str::parse::<GroupBy>, help_heading = "Images")]
+        /// folder; a column of the table; or a regular expression whose first group (or match) in the image's path says what
+        /// it belongs to
+        #[arg(long, value_name = "folder|COLUMN|REGEX", value_parser = str::parse::<GroupBy>, help_heading = "Images")]
         group_by: Option<GroupBy>,
         /// Train without the images that cannot be decoded, which are listed in NAME.broken.json
         #[arg(long, help_heading = "Images")]
@@ -260,9 +262,16 @@ mod with {
             }
             eprintln!("finishing the step, then saving; press Ctrl-C again to stop at once");
         })?;
-        let mut view = View::new(job.recipe.epochs, job.training.len());
+        let mut view = View::new(job.recipe.epochs, job.training.len(), job.recipe.batch);
         let end = train(&job, &stop, &mut |event| view.show(&event))?;
         view.bar.finish_and_clear();
+        for (what, path) in
+            [("trained on", &job.files.training), ("held out", &job.files.calibration), ("left out", &job.files.broken)]
+        {
+            if path.exists() {
+                eprintln!("{what:<11} {}", path.display());
+            }
+        }
         if end == End::Stopped {
             eprintln!("stopped     continue from here with --resume");
         }
@@ -384,7 +393,7 @@ mod with {
             preprocessing: preset.preprocessing(args.input_size.map(Size::square), Exif::Apply),
             imbalance_factor: args.imbalance_factor,
             calibration_fraction: args.calibration_fraction,
-            group_by: args.group_by.as_ref().map(ToString::to_string),
+            group_by: args.group_by.as_ref().map(ToString::to_string).or(begun.and_then(|begun| begun.group_by)),
             seed: args.seed,
         })
     }
@@ -400,50 +409,69 @@ mod with {
     /// Images that an error names.
     const NAMED: usize = 20;
 
-    /// The records of images that cannot be decoded.
+    /// Decodes all images of a set, which `what` calls it. Of those that cannot be decoded it gives the records, and the hashes of
+    /// the others' pixels.
     ///
     /// # Errors
-    /// When there are any and they are not to be left out; names them.
-    fn broken(
-        args: &Train,
-        set: &TrainingSet,
-        files: &Files,
-        exif: Exif,
-    ) -> anyhow::Result<(BTreeSet<usize>, Option<String>)> {
-        let bar = bar(set.images.len(), "checking");
-        let broken = broken_pictures(&set.images, exif, &|| bar.inc(1))?;
+    /// When there are some that cannot be decoded and they are not to be left out; names them.
+    fn checked(args: &Train, images: &LabelledImages, what: &str, exif: Exif) -> anyhow::Result<Checked> {
+        let bar = bar(images.len(), "checking");
+        let checked = check_pictures(images, exif, &|| bar.inc(1))?;
         bar.finish_and_clear();
+        let broken = &checked.broken;
         let listed = |of: &[&(usize, String)]| {
-            let one = |(record, reason): &&(usize, String)| format!("  {}: {reason}", set.images.name(*record));
+            let one = |(record, reason): &&(usize, String)| format!("  {}: {reason}", images.name(*record));
             let more = (of.len() > NAMED).then(|| format!("  and {} more", of.len() - NAMED));
             of.iter().take(NAMED).map(one).chain(more).collect::<Vec<_>>().join("\n")
         };
         if broken.is_empty() {
-            return Ok((BTreeSet::new(), None));
+            return Ok(checked);
         }
-        let (count, total) = (broken.len(), set.images.len());
+        let (count, total) = (broken.len(), images.len());
         // Another day they may be there: a run without them would not be the one that was asked for.
-        let missing: Vec<&(usize, String)> =
-            broken.iter().filter(|(record, _)| !set.images.is_readable(*record)).collect();
+        let missing: Vec<&(usize, String)> = broken.iter().filter(|(record, _)| !images.is_readable(*record)).collect();
         ensure!(
             missing.is_empty(),
-            "{} of {total} images are missing or may not be read, which --skip-broken does not pass over: is a disk \
+            "{} of {total} {what} are missing or may not be read, which --skip-broken does not pass over: is a disk \
              mounted, do links lead somewhere?\n{}",
             missing.len(),
             listed(&missing)
         );
         ensure!(
             args.skip_broken,
-            "{count} of {total} images cannot be decoded: repair or remove them, or train without them by \
-             --skip-broken\n{}",
+            "{count} of {total} {what} cannot be decoded: repair or remove them, or go on without them by --skip-broken\n{}",
             listed(&broken.iter().collect::<Vec<_>>())
         );
-        let list: Vec<_> = broken
-            .iter()
-            .map(|(record, reason)| serde_json::json!({"record": record, "image": set.images.name(*record), "reason": reason}))
-            .collect();
-        eprintln!("left out    {count} of {total} images, which cannot be decoded ({})", files.broken.display());
-        Ok((broken.into_iter().map(|(record, _)| record).collect(), Some(serde_json::to_string_pretty(&list)?)))
+        eprintln!("left out    {count} of {total} {what}, which cannot be decoded");
+        Ok(checked)
+    }
+
+    /// The list of what is left out, where anything is.
+    fn list_of(broken: &[(usize, String)], images: &LabelledImages) -> anyhow::Result<Option<String>> {
+        let one = |(record, reason): &(usize, String)| serde_json::json!({"record": record, "image": images.name(*record), "reason": reason});
+        let list: Vec<_> = broken.iter().map(one).collect();
+        Ok(if list.is_empty() { None } else { Some(serde_json::to_string_pretty(&list)?) })
+    }
+
+    /// Warns of images, which `what` calls, that have the pixels of one that is trained on.
+    fn warn_of_shared(
+        what: &str,
+        (images, hashes): (&LabelledImages, &[Option<PixelHash>]),
+        (training, seen): (&LabelledImages, &HashMap<PixelHash, usize>),
+        advice: &str,
+    ) {
+        let same = |hash: &Option<PixelHash>| seen.get(hash.as_ref()?).copied();
+        let shared: Vec<(usize, usize)> =
+            hashes.iter().enumerate().filter_map(|(n, hash)| Some((n, same(hash)?))).collect();
+        if let Some((first, of)) = shared.first() {
+            eprintln!(
+                "warning: {} of {} {what} have the pixels of one that is trained on, such as {} those of {}: {advice}",
+                shared.len(),
+                hashes.len(),
+                images.name(*first),
+                training.name(*of)
+            );
+        }
     }
 
     fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {
@@ -455,7 +483,10 @@ mod with {
             set.labels.len()
         );
         let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
-        let (broken, left_out) = broken(args, &set, &files, recipe.preprocessing.exif)?;
+        let exif = recipe.preprocessing.exif;
+        let Checked { broken, hashes } = checked(args, &set.images, "images", exif)?;
+        let left_out = list_of(&broken, &set.images)?;
+        let broken: BTreeSet<usize> = broken.into_iter().map(|(record, _)| record).collect();
         let whole: Vec<usize> = (0..set.images.len()).filter(|record| !broken.contains(record)).collect();
         let records: Vec<usize> = match recipe.imbalance_factor {
             Some(factor) => {
@@ -466,14 +497,19 @@ mod with {
             None => whole,
         };
         let (labels, fraction, seed) = (set.images.labels(), recipe.calibration_fraction, recipe.seed);
-        let split = match &args.group_by {
+        let group_by =
+            recipe.group_by.as_deref().map(|by| by.parse::<GroupBy>().map_err(anyhow::Error::msg)).transpose()?;
+        let split = match &group_by {
             None => hold_out(labels, &records, &set.labels, fraction, seed),
             Some(by) => {
-                let groups = by.groups(&set.images)?;
+                let found = by.groups(&set.images.select(&records)?)?;
                 eprintln!(
                     "groups      {} of images that stay together (--group-by {by})",
-                    groups.iter().max().map_or(0, |last| last + 1)
+                    found.iter().max().map_or(0, |last| last + 1)
                 );
+                // Of what is left out, none is asked for.
+                let mut groups = vec![0; set.images.len()];
+                records.iter().zip(found).for_each(|(&record, group)| groups[record] = group);
                 hold_out_groups(labels, &records, &set.labels, &groups, fraction, seed)
             }
         };
@@ -484,7 +520,7 @@ mod with {
                  out, so that their scores will be calibrated by what the others say (status prior_only)",
                 alone.len(),
                 set.labels.len(),
-                if args.group_by.is_some() { "group of images" } else { "image" },
+                if group_by.is_some() { "group of images" } else { "image" },
                 set.labels[*first]
             );
         }
@@ -502,26 +538,38 @@ mod with {
             .map(|(label, &count)| Class { label: label.clone(), count: Some(count) })
             .collect();
         let test = args.test.clone().or_else(|| set.test.clone());
+        let seen: HashMap<PixelHash, usize> =
+            training.iter().rev().filter_map(|&record| Some((hashes[record]?, record))).collect();
+        let trained = (&set.images, &seen);
+        let own: Vec<_> = held_out.iter().map(|&record| hashes[record]).collect();
+        let advice = "scores that are calibrated on them will be overconfident. Remove the copies, or leave them out by `nbn fold \
+                      calibrate --drop-shared`";
+        warn_of_shared("held-out images", (&set.images.select(&held_out)?, &own), trained, advice);
         let evaluation = match &test {
             Some(path) => {
                 let form = args.dataset.filter(|_| path.is_dir() == set.path.is_dir());
                 let form = form.map_or_else(|| Form::guess(path, set.labels.len()), Ok)?;
-                Some((LabelledImages::open(path, form, &set.labels)?, path.display().to_string()))
+                let images = LabelledImages::open(path, form, &set.labels)?;
+                let Checked { broken, hashes } = checked(args, &images, "test images", exif)?;
+                let advice = "accuracy on them says little. Remove the copies from one of the sets";
+                warn_of_shared("test images", (&images, &hashes), trained, advice);
+                let broken: BTreeSet<usize> = broken.into_iter().map(|(record, _)| record).collect();
+                let whole: Vec<usize> = (0..images.len()).filter(|record| !broken.contains(record)).collect();
+                ensure!(!whole.is_empty(), "{}: no image is left to measure accuracy on", path.display());
+                Some((images.select(&whole)?, path.display().to_string()))
             }
             None if !held_out.is_empty() => Some((set.images.select(&held_out)?, "held-out images".to_owned())),
             None => None,
         };
-        let record = |records: &[usize]| {
-            serde_json::json!({ "file": set.path, "seed": recipe.seed, "records": records }).to_string()
-        };
-        let records = [record(&training), record(&held_out)];
+        let records = [(&training, Purpose::Training), (&held_out, Purpose::HeldOut)].map(|(records, purpose)| {
+            Records::new(&set.path, &set.images, records, purpose, recipe.seed).grouped(group_by.as_ref())
+        });
         let (most, least) = (counts.iter().max().unwrap_or(&0), counts.iter().min().unwrap_or(&0));
         eprintln!(
-            "images      {} in {} classes, {most} to {least} each; {} held out ({})",
+            "images      {} in {} classes, {most} to {least} each; {} held out",
             training.len(),
             classes.len(),
-            held_out.len(),
-            files.calibration.display()
+            held_out.len()
         );
         match &evaluation {
             Some((images, name)) => eprintln!("measured    on {} images: {name}", images.len()),

@@ -127,7 +127,7 @@ fn main() -> ExitCode {
         }
         Command::Demo(args) => demo::demo(args),
         Command::Score(args) => {
-            nbn::telemetry::init(tracing::Level::WARN);
+            nbn::telemetry::init_command(tracing::Level::WARN);
             score::score(*args)
         }
         Command::Fold(args) => fold::fold(args),

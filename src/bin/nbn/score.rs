@@ -97,6 +97,20 @@ struct RowArgs {
 }
 
 impl RowArgs {
+    /// # Errors
+    /// When the format can be told neither from --output nor from --format.
+    fn check_ending(&self) -> anyhow::Result<()> {
+        let Some(path) = self.output.as_ref().filter(|_| self.format.is_none()) else { return Ok(()) };
+        let known = |ending: &std::ffi::OsStr| Format::of_ending(&ending.to_string_lossy()).is_some();
+        // A pipe or a device has no ending.
+        anyhow::ensure!(
+            path.extension().is_none_or(known) || nbn::files::is_special(path),
+            "--output {}: no format has this ending: name it .jsonl, .csv or .parquet, or give --format",
+            path.display()
+        );
+        Ok(())
+    }
+
     fn format(&self) -> Format {
         let ending = self.output.as_deref().and_then(Path::extension).and_then(|ending| ending.to_str());
         self.format.or(ending.and_then(Format::of_ending)).unwrap_or(Format::Jsonl)
@@ -232,6 +246,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let form = Form { format: args.rows.format(), columns, classes, origin: &origin };
     // Everything is checked: from here on files may change.
     refuse_overwriting(&args, inputs, &bundle_files)?;
+    args.rows.check_ending()?;
     let summary_file = args.summary.as_deref().map(SummaryFile::open).transpose()?;
     let mut committed = HashMap::new();
     let (mut output, place) = match (&args.rows.output_dir, &args.rows.output) {
@@ -424,7 +439,7 @@ fn describe(summary: &Summary) -> String {
     line(*failed > 0, "failed", format!("{failed}: {}", list(&summary.errors)));
     line(*resumed > 0, "left out", format!("{resumed} that already had a row"));
     line(*duplicates > 0, "left out", format!("{duplicates} that the source names twice"));
-    line(*scored > 0, "best in", list(&summary.predicted));
+    line(*scored > 0, "best class", format!("by training images: {}", list(&summary.predicted)));
     line(*abstained > 0, "abstained", format!("{abstained}"));
     if let Some(accuracy) = &summary.accuracy {
         let of =
@@ -433,13 +448,15 @@ fn describe(summary: &Summary) -> String {
         let groups: String = groups.map(|(name, value)| of(name, value)).concat();
         let (top1, recall) = (100.0 * accuracy.top1, 100.0 * accuracy.mean_recall);
         line(true, "right", format!("{top1:.1} % of {} images", accuracy.images));
+        let of_accepted = accuracy.accepted_top1.map(|top1| format!(", of which {:.1} % are right", 100.0 * top1));
+        line(*abstained > 0, "accepted", format!("{}{}", accuracy.accepted, of_accepted.unwrap_or_default()));
         line(true, "recall", format!("{recall:.1} % on average over classes{groups}"));
     }
     line(*unknown_labels > 0, "labels", format!("{unknown_labels} are not classes of the model"));
     let stages = [("reading", seconds.read), ("decoding", seconds.decode), ("preparing", seconds.preprocess)];
     let stages = stages.into_iter().chain([("network", seconds.infer), ("rows", seconds.write)]);
     let stages: Vec<String> = stages.map(|(name, s)| format!("{name} {}", span(s))).collect();
-    line(*scored > 0, "time", stages.join(", "));
+    line(*scored > 0, "time", format!("{}, summed over threads", stages.join(", ")));
     lines.into_iter().fold(String::new(), |all, (name, text)| all + &format!("{name:<11} {text}\n"))
 }
 

@@ -10,23 +10,53 @@ pub(super) struct View {
     pub(super) bar: ProgressBar,
     epochs: usize,
     images: usize,
+    batch: usize,
+    /// Steps done in this process, and those that are left.
+    steps: usize,
+    left: usize,
+}
+
+/// Steps after which it is said how long the run will take.
+const ESTIMATED_AFTER: usize = 10;
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// Of seconds: to the minute, where it is minutes.
+fn duration(seconds: f64) -> String {
+    let seconds = if seconds < 120.0 { seconds.ceil() } else { (seconds / 60.0).round() * 60.0 };
+    humantime::format_duration(std::time::Duration::from_secs(seconds as u64)).to_string()
 }
 
 impl View {
-    pub(super) fn new(epochs: usize, images: usize) -> Self {
+    pub(super) fn new(epochs: usize, images: usize, batch: usize) -> Self {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
         let bar = bar.with_message("starting");
         let style = ProgressStyle::with_template("{prefix} {bar:28} {pos}/{len} steps, {msg}, {eta} left");
-        Self { bar: style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style)), epochs, images }
+        Self {
+            bar: style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style)),
+            epochs,
+            images,
+            batch,
+            steps: 0,
+            left: 0,
+        }
     }
 
     pub(super) fn show(&mut self, event: &Event<'_>) {
         match event {
             Event::Start { epoch, step, steps, longer, parameters } => {
                 eprintln!("learned     {parameters} values; {steps} steps per epoch");
-                if epoch + step > 0 {
-                    eprintln!("resumed     after {epoch} epochs and {step} steps");
+                if *epoch >= self.epochs {
+                    eprintln!(
+                        "resumed     after {}, which are all: give more --epochs to go on",
+                        count(*epoch, "epoch")
+                    );
+                } else if epoch + step > 0 {
+                    eprintln!("resumed     after {} and {}", count(*epoch, "epoch"), count(*step, "step"));
                 }
+                self.left = (self.epochs - epoch.min(&self.epochs)) * steps - step;
                 if let Some(Longer { before, rate, kept }) = longer {
                     eprintln!(
                         "longer      {} epochs instead of {before}; the learning rate goes on at {rate:.3e}, as its schedule has \
@@ -44,6 +74,15 @@ impl View {
             }
             Event::Step { loss, images_per_second, .. } => {
                 self.bar.inc(1);
+                self.left = self.left.saturating_sub(1);
+                self.steps += 1;
+                // The first ones also start threads and fill caches.
+                if self.steps == ESTIMATED_AFTER {
+                    let left = self.left as f64 * self.batch as f64 / images_per_second.max(1e-9);
+                    let line =
+                        format!("estimate    {images_per_second:.0} images/s: about {} to the end", duration(left));
+                    self.bar.suspend(|| eprintln!("{line}"));
+                }
                 self.bar.set_message(format!("loss {loss:.4}, {images_per_second:.0} images/s"));
             }
             Event::Epoch(report) => {
@@ -71,7 +110,7 @@ impl View {
             }
         }
         if report.epoch < self.epochs {
-            line += &format!("  {} left", humantime::format_duration(std::time::Duration::from_secs(left as u64)));
+            line += &format!("  {} left", duration(left));
         }
         line
     }
