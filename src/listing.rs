@@ -31,6 +31,12 @@ pub fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
+/// How many parts of a name are hidden: the file, and folders that it lies in. What a source finds is passed over when it has
+/// more of them than what the source was asked for.
+pub fn hidden_parts(name: &str) -> usize {
+    name.split('/').filter(|part| part.starts_with('.') && !["", ".", ".."].contains(part)).count()
+}
+
 /// Tells what is in `folder` and below, in the order of their names. Symbolic links to folders are not followed: they may form
 /// a circle.
 ///

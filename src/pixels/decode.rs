@@ -7,7 +7,7 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, Imag
 use super::input::{Watch, Watched};
 use super::limits::{DecodeError, DecodeLimits, Stored};
 use super::picture::Picture;
-use super::{exif, gif, jpeg, pnm, tiff, tiff_samples, webp};
+use super::{exif, gif, jpeg, pnm, tiff, tiff_planes, tiff_samples, webp};
 use crate::bundle::Exif;
 use crate::stop::Stop;
 
@@ -124,6 +124,9 @@ fn read(
         ImageFormat::Tiff => {
             tiff::check_fields(bytes)?;
             if let Some(picture) = tiff_samples::read(bytes, limits, watch) {
+                return Ok((picture?, orientation()));
+            }
+            if let Some(picture) = tiff_planes::read(bytes, limits, watch) {
                 return Ok((picture?, orientation()));
             }
         }

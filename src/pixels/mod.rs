@@ -10,6 +10,7 @@ mod picture;
 mod pnm;
 mod resize;
 mod tiff;
+mod tiff_planes;
 mod tiff_samples;
 mod webp;
 

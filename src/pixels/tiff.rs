@@ -17,26 +17,27 @@ const PIXELS_EACH: u64 = 64;
 /// Pixels that JPEGs decode for each pixel of the picture, scan by scan. Ordinary files have up to four.
 const WORK: u64 = 16;
 
-const WIDTH: u16 = 256;
-const HEIGHT: u16 = 257;
-const BITS: u16 = 258;
-const COMPRESSION: u16 = 259;
-const PHOTOMETRIC: u16 = 262;
+pub(super) const WIDTH: u16 = 256;
+pub(super) const HEIGHT: u16 = 257;
+pub(super) const BITS: u16 = 258;
+pub(super) const COMPRESSION: u16 = 259;
+pub(super) const PHOTOMETRIC: u16 = 262;
 const STRIP_OFFSETS: u16 = 273;
-const SAMPLES: u16 = 277;
-const ROWS_PER_STRIP: u16 = 278;
+pub(super) const SAMPLES: u16 = 277;
+pub(super) const ROWS_PER_STRIP: u16 = 278;
 const STRIP_BYTES: u16 = 279;
-const PLANES: u16 = 284;
+pub(super) const PLANES: u16 = 284;
 const COLOURS: u16 = 320;
-const TILE_WIDTH: u16 = 322;
-const TILE_HEIGHT: u16 = 323;
-const TILE_OFFSETS: u16 = 324;
-const TILE_BYTES: u16 = 325;
+pub(super) const TILE_WIDTH: u16 = 322;
+pub(super) const TILE_HEIGHT: u16 = 323;
+pub(super) const TILE_OFFSETS: u16 = 324;
+pub(super) const TILE_BYTES: u16 = 325;
 const EXTRA_SAMPLES: u16 = 338;
-const SAMPLE_FORMAT: u16 = 339;
+pub(super) const SAMPLE_FORMAT: u16 = 339;
 const JPEG_TABLES: u16 = 347;
 /// Values of [`COMPRESSION`] and [`PLANES`].
-const JPEG: u64 = 7;
+pub(super) const JPEG: u64 = 7;
+pub(super) const OLD_JPEG: u64 = 6;
 const SEPARATE: u64 = 2;
 
 /// Refuses a TIFF with fields that are longer than the file, before anything is decoded. What cannot be read otherwise is for
@@ -69,9 +70,6 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
             (STRIP_OFFSETS, STRIP_BYTES, width.saturating_mul(rows))
         }
     };
-    if one(PLANES) == Some(SEPARATE) && one(TILE_WIDTH).is_some() {
-        return unsupported("it has tiles, and its colours in planes of their own".into());
-    }
     let planes = if one(PLANES) == Some(SEPARATE) { one(SAMPLES).unwrap_or(1).max(1) } else { 1 };
     let pixels = width.saturating_mul(height).saturating_mul(planes);
     let count = image.numbers(offsets).count() as u64;
@@ -142,8 +140,8 @@ fn frame_at(bytes: &[u8]) -> Option<u64> {
 }
 
 /// The first image's fields.
-struct Image<'a> {
-    bytes: &'a [u8],
+pub(super) struct Image<'a> {
+    pub(super) bytes: &'a [u8],
     little: bool,
     fields: Vec<Field>,
 }
@@ -157,6 +155,8 @@ struct Field {
     count: u64,
     /// Where the values lie.
     at: u64,
+    /// Where the field lies, in a list of 12 bytes each.
+    entry: u64,
 }
 
 impl Field {
@@ -167,7 +167,7 @@ impl Field {
 
 impl<'a> Image<'a> {
     /// Of a TIFF or BigTIFF; none when its first image cannot be found.
-    fn of(bytes: &'a [u8]) -> Option<Self> {
+    pub(super) fn of(bytes: &'a [u8]) -> Option<Self> {
         let little = match bytes.get(..2)? {
             b"II" => true,
             b"MM" => false,
@@ -190,11 +190,12 @@ impl<'a> Image<'a> {
                 5 | 10 | 12 | 16 | 17 | 18 => 8,
                 _ => 0,
             };
+            let entry = at;
             let inline = at + 4 + u64::from(offset);
             let is_inline = u128::from(size) * u128::from(count) <= u128::from(offset);
             let at = if is_inline { Some(inline) } else { image.number(inline, offset) };
             let Some(at) = at else { break };
-            image.fields.push(Field { tag: tag as u16, size, kind: kind as u16, count, at });
+            image.fields.push(Field { tag: tag as u16, size, kind: kind as u16, count, at, entry });
         }
         Some(image)
     }
@@ -211,10 +212,96 @@ impl<'a> Image<'a> {
     }
 
     /// The whole numbers of a field, as far as the file has them.
-    fn numbers(&self, tag: u16) -> impl Iterator<Item = u64> {
-        let Field { size, count, at, .. } = self.field(tag).unwrap_or(Field { tag, size: 0, kind: 0, count: 0, at: 0 });
+    pub(super) fn numbers(&self, tag: u16) -> impl Iterator<Item = u64> {
+        let Field { size, count, at, .. } =
+            self.field(tag).unwrap_or(Field { tag, size: 0, kind: 0, count: 0, at: 0, entry: 0 });
         let count = if size == 0 { 0 } else { count };
         (0..count).map_while(move |n| self.number(at.checked_add(n.checked_mul(u64::from(size))?)?, size))
+    }
+
+    /// The fractions of a field; none where one has no value.
+    pub(super) fn fractions(&self, tag: u16) -> Vec<f32> {
+        let Some(field) = self.field(tag).filter(|field| field.kind == 5) else { return Vec::new() };
+        let fraction = |n: u64| {
+            let at = field.at.checked_add(n.checked_mul(8)?)?;
+            let (above, below) = (self.number(at, 4)?, self.number(at.checked_add(4)?, 4)?);
+            (below > 0).then(|| (above as f64 / below as f64) as f32)
+        };
+        (0..field.count.min(16)).map(fraction).collect::<Option<_>>().unwrap_or_default()
+    }
+
+    /// A copy of the file whose fields have these numbers, as far as it has such fields.
+    ///
+    /// # Errors
+    /// When it is a BigTIFF, or a number does not fit into a field.
+    pub(super) fn with(&self, numbers: &[(u16, u64)]) -> Result<Vec<u8>, DecodeError> {
+        let mut file = self.bytes.to_vec();
+        for (tag, number) in numbers {
+            let number = u32::try_from(*number);
+            let number =
+                number.map_err(|_| DecodeError::Damaged { format: "TIFF", reason: "it is too wide".into() })?;
+            if let Some(field) = self.field(*tag) {
+                // One of LONG, or of SHORT where that does.
+                let is_short = field.kind == 3 && number < 1 << 16;
+                let value = if is_short && !self.little { number << 16 } else { number };
+                self.write(&mut file, field, if is_short { 3 } else { 4 }, 1, value);
+            }
+        }
+        Ok(file)
+    }
+
+    /// Has the field `tag` of `file` keep the `part`-th of so many equal parts of its numbers.
+    ///
+    /// # Errors
+    /// When it has no such parts.
+    pub(super) fn keep_part(&self, file: &mut [u8], tag: u16, part: u64, parts: u64) -> Result<(), DecodeError> {
+        let unequal = || DecodeError::Damaged { format: "TIFF", reason: "its planes differ in their tiles".into() };
+        let field = self.field(tag).filter(|field| [2, 4].contains(&field.size)).ok_or_else(unequal)?;
+        let count = field.count / parts.max(1);
+        if count == 0 || count * parts != field.count {
+            return Err(unequal());
+        }
+        let at = field.at.saturating_add(part * count * u64::from(field.size));
+        let is_inline = count * u64::from(field.size) <= 4;
+        let value = if is_inline {
+            let (first, second) = (self.number(at, field.size), self.number(at + u64::from(field.size), field.size));
+            match (field.size, count, self.little) {
+                (4, ..) => first,
+                (_, 1, true) => first,
+                (_, 1, false) => first.map(|first| first << 16),
+                (_, _, true) => first.zip(second).map(|(first, second)| first | second << 16),
+                (_, _, false) => first.zip(second).map(|(first, second)| first << 16 | second),
+            }
+        } else {
+            Some(at)
+        };
+        let value = value.and_then(|value| u32::try_from(value).ok()).ok_or_else(unequal)?;
+        self.write(file, field, field.kind, count as u32, value);
+        Ok(())
+    }
+
+    /// Calls the field `tag` of `file` otherwise.
+    pub(super) fn rename(&self, file: &mut [u8], tag: u16, name: u16) {
+        if let Some(field) = self.field(tag) {
+            self.put(file, field.entry, &name.to_le_bytes());
+        }
+    }
+
+    fn write(&self, file: &mut [u8], field: Field, kind: u16, count: u32, value: u32) {
+        self.put(file, field.entry + 2, &kind.to_le_bytes());
+        self.put(file, field.entry + 4, &count.to_le_bytes());
+        self.put(file, field.entry + 8, &value.to_le_bytes());
+    }
+
+    /// Puts a number, given in little-endian order, in the file's own.
+    fn put(&self, file: &mut [u8], at: u64, number: &[u8]) {
+        let place = usize::try_from(at).ok().and_then(|at| file.get_mut(at..at + number.len()));
+        if let Some(place) = place {
+            place.copy_from_slice(number);
+            if !self.little {
+                place.reverse();
+            }
+        }
     }
 
     fn bytes_of(&self, tag: u16) -> Option<&'a [u8]> {
@@ -286,7 +373,6 @@ pub(super) fn unsupported(bytes: &[u8]) -> Option<String> {
         (Some(8..=10), _) => Some("its colours are CIELAB".into()),
         (_, Some(2..=4)) => Some("it is compressed as faxes are (CCITT)".into()),
         (_, Some(6)) => Some("it is compressed by JPEG in the form that TIFF gave up".into()),
-        (Some(6), other) if other != Some(JPEG) => Some("its colours are YCbCr without JPEG".into()),
         _ if one(SAMPLE_FORMAT) == Some(3) => Some("its samples are floating-point numbers".into()),
         _ => one(BITS).filter(|bits| *bits > 16).map(|bits| format!("its samples have {bits} bits")),
     }

@@ -37,6 +37,40 @@ fn pictures(folder: &Path, n: u32) {
     }
 }
 
+#[test]
+fn what_is_hidden_is_left_out_wherever_it_lies() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = folder.path().join("set");
+    let png = picture(20, 30, ImageFormat::Png);
+    let names = ["a.png", "deep/b.png", "._a.png", ".thumbs/c.png", "deep/.ipynb_checkpoints/b.png"];
+    let mut archive = tar::Builder::new(Vec::new());
+    for name in names {
+        let path = set.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, &png).unwrap();
+        archive.append_data(&mut header(tar::EntryType::Regular, name, png.len() as u64), name, &png[..]).unwrap();
+    }
+    let packed = folder.path().join("set.tar");
+    fs::write(&packed, archive.into_inner().unwrap()).unwrap();
+    let set = set.to_str().unwrap();
+    let sources = [
+        (set.to_owned(), 2),
+        (format!("{set}/**/*.png"), 2),
+        (format!("{set}/*.png"), 1),
+        // Whoever names them gets them.
+        (format!("{set}/._*.png"), 1),
+        (format!("{set}/.thumbs/c.png"), 1),
+        (packed.to_str().unwrap().to_owned(), 2),
+        (format!("file://{set}/"), 2),
+        (format!("file://{set}/*.png"), 1),
+    ];
+    for (source, rows) in sources {
+        let out = nbn_score(&[&source]);
+        assert!(out.status.success(), "{source}: {}", text(&out.stderr));
+        assert_eq!(text(&out.stdout).lines().count(), rows, "{source}: {}", text(&out.stdout));
+    }
+}
+
 /// The rows of all parts whose names have `words`, in the parts' order.
 fn rows(folder: &Path, words: &str) -> Vec<String> {
     let mut parts: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();

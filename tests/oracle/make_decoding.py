@@ -91,6 +91,51 @@ def tiff(bits, photometric, data, samples=1, more=()):
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(listed) + b"\0\0\0\0" + behind + data
 
 
+def tiff_of(fields, parts, tiled=False, order="<"):
+    """A TIFF with these SHORT and LONG fields (fractions as pairs), of strips or tiles, each packed by Deflate."""
+    parts = [zlib.compress(part) for part in parts]
+    places = [8 + sum(map(len, parts[:n])) for n in range(len(parts))]
+    lengths = [len(part) for part in parts]
+    offsets, counts = (324, 325) if tiled else (273, 279)
+    fields = {256: [WIDTH], 257: [HEIGHT], 259: [8], offsets: places, counts: lengths, **fields}
+    at = 8 + sum(lengths)
+    behind, entries, end = b"", b"", at + 2 + 12 * len(fields) + 4
+    for tag, values in sorted(fields.items()):
+        kind = 5 if isinstance(values[0], tuple) else 4 if tag in (offsets, counts, 256, 257) else 3
+        of = {3: "H", 4: "I", 5: "II"}[kind]
+        data = b"".join(struct.pack(order + of, *(value if kind == 5 else [value])) for value in values)
+        if len(data) > 4:
+            data, behind = struct.pack(order + "I", end + len(behind)), behind + data
+        entries += struct.pack(order + "HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", at)
+    return head + b"".join(parts) + struct.pack(order + "H", len(fields)) + entries + b"\0\0\0\0" + behind
+
+
+def blocks(width, height, across, down):
+    """YCbCr of a strip or tile: the luma of each block, row by row, and its two colours."""
+    return noise(-(-width // across) * -(-height // down) * (across * down + 2))
+
+
+def ycbcr(across, down, rows, order="<", tile=None, more={}):
+    fields = {258: [8, 8, 8], 262: [6], 277: [3], 530: [across, down], **more}
+    if tile:
+        fields |= {322: [tile], 323: [tile]}
+        count = -(-WIDTH // tile) * -(-HEIGHT // tile)
+        return tiff_of(fields, [blocks(tile, tile, across, down) for _ in range(count)], True, order)
+    fields[278] = [rows]
+    heights = [min(rows, HEIGHT - top) for top in range(0, HEIGHT, rows)]
+    return tiff_of(fields, [blocks(WIDTH, height, across, down) for height in heights], False, order)
+
+
+def planes(samples, bits, tile, order="<"):
+    """Tiles of red, then those of green, and so on."""
+    fields = {258: [bits] * samples, 262: [2], 277: [samples], 284: [2], 322: [tile], 323: [tile]}
+    if samples > 3:
+        fields[338] = [2] * (samples - 3)
+    count = samples * -(-WIDTH // tile) * -(-HEIGHT // tile)
+    return tiff_of(fields, [noise(tile * tile * bits // 8) for _ in range(count)], True, order)
+
+
 def noise(length):
     return RANDOM.integers(0, 256, length, dtype=np.uint8).tobytes()
 
@@ -188,6 +233,23 @@ def files():
 
     data = jpeg([])
     yield "no_end_but_more_behind.jpg", data[:-2] + b"SEFHk\1\0\0\0" + b"\0" * 20 + b"SEFT"
+
+    # Not 4×4: there libtiff misplaces the last blocks of a row that are not whole.
+    for across, down in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (4, 2)):
+        yield f"ycbcr_{across}{down}.tif", ycbcr(across, down, 8)
+    yield "ycbcr_plain.tif", tiff(8, 6, noise(3 * WIDTH * HEIGHT), 3, [(530, 3, 2, 1 | 1 << 16)])
+    yield "ycbcr_big_endian.tif", ycbcr(2, 2, 8, ">")
+    yield "ycbcr_one_strip.tif", ycbcr(2, 2, HEIGHT)
+    yield "ycbcr_tiles.tif", ycbcr(2, 2, 0, tile=16)
+    video = {
+        529: [(2126, 10000), (7152, 10000), (722, 10000)],
+        532: [(16, 1), (235, 1), (128, 1), (240, 1), (128, 1), (240, 1)],
+    }
+    yield "ycbcr_of_video.tif", ycbcr(2, 1, 8, more=video)
+    yield "planes_in_tiles.tif", planes(3, 8, 16)
+    yield "planes_in_one_tile.tif", planes(3, 8, 48)
+    yield "planes_in_tiles_big_endian.tif", planes(3, 8, 16, ">")
+    yield "planes_in_tiles_alpha.tif", planes(4, 8, 16)
 
 
 def main():

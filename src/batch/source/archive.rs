@@ -9,6 +9,7 @@ use std::sync::mpsc::SyncSender;
 use super::members::{Kind, Members};
 use super::{Content, Fault, Item, Labels, Place, Source, SourceError, SourceOptions, place};
 use crate::gzip::Gunzip;
+use crate::listing::hidden_parts;
 use crate::pixels::has_picture_ending;
 
 /// Bytes of a `.cls` member that are read.
@@ -93,8 +94,13 @@ fn read(
     out: &SyncSender<Item>,
 ) -> Result<(), Fault> {
     let mut members = Members::new(reader);
+    let mut hidden = 0u64;
     while let Some(member) = members.next()? {
         let (path, kind) = (&member.name, member.kind);
+        if hidden_parts(path) > 0 {
+            hidden += 1;
+            continue;
+        }
         let is_picture = has_picture_ending(Path::new(path));
         if kind == Kind::Folder || (kind != Kind::File && !is_picture) {
             continue;
@@ -124,5 +130,8 @@ fn read(
         }
     }
     sample.send(options.labels, out);
+    if hidden > 0 {
+        tracing::warn!("{name}: members whose names begin with a dot are left out: {hidden}");
+    }
     Ok(())
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Shard;
-use crate::listing::{Found, PassedOver, endings, walk};
+use crate::listing::{Found, PassedOver, endings, hidden_parts, walk};
 use crate::pixels::has_picture_ending;
 
 use form::{Form, fits};
@@ -267,7 +267,9 @@ impl Source {
             // Stores have no folders: what is no picture by its name is the head of their names.
             (Form::Other, Place::Object(object)) if !has_picture_ending(input) => {
                 let found = object.below().map_err(|cause| SourceError::Io { path: input.to_owned(), cause })?;
-                let pictures = found.into_iter().filter(|o| has_picture_ending(Path::new(&o.to_string())));
+                let is_wanted =
+                    |name: &str| has_picture_ending(Path::new(name)) && hidden_parts(name) <= hidden_parts(&text);
+                let pictures = found.into_iter().filter(|o| is_wanted(&o.to_string()));
                 Self::of_folder(input, pictures.map(Place::Object).collect(), "", options)
             }
             // A folder that was misspelt is no picture.
@@ -394,7 +396,8 @@ fn pattern(input: &Path) -> Result<Vec<Place>, SourceError> {
     let mut files = Vec::new();
     for entry in glob::glob(&text).map_err(|error| fail(error.to_string()))? {
         let path = entry.map_err(|error| fail(error.to_string()))?;
-        if path.is_file() {
+        // As in a shell, what is hidden matches only a pattern that says so.
+        if path.is_file() && hidden_parts(&path.to_string_lossy()) <= hidden_parts(&text) {
             files.push(path);
         }
     }

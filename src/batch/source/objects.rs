@@ -14,6 +14,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{Fault, cut};
+use crate::listing::hidden_parts;
 
 /// Object stores by the head of their URLs, such as `s3://photos`; opened at first use, with the settings that the
 /// environment has for their kind (`AWS_…`, `GOOGLE_…`, `AZURE_…`).
@@ -157,7 +158,8 @@ impl Object {
         let head = Path::parse(head.join("/")).map_err(|error| invalid(error.to_string()))?;
         let mut found = Self { path: head, size: None, ..self.clone() }.below()?;
         let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::new() };
-        found.retain(|object| pattern.matches_with(object.path.as_ref(), options));
+        let fits = |name: &str| pattern.matches_with(name, options) && hidden_parts(name) <= hidden_parts(key);
+        found.retain(|object| fits(object.path.as_ref()));
         Ok(found)
     }
 
