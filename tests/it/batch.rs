@@ -161,6 +161,21 @@ fn rows_tell_what_made_them_in_every_form() {
     let id = &id[..12];
     let prior = folder.path().join("prior.json");
     fs::write(&prior, "[1, 1, 1, 1, 1, 1, 1, 1, 1, 2]").unwrap();
+    let other = folder.path().join("other.json");
+    fs::write(&other, "[1, 1, 1, 1, 1, 1, 1, 1, 1, 3]").unwrap();
+    let custom = [&prior, &other].map(|prior| {
+        let row = nbn(&[
+            "score",
+            "--model",
+            "models/cifar10-lt",
+            "--prior",
+            prior.to_str().unwrap(),
+            images.to_str().unwrap(),
+        ]);
+        let row: Value = serde_json::from_str(text(&row.stdout).lines().next().unwrap()).unwrap();
+        row["prior"].as_str().unwrap().to_owned()
+    });
+    assert!(custom[0] != custom[1] && custom.iter().all(|name| name.starts_with("custom-")), "{custom:?}");
     let shipped = "models/cifar10-lt";
     let names = ["model", "version", "scale", "calibration", "prior"];
     let cases: [(&str, &[&str], [Option<&str>; 5]); 4] = [
@@ -169,7 +184,7 @@ fn rows_tell_what_made_them_in_every_form() {
         (
             shipped,
             &["--prior", prior.to_str().unwrap()],
-            [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("custom")],
+            [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some(&custom[0])],
         ),
         (plain.to_str().unwrap(), &[], [Some("plain"), Some("7"), Some("softmax"), None, None]),
     ];

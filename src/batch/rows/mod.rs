@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::bundle::{Class, Group, Manifest};
+use crate::bundle::{Class, Group, Manifest, sha256_hex};
 use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scorer};
 use crate::features::{Feature, Missing};
 
@@ -83,9 +83,10 @@ pub struct Origin {
     /// Id of the calibration behind the scores; none if they are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibration: Option<String>,
-    /// The class prior of the scores: `uniform`, `train` or `custom`; none if they are the softmax.
+    /// The class prior of the scores: `uniform`, `train`, or `custom-` and what tells it from other such ones; none if they
+    /// are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prior: Option<&'static str>,
+    pub prior: Option<String>,
 }
 
 impl Origin {
@@ -99,13 +100,22 @@ impl Origin {
             version: version.to_owned(),
             scale: scorer.scale(),
             calibration: scorer.calibration().map(|calibration| calibration.id.clone()),
-            prior: rule.prior().map(|prior| prior.name()),
+            prior: rule.prior().map(|prior| match prior.name() {
+                "custom" => format!("custom-{}", &sha256_hex(format!("{prior:?}").as_bytes())[..8]),
+                name => name.to_owned(),
+            }),
         }
     }
 
     /// The fields, in the order of [`Origin::COLUMNS`].
     pub(super) fn values(&self) -> [Option<&str>; 5] {
-        [Some(&self.model), Some(&self.version), Some(self.scale.name()), self.calibration.as_deref(), self.prior]
+        [
+            Some(&self.model),
+            Some(&self.version),
+            Some(self.scale.name()),
+            self.calibration.as_deref(),
+            self.prior.as_deref(),
+        ]
     }
 }
 
