@@ -225,7 +225,13 @@ impl Registry {
             return Err(RegistryError::Closing);
         }
         let wanted = self.wanted(name).inspect_err(|error| {
-            if !matches!(error, RegistryError::NoModel(_)) {
+            // A folder that never held a version is no model: whoever fills the registry says so once.
+            let is_no_model = match error {
+                RegistryError::NoModel(_) => true,
+                RegistryError::Bundle(BundleError::NoVersion(_)) => !self.read(|all| all.contains_key(name)),
+                _ => false,
+            };
+            if !is_no_model {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(model = name, %error, "the model cannot be loaded");
                 let reason =
