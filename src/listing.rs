@@ -22,6 +22,8 @@ pub enum Found {
     /// A file or folder whose name begins with a dot: notebooks' checkpoints, thumbnails, what another system keeps beside
     /// each file. It is not looked into.
     Hidden(PathBuf),
+    /// A link to a folder, which is not followed.
+    Link(PathBuf),
     /// A file whose name does not end as a picture's.
     Other(PathBuf),
 }
@@ -53,6 +55,8 @@ pub fn walk(folder: &Path, found: &mut dyn FnMut(Found)) -> io::Result<()> {
             if let Err(error) = walk(&path, found) {
                 found(Found::Shut(path, error));
             }
+        } else if entry.file_type()?.is_symlink() && path.is_dir() {
+            found(Found::Link(path));
         } else if has_picture_ending(&path) {
             found(Found::Picture(path));
         } else {
@@ -67,6 +71,8 @@ pub fn walk(folder: &Path, found: &mut dyn FnMut(Found)) -> io::Result<()> {
 pub struct PassedOver {
     /// Hidden files and folders.
     pub hidden: Vec<PathBuf>,
+    /// Links to folders.
+    pub links: Vec<PathBuf>,
     /// Files whose names do not end as a picture's.
     pub others: Vec<PathBuf>,
 }
@@ -79,6 +85,13 @@ impl PassedOver {
             tracing::warn!(
                 "{folder}: files and folders whose names begin with a dot are left out: {}, such as {}",
                 self.hidden.len(),
+                first.display()
+            );
+        }
+        if let Some(first) = self.links.first() {
+            tracing::warn!(
+                "{folder}: links to folders are not followed: {}, such as {}",
+                self.links.len(),
                 first.display()
             );
         }

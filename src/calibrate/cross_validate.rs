@@ -190,6 +190,27 @@ pub(super) fn folds_of(logits: &LabelledLogits, groups: Option<&[usize]>, seed: 
     folds
 }
 
+/// The groups with what is divided all the same: of a class whose images are all of one group, each image becomes a group of
+/// its own, since a fold that lacks a whole class says nothing of it. Also those classes.
+pub fn divided(logits: &LabelledLogits, groups: &[usize]) -> (Vec<usize>, Vec<usize>) {
+    let mut of_class: Vec<Option<usize>> = vec![None; logits.classes()];
+    let mut several = vec![false; logits.classes()];
+    for (&label, &group) in logits.labels().iter().zip(groups) {
+        let first = *of_class[label as usize].get_or_insert(group);
+        several[label as usize] |= first != group;
+    }
+    let mut next = groups.iter().max().map_or(0, |last| last + 1);
+    let own = |(&label, &group): (&u32, &usize)| {
+        if several[label as usize] {
+            return group;
+        }
+        next += 1;
+        next - 1
+    };
+    let divided = logits.labels().iter().zip(groups).map(own).collect();
+    (divided, (0..logits.classes()).filter(|&k| of_class[k].is_some() && !several[k]).collect())
+}
+
 /// Folds of whole groups: the largest group chooses first, in a seeded order, the fold that has the least of its classes.
 fn folds_of_groups(logits: &LabelledLogits, groups: &[usize], random: &mut fastrand::Rng) -> Vec<usize> {
     let totals = logits.counts();
@@ -216,6 +237,18 @@ fn folds_of_groups(logits: &LabelledLogits, groups: &[usize], random: &mut fastr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_class_of_one_group_is_divided_so_that_no_fold_lacks_it() {
+        // Class 0 has two groups, class 1 one, class 2 shares one with class 0.
+        let logits = LabelledLogits::try_new(4, vec![0.0; 32], vec![0, 0, 0, 0, 1, 1, 2, 2]).unwrap();
+        let groups = [7, 7, 8, 8, 9, 9, 8, 8];
+        let (divided, alone) = divided(&logits, &groups);
+        assert_eq!(alone, [1, 2]);
+        assert_eq!(divided[..4], groups[..4]);
+        let own: std::collections::BTreeSet<usize> = divided[4..].iter().copied().collect();
+        assert!(own.len() == 4 && own.iter().all(|group| *group > 9), "{divided:?}");
+    }
 
     #[test]
     fn no_group_is_divided_and_no_fold_is_empty() {

@@ -21,6 +21,7 @@ use cross_validate::{CrossValidation, folds_of};
 
 pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
+pub use cross_validate::divided;
 pub use describe::describe;
 pub use ladder::{Kappa, Parameters, Problem, temperature_alone};
 

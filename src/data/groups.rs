@@ -17,7 +17,9 @@ use super::{DataError, LabelledImages, Split};
 /// What tells which images belong together.
 #[derive(Debug, Clone)]
 pub enum GroupBy {
-    /// The folder that an image lies in.
+    /// Nothing: each image is by itself.
+    Apart,
+    /// The folder that an image lies in, unless a table has a column of that name.
     Folder,
     /// A table's column of this name; else the part of an image's path within the set that the expression's first group
     /// matches, all that it matches where it has no group.
@@ -28,8 +30,10 @@ impl FromStr for GroupBy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "folder" {
-            return Ok(Self::Folder);
+        match text {
+            "none" => return Ok(Self::Apart),
+            "folder" => return Ok(Self::Folder),
+            _ => {}
         }
         if text.is_empty() {
             return Err(
@@ -44,6 +48,7 @@ impl FromStr for GroupBy {
 impl fmt::Display for GroupBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Apart => f.write_str("none"),
             Self::Folder => f.write_str("folder"),
             Self::Text(text, _) => f.write_str(text),
         }
@@ -54,6 +59,7 @@ impl GroupBy {
     /// By the image's path.
     fn key(&self, id: &str) -> Option<String> {
         match self {
+            Self::Apart => Some(id.to_owned()),
             Self::Folder => Some(Path::new(id).parent()?.display().to_string()),
             Self::Text(_, regex) => {
                 let found = regex.as_ref().ok()?.captures(id)?;
@@ -65,8 +71,8 @@ impl GroupBy {
     /// The key of each image, as far as it has one.
     fn keys(&self, images: &LabelledImages) -> Vec<Option<String>> {
         let named = match self {
-            Self::Folder => None,
-            Self::Text(text, _) => images.columns().and_then(|columns| columns.column(text)),
+            Self::Apart => None,
+            _ => images.columns().and_then(|columns| columns.column(&self.to_string())),
         };
         match named {
             Some(column) => column.map(|value| (!value.is_empty()).then(|| value.to_owned())).collect(),
@@ -77,7 +83,7 @@ impl GroupBy {
     /// The group of each of the `images`, numbered in the order in which they are met.
     ///
     /// # Errors
-    /// When the images have no paths, an image belongs to no group, or all belong to one.
+    /// When the images have no paths, or an image belongs to no group.
     pub fn groups(&self, images: &LabelledImages) -> Result<Vec<usize>, DataError> {
         let refuse = |reason: String| Err(content(images.origin(), &format!("--group-by {self}: {reason}")));
         if images.are_in_one_file() {
@@ -107,9 +113,6 @@ impl GroupBy {
         for key in keys.into_iter().flatten() {
             let next = numbers.len();
             groups.push(*numbers.entry(key).or_insert(next));
-        }
-        if numbers.len() < 2 {
-            return refuse(format!("all {} images are in one group, and a group is not divided", images.len()));
         }
         Ok(groups)
     }

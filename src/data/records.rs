@@ -37,6 +37,9 @@ pub struct Records {
     /// Images in the whole set.
     #[serde(skip_serializing_if = "Option::is_none")]
     of: Option<usize>,
+    /// SHA-256 of the file that holds all pixels, where one does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
     /// Numbers of the images in the set's order, counted from 0.
     records: Vec<usize>,
     /// Their paths within the set; none where all pixels lie in one file.
@@ -56,6 +59,7 @@ impl Records {
             purpose: Some(purpose),
             seed: Some(seed),
             of: Some(images.len()),
+            sha256: images.digest(),
             records: records.to_vec(),
             images: paths,
             ..Self::default()
@@ -90,7 +94,24 @@ impl Records {
             let (images, records) = (list.images.len(), list.records.len());
             return Err(content(path, &format!("has {images} images, but {records} records")));
         }
+        if list.records.is_empty() {
+            return Err(content(path, "lists no images"));
+        }
+        let mut known = HashSet::new();
+        if let Some(twice) = list.records.iter().find(|record| !known.insert(**record)) {
+            return Err(content(path, &format!("lists image {twice} twice")));
+        }
         Ok(Self { path: path.to_owned(), ..list })
+    }
+
+    /// Whether the list is of a run of an earlier version, which knew its images by their numbers alone.
+    fn is_old(&self) -> bool {
+        self.seed.is_some() && self.of.is_none()
+    }
+
+    /// Whether it does not say all that a list says today.
+    pub fn is_outdated(&self) -> bool {
+        self.of.is_none()
     }
 
     /// As it is written.
@@ -147,6 +168,21 @@ impl Records {
     }
 
     fn numbers(&self, set: &LabelledImages) -> Result<Vec<usize>, DataError> {
+        if self.is_old() && !set.are_in_one_file() {
+            let reason = "is a list of an earlier version, which numbered the images of a folder: they may be others now. Go on \
+                          with the run by --resume, which writes it anew";
+            return Err(content(&self.path, reason));
+        }
+        let of_set = self.file.as_ref().map(|file| format!(", {}", file.display())).unwrap_or_default();
+        if let (Some(mine), Some(found)) = (&self.sha256, set.digest())
+            && *mine != found
+        {
+            let reason = format!(
+                "numbers images of another file than {}: give the set that the list was made of{of_set}",
+                set.origin().display()
+            );
+            return Err(content(&self.path, &reason));
+        }
         if self.images.is_empty() || set.are_in_one_file() {
             return match self.of {
                 Some(of) if of != set.len() => Err(content(

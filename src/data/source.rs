@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::DataError;
 use super::table::{self, Columns};
-use crate::bundle::Exif;
+use crate::bundle::{Exif, sha256_hex};
 use crate::gzip::Gunzip;
 use crate::listing::{Found, PassedOver, endings, is_hidden, labelled, walk};
 use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode, has_picture_ending};
@@ -58,7 +58,7 @@ impl Form {
             return Err(content(path, reason));
         } else if name.ends_with(".safetensors") {
             Self::Logits
-        } else if name.ends_with(".csv") {
+        } else if name.ends_with(".csv") || name.ends_with(".tsv") {
             Self::Csv
         } else if name.contains("idx3-ubyte") {
             Self::Idx
@@ -123,14 +123,24 @@ impl LabelledImages {
     }
 
     /// Of `files`, whose classes are `labels`; `origin` says so, in `columns` if it has more to say.
+    ///
+    /// # Errors
+    /// When a file has two labels.
     pub(super) fn of_files(
         files: Vec<PathBuf>,
         labels: Vec<u32>,
         origin: &Path,
         columns: Option<Columns>,
-    ) -> LabelledImages {
+    ) -> Result<LabelledImages, DataError> {
+        let mut known: HashMap<&Path, u32> = HashMap::with_capacity(files.len());
+        for (file, &label) in files.iter().zip(&labels) {
+            if *known.entry(file).or_insert(label) != label {
+                let reason = format!("gives {} two labels: keep one, since an image has one class", file.display());
+                return Err(content(origin, &reason));
+            }
+        }
         let items = files.into_iter().map(Item::File).collect();
-        Self { items, labels, store: None, origin: origin.to_owned(), columns }
+        Ok(Self { items, labels, store: None, origin: origin.to_owned(), columns })
     }
 
     /// What a table says of the images besides.
@@ -151,6 +161,11 @@ impl LabelledImages {
     /// Whether the pixels of all lie in one file, as they are: such images cannot be damaged one by one.
     pub(super) fn are_in_one_file(&self) -> bool {
         self.store.is_some()
+    }
+
+    /// SHA-256 of that file.
+    pub(super) fn digest(&self) -> Option<String> {
+        self.store.as_ref().map(|store| sha256_hex(&store.bytes))
     }
 
     /// Whether there is none; [`LabelledImages::open`] refuses such a set.
@@ -185,8 +200,13 @@ impl LabelledImages {
     pub fn id(&self, index: usize) -> String {
         match &self.items[index] {
             Item::File(path) => {
-                let base = if self.origin.is_dir() { Some(self.origin.as_path()) } else { self.origin.parent() };
-                base.and_then(|base| path.strip_prefix(base).ok()).unwrap_or(path).display().to_string()
+                // The one may be relative and the other not.
+                let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+                let (path, origin) = (whole(path), whole(&self.origin));
+                let base = if self.origin.is_dir() { Some(origin.as_path()) } else { origin.parent() };
+                let within = base.and_then(|base| path.strip_prefix(base).ok()).unwrap_or(&path);
+                // Names that are no text must not look alike.
+                within.to_str().map_or_else(|| format!("{within:?}"), str::to_owned)
             }
             Item::Raw { at } => at.to_string(),
         }
@@ -239,7 +259,7 @@ impl Store {
 }
 
 fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
-    let mut set = LabelledImages::of_files(Vec::new(), Vec::new(), path, None);
+    let mut set = LabelledImages::of_files(Vec::new(), Vec::new(), path, None)?;
     let (mut unknown, mut loose, mut passed) = (Vec::new(), Vec::new(), PassedOver::default());
     for class in entries(path)? {
         if is_hidden(&class) {
@@ -265,6 +285,7 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
             Found::Picture(path) => set.items.push(Item::File(path)),
             Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
             Found::Hidden(path) => passed.hidden.push(path),
+            Found::Link(path) => passed.links.push(path),
             Found::Other(path) => passed.others.push(path),
         })
         .map_err(|cause| read(&class, cause))?;
@@ -325,7 +346,7 @@ fn list(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
         files.push(base.join(file));
         classes.push(index(label).map_err(|reason| wrong(&reason))?);
     }
-    Ok(LabelledImages::of_files(files, classes, path, None))
+    LabelledImages::of_files(files, classes, path, None)
 }
 
 /// Finds the class of a text that is a label or a class's number.

@@ -27,7 +27,7 @@ impl Columns {
     }
 
     /// What the column `name` says of each image; nothing when there is no such column.
-    pub(super) fn column(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
+    pub(super) fn column(&self, name: &str) -> Option<impl Iterator<Item = &str> + use<'_>> {
         let at = self.names.iter().position(|n| n == name)?;
         Some(self.records.iter().map(move |record| record.get(at).unwrap_or_default()))
     }
@@ -48,14 +48,18 @@ struct Table {
 
 fn read(path: &Path) -> Result<Table, DataError> {
     let text = text(path, TABLE)?;
-    // Spreadsheets of some countries write it in place of the comma.
     let header = text.lines().next().unwrap_or_default();
-    let delimiter = if header.contains(';') && !header.contains(',') { b';' } else { b',' };
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(text.as_bytes());
+    // Spreadsheets of some countries write a semicolon in place of the comma.
+    let delimiter = [b',', b'\t', b';'].into_iter().find(|byte| header.as_bytes().contains(byte)).unwrap_or(b',');
+    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).trim(csv::Trim::All).from_reader(text.as_bytes());
     let wrong = |error: csv::Error| content(path, &error.to_string());
     let names = reader.headers().map_err(wrong)?.clone();
     let find = |usual: &[&str], what: &str| {
-        usual.iter().find_map(|name| names.iter().position(|n| n == *name)).ok_or_else(|| {
+        let is = |name: &str, other: &str| other.eq_ignore_ascii_case(name);
+        if let Some(name) = usual.iter().find(|name| names.iter().filter(|other| is(name, other)).count() > 1) {
+            return Err(content(path, &format!("has several columns {name}: name one of them otherwise")));
+        }
+        usual.iter().find_map(|name| names.iter().position(|other| is(name, other))).ok_or_else(|| {
             let (usual, names) = (usual.join(", "), names.iter().collect::<Vec<_>>().join(", "));
             let reason = format!(
                 "has no column for {what}, which is named one of {usual}; its columns are {names}. Name it so in the first \
@@ -68,8 +72,18 @@ fn read(path: &Path) -> Result<Table, DataError> {
     let (mut records, mut lines) = (Vec::new(), Vec::new());
     for record in reader.records() {
         let record = record.map_err(wrong)?;
-        lines.push(record.position().map_or(0, csv::Position::line));
+        let line = record.position().map_or(0, csv::Position::line);
+        if record.get(label).is_none_or(str::is_empty) {
+            return Err(content(path, &format!("line {line} has no label")));
+        }
+        lines.push(line);
         records.push(record);
+    }
+    // The reader takes the end of the file for the end of what was quoted.
+    let is_open = |last: &StringRecord| last.iter().next_back().is_some_and(|field| field.contains('\n'));
+    if records.last().is_some_and(is_open) && text.matches('"').count() % 2 == 1 {
+        let line = lines.last().copied().unwrap_or_default();
+        return Err(content(path, &format!("line {line} opens a quote that nothing closes")));
     }
     Ok(Table { columns: Columns { names: Arc::new(names), records }, lines, image, label })
 }
@@ -94,5 +108,5 @@ pub(super) fn open(path: &Path, labels: &[String]) -> Result<LabelledImages, Dat
         files.push(base.join(file));
         classes.push(index(label).map_err(|reason| content(path, &format!("line {line}: {reason}")))?);
     }
-    Ok(LabelledImages::of_files(files, classes, path, Some(columns)))
+    LabelledImages::of_files(files, classes, path, Some(columns))
 }

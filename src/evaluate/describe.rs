@@ -22,6 +22,9 @@ impl Evaluation {
         let mut out = String::new();
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{} on {}: {} images", self.bundle, self.data, self.images);
+        if self.left_out > 0 {
+            let _ = writeln!(out, "{} more were trained on, and are left out", self.left_out);
+        }
         if let Some(absent) = self.absent() {
             let _ = writeln!(out, "{absent}");
         }

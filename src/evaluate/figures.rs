@@ -28,6 +28,8 @@ pub struct Evaluation {
     pub alpha: f64,
     /// Resamples behind the intervals.
     pub resamples: usize,
+    /// Images that were left out because they were trained on.
+    pub left_out: usize,
     /// Classes without an image: no figure counts them.
     pub absent_classes: usize,
     /// Under the uniform and, where counts are known, the training prior.

@@ -41,10 +41,10 @@ small,.note{color:var(--soft)}
 table{border-collapse:separate;border-spacing:0;margin:12px 0;min-width:560px;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--line)}td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--page)}
+td:first-child{max-width:16em;white-space:normal;overflow-wrap:anywhere}
 thead th{border-bottom:2px solid var(--rule);vertical-align:bottom}td small{display:block;font-size:11.5px}
 .plots{display:flex;flex-wrap:wrap;gap:4px}.scroll{overflow-x:auto}.tall{max-height:75vh;overflow:auto;border-bottom:1px solid var(--line)}
 .tall thead th{position:sticky;top:0;background:var(--page)}.tall thead th:first-child{z-index:1}.tall table{margin-top:0}
-.classes td:first-child{max-width:16em;overflow:hidden;text-overflow:ellipsis}
 th button{all:unset;cursor:pointer;text-decoration:underline dotted var(--soft)}th button:focus-visible{outline:2px solid var(--after)}
 th[aria-sort=ascending] button::after{content:' \\2191'}th[aria-sort=descending] button::after{content:' \\2193'}
 td.bar{min-width:88px;background:linear-gradient(var(--tint),var(--tint)) 0/calc(var(--v)*1%) 100% no-repeat}
@@ -56,7 +56,7 @@ i.before{background:var(--before)}i.after,i.many{background:var(--after)}i.mediu
 [fill='#D67648']{fill:var(--before)}[stroke='#D67648']{stroke:var(--before)}[fill='#266EA8']{fill:var(--after)}
 [stroke='#266EA8']{stroke:var(--after)}[fill='#569962']{fill:var(--medium)}[fill='#BE5278']{fill:var(--few)}
 [fill='#787880']{fill:var(--none)}
-@media(max-width:600px){body{margin:16px auto;padding:0 12px}h1{font-size:21px}.classes td:first-child{max-width:8em}table{min-width:0}}";
+@media(max-width:600px){body{margin:16px auto;padding:0 12px}h1{font-size:21px}td:first-child{max-width:8em}table{min-width:0}}";
 
 /// What every page's head has, and by which it is known.
 const GENERATOR: &str = "<meta name=\"generator\" content=\"fold evaluate\">";
@@ -96,6 +96,9 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
         evaluation.created,
         &evaluation.model_sha256.chars().take(12).collect::<String>()
     );
+    if evaluation.left_out > 0 {
+        let _ = writeln!(out, "<p>{} more images were trained on, and are left out.</p>", evaluation.left_out);
+    }
     if let Some(absent) = evaluation.absent() {
         let _ = writeln!(out, "<p>{}.</p>", escape(&absent));
     }
@@ -347,6 +350,7 @@ mod tests {
             rung: None,
             data: "test".into(),
             images: 3 * classes as usize,
+            left_out: 0,
             created: String::new(),
             alpha: 0.1,
             resamples: 20,

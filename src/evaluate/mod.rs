@@ -99,6 +99,7 @@ pub fn evaluate(
         rung: bundle.calibration.as_ref().map(|bound| bound.content.rung.name()),
         data: data.to_owned(),
         images: logits.len(),
+        left_out: 0,
         created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         alpha: options.alpha,
         resamples: options.resamples,

@@ -406,7 +406,7 @@ fn pictures(folder: &Path, preprocessing: &Preprocessing) -> Result<Vec<Vec<f32>
     walk(folder, &mut |found| match found {
         Found::Picture(file) => files.push(file),
         Found::Shut(path, cause) => shut = Some(fail(path, cause)),
-        Found::Hidden(_) | Found::Other(_) => {}
+        Found::Hidden(_) | Found::Link(_) | Found::Other(_) => {}
     })
     .map_err(|cause| fail(folder.to_owned(), cause))?;
     if let Some(error) = shut {

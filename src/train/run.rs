@@ -487,7 +487,8 @@ fn keep_lists(job: &Job) -> Result<(), TrainError> {
             state::replace(path, records.to_json().as_bytes(), "")?;
             continue;
         }
-        let found = Records::load(path).map_err(|error| TrainError::Input(error.to_string()))?;
+        let found = Records::load(path)
+            .map_err(|error| TrainError::Input(format!("{error}: remove it to have it written anew")))?;
         if !found.is_same_as(records) {
             let differences = format!(
                 "the images that {} lists are others now: some were added to the set or removed from it",
@@ -495,8 +496,15 @@ fn keep_lists(job: &Job) -> Result<(), TrainError> {
             );
             return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
         }
+        if found.is_outdated() {
+            state::replace(path, records.to_json().as_bytes(), "")?;
+        }
     }
-    Ok(())
+    // What is left out may be more by now.
+    match &job.broken {
+        Some(broken) => state::replace(&job.files.broken, broken.as_bytes(), ""),
+        None => Ok(()),
+    }
 }
 
 fn line(report: &EpochReport) -> Result<String, TrainError> {

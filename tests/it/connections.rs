@@ -232,6 +232,10 @@ async fn a_watch_of_the_health_stays_until_the_server_stops_and_is_told() {
         assert_eq!(response.status(), 200);
         response.into_body()
     };
+    // Over HTTP/1, nobody would notice that the client has gone.
+    let old = reqwest::Client::new().post(format!("http://{}/grpc.health.v1.Health/Watch", server.address));
+    let old = old.header("content-type", "application/grpc").body(vec![0; 5]).send().await.unwrap();
+    assert_eq!(old.headers()["grpc-status"], "3");
     let (mut whole, mut unknown) = (watch(b"").await, watch(b"\x0A\x01x").await);
     assert_eq!(next_status(&mut whole).await, Some(SERVING));
     assert_eq!(next_status(&mut unknown).await, Some(SERVICE_UNKNOWN));

@@ -159,6 +159,17 @@ fn a_list_means_the_same_images_whatever_comes_and_goes() {
     fs::remove_file(set.join("cow/2.png")).unwrap();
     let refused = chosen(&open()).unwrap_err().to_string();
     assert!(refused.contains("1 of its 2 images are not in") && refused.contains("such as cow/2.png"), "{refused}");
+    // By another spelling of the set's place, and one that an earlier version wrote.
+    let spelt = LabelledImages::open(&set.join("../set"), Form::Folder, &labels).unwrap();
+    fs::copy(set.join("cow/3.png"), set.join("cow/2.png")).unwrap();
+    assert_eq!(chosen(&spelt).unwrap_err().to_string().matches("cow/2.png").count(), 1);
+    fs::write(&list, "{\"file\": \"set\", \"seed\": 0, \"records\": [0, 1]}").unwrap();
+    let old = chosen(&open()).unwrap_err().to_string();
+    assert!(old.contains("an earlier version") && old.contains("--resume"), "{old}");
+    for (text, words) in [("{\"records\": []}", "lists no images"), ("[1, 0, 1]", "lists image 1 twice")] {
+        fs::write(&list, text).unwrap();
+        assert!(Records::load(&list).unwrap_err().to_string().contains(words));
+    }
     // In one file, the numbers count, and so does how many there are.
     let raw = folder.path().join("set.bin");
     fs::write(&raw, [cifar_record(&[0], &picture(0)), cifar_record(&[1], &picture(1))].concat()).unwrap();
@@ -167,7 +178,7 @@ fn a_list_means_the_same_images_whatever_comes_and_goes() {
     assert_eq!(chosen(&cifar()).unwrap().labels(), [1]);
     fs::write(&raw, cifar_record(&[0], &picture(0)).repeat(3)).unwrap();
     let refused = chosen(&cifar()).unwrap_err().to_string();
-    assert!(refused.contains("a set of 2") && refused.contains("has 3"), "{refused}");
+    assert!(refused.contains("another file than"), "{refused}");
 }
 
 #[test]
@@ -182,6 +193,11 @@ fn a_table_has_a_header_and_says_more_of_its_images() {
     let by = |by: &str| by.parse::<nbn::data::GroupBy>().unwrap().groups(&table).map_err(|error| error.to_string());
     assert_eq!(by("patient").unwrap(), [0, 1]);
     assert!(by("person").unwrap_err().contains("the columns of the table are patient, path, label"));
+    fs::write(at("t.tsv"), "Path\t LABEL\tfolder\na.png\tcow \tone\nb.png\t cow\ttwo\n").unwrap();
+    assert_eq!(Form::guess(&at("t.tsv"), 2).unwrap(), Form::Csv);
+    let tabs = LabelledImages::open(&at("t.tsv"), Form::Csv, &labels).unwrap();
+    let folders = "folder".parse::<nbn::data::GroupBy>().unwrap();
+    assert_eq!((tabs.labels(), folders.groups(&tabs).unwrap()), (&[1, 1][..], vec![0, 1]));
     fs::write(at("t.csv"), "patient;image;class\n;a.png;0\nx;c.png;cow\n").unwrap();
     let table = LabelledImages::open(&at("t.csv"), Form::Csv, &labels).unwrap();
     assert_eq!(table.labels(), [0, 1]);
@@ -191,6 +207,10 @@ fn a_table_has_a_header_and_says_more_of_its_images() {
         ("a.png 0\n", "has no column for the images' paths"),
         ("path,species\na.png,0\n", "no column for their classes, which is named one of label, class, target"),
         ("path,label\na.png,dog\n", "line 2: \"dog\" is no class"),
+        ("path,label\na.png, \n", "line 2 has no label"),
+        ("path,label,note\na.png,cow,fine\nb.png,cow,\"open\nc.png,cow,\n", "line 3 opens a quote that nothing closes"),
+        ("path,label\na.png,cow\na.png,\"cat, small\"\n", "a.png two labels: keep one"),
+        ("path,label,Label\na.png,cow,cow\n", "has several columns label"),
         ("path,label\na.png,7\n", "line 2: label 7 is out of range"),
         ("path,label\n,cow\n", "line 2 names no image"),
         ("path,label\na.png\n", "line: 2"),

@@ -234,6 +234,7 @@ impl Source {
                         shut.push(Item { key: Place::File(folder).name(), label: None, content: Content::Lost(fault) });
                     }
                     Found::Hidden(path) => passed.hidden.push(path),
+                    Found::Link(path) => passed.links.push(path),
                     Found::Other(file) => passed.others.push(file),
                 })
                 .map_err(|cause| SourceError::Io { path: path.clone(), cause })?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
-use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe};
+use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe, divided};
 use nbn::data::{GroupBy, Records};
 
 use super::dataset::{Dataset, RuntimeArgs, say};
@@ -83,15 +83,25 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         (by, _) => by.clone(),
     };
     let groups = match (&group_by, &images) {
-        (None, _) => None,
+        (None | Some(GroupBy::Apart), _) => None,
         (Some(by), Some((images, _))) => Some(by.groups(images)?),
         (Some(by), None) => bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves"),
     };
     let Unseen { logits, groups, compared, .. } = args.training.without(&bundle, logits, groups, images)?;
     let training_overlap = if compared { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
-    if groups.as_ref().is_some_and(|groups| groups.iter().all(|group| *group == groups[0])) {
-        bail!("the images that are left are all of one group (--group-by), and a group is not divided: add others");
-    }
+    let groups = groups.map(|groups| {
+        let (groups, alone) = divided(&logits, &groups);
+        if let Some(first) = alone.first() {
+            eprintln!(
+                "warning: of {} of {} classes, such as {:?}, all images here are of one group (--group-by): they are divided \
+                 between the folds all the same, so that scores may be overconfident; hold out images of several groups",
+                alone.len(),
+                bundle.manifest.classes.len(),
+                bundle.manifest.classes[*first].label
+            );
+        }
+        groups
+    });
     let Calibrate { kappa, rung, seed, .. } = args;
     let here = std::env::current_dir().unwrap_or_default();
     let options = CalibrateOptions {

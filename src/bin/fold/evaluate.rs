@@ -65,12 +65,14 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     let other = args.against.as_ref().map(|path| open_other(path, &bundle, &args)).transpose()?;
     check_targets(&args, &bundle, other.as_ref())?;
     let (logits, images, _) = args.set.logits(&bundle, &args.runtime)?;
+    let all = logits.len();
     let Unseen { logits, kept, .. } = args.training.without(&bundle, logits, None, images)?;
     if let Some(path) = &args.logits {
         logits.save(path)?;
     }
     let data = args.set.data.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let evaluation = evaluate(&bundle, &logits, &data, &options, &say)?;
+    let mut evaluation = evaluate(&bundle, &logits, &data, &options, &say)?;
+    evaluation.left_out = all - logits.len();
     let comparison = match &other {
         None => None,
         Some(other) => {

@@ -87,7 +87,7 @@ mod with {
         calibration_fraction: f64,
         /// Keep images of one object, camera or patient together, all trained on or all held out: folder, for images in one
         /// folder; a column of the table; or a regular expression whose first group (or match) in the image's path says what
-        /// it belongs to
+        /// it belongs to; or none
         #[arg(long, value_name = "folder|COLUMN|REGEX", value_parser = str::parse::<GroupBy>, help_heading = "Images")]
         group_by: Option<GroupBy>,
         /// Train without the images that cannot be decoded, which are listed in NAME.broken.json
@@ -393,7 +393,11 @@ mod with {
             preprocessing: preset.preprocessing(args.input_size.map(Size::square), Exif::Apply),
             imbalance_factor: args.imbalance_factor,
             calibration_fraction: args.calibration_fraction,
-            group_by: args.group_by.as_ref().map(ToString::to_string).or(begun.and_then(|begun| begun.group_by)),
+            group_by: match &args.group_by {
+                Some(GroupBy::Apart) => None,
+                Some(by) => Some(by.to_string()),
+                None => begun.and_then(|begun| begun.group_by),
+            },
             seed: args.seed,
         })
     }
@@ -446,11 +450,10 @@ mod with {
         Ok(checked)
     }
 
-    /// The list of what is left out, where anything is.
-    fn list_of(broken: &[(usize, String)], images: &LabelledImages) -> anyhow::Result<Option<String>> {
+    /// What is left out, for the run's list.
+    fn list_of(broken: &[(usize, String)], images: &LabelledImages) -> Vec<serde_json::Value> {
         let one = |(record, reason): &(usize, String)| serde_json::json!({"record": record, "image": images.name(*record), "reason": reason});
-        let list: Vec<_> = broken.iter().map(one).collect();
-        Ok(if list.is_empty() { None } else { Some(serde_json::to_string_pretty(&list)?) })
+        broken.iter().map(one).collect()
     }
 
     /// Warns of images, which `what` calls, that have the pixels of one that is trained on.
@@ -485,7 +488,7 @@ mod with {
         let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
         let exif = recipe.preprocessing.exif;
         let Checked { broken, hashes } = checked(args, &set.images, "images", exif)?;
-        let left_out = list_of(&broken, &set.images)?;
+        let mut left_out = list_of(&broken, &set.images);
         let broken: BTreeSet<usize> = broken.into_iter().map(|(record, _)| record).collect();
         let whole: Vec<usize> = (0..set.images.len()).filter(|record| !broken.contains(record)).collect();
         let records: Vec<usize> = match recipe.imbalance_factor {
@@ -503,10 +506,14 @@ mod with {
             None => hold_out(labels, &records, &set.labels, fraction, seed),
             Some(by) => {
                 let found = by.groups(&set.images.select(&records)?)?;
-                eprintln!(
-                    "groups      {} of images that stay together (--group-by {by})",
-                    found.iter().max().map_or(0, |last| last + 1)
+                let count = found.iter().max().map_or(0, |last| last + 1);
+                ensure!(
+                    count > 1,
+                    "{}: --group-by {by}: all {} images are in one group, and a group is not divided",
+                    set.path.display(),
+                    found.len()
                 );
+                eprintln!("groups      {count} of images that stay together (--group-by {by})");
                 // Of what is left out, none is asked for.
                 let mut groups = vec![0; set.images.len()];
                 records.iter().zip(found).for_each(|(&record, group)| groups[record] = group);
@@ -547,10 +554,12 @@ mod with {
         warn_of_shared("held-out images", (&set.images.select(&held_out)?, &own), trained, advice);
         let evaluation = match &test {
             Some(path) => {
-                let form = args.dataset.filter(|_| path.is_dir() == set.path.is_dir());
+                let alike = path.is_dir() == set.path.is_dir() && path.extension() == set.path.extension();
+                let form = args.dataset.filter(|_| alike);
                 let form = form.map_or_else(|| Form::guess(path, set.labels.len()), Ok)?;
                 let images = LabelledImages::open(path, form, &set.labels)?;
                 let Checked { broken, hashes } = checked(args, &images, "test images", exif)?;
+                left_out.extend(list_of(&broken, &images));
                 let advice = "accuracy on them says little. Remove the copies from one of the sets";
                 warn_of_shared("test images", (&images, &hashes), trained, advice);
                 let broken: BTreeSet<usize> = broken.into_iter().map(|(record, _)| record).collect();
@@ -583,7 +592,7 @@ mod with {
         Ok(Job {
             training: set.images.select(&training)?,
             records,
-            broken: left_out,
+            broken: (!left_out.is_empty()).then(|| serde_json::Value::from(left_out).to_string()),
             recipe,
             classes,
             evaluation,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
+use axum::http::Version;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::post;
@@ -19,6 +20,7 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{self, HealthCheckRequest, HealthCheckResponse};
 use tower::ServiceExt;
 
+use super::super::code::Code;
 use super::super::infer;
 use super::grpc::{must_be_grpc, no_such_method};
 use super::{App, Problem};
@@ -69,6 +71,10 @@ async fn health(State(app): State<App>, Path(method): Path<String>, request: Req
         return Err(no_such_method(&method));
     }
     must_be_grpc(request.headers())?;
+    if method == "Watch" && request.version() != Version::HTTP_2 {
+        // Over HTTP/1 nobody would notice that the client has gone.
+        return Err(Problem::new(Code::BadRequest, "a watch needs HTTP/2: use Check over HTTP/1"));
+    }
     let deadline = infer::deadline(&app, request.headers());
     let service = HealthServer::new(Probe { app: app.clone() }).max_decoding_message_size(MAX_MESSAGE);
     // Of a watch, too, this is the time until it begins.
