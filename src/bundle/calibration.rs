@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 use super::manifest::{MAX_COUNT, cut};
 use super::{Class, Group, Manifest, sha256_hex};
 
-/// Version of the file's form that this build writes and reads.
-pub const CALIBRATION_SCHEMA_VERSION: u32 = 1;
+/// Version of the file's form that this build writes.
+pub const CALIBRATION_SCHEMA_VERSION: u32 = 2;
+/// The oldest that it reads. The first has neither a trend nor a strength of shrinkage, and answers as it did.
+const OLDEST_SCHEMA_VERSION: u32 = 1;
 
 /// The content of `calibration.json`. Formulas: docs/calibration.md.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -26,6 +28,12 @@ pub struct Calibration {
     pub kappa: f64,
     /// Where κ comes from.
     pub kappa_source: KappaSource,
+    /// t: the scale of a class's logits is exp(t·x) times its own, where x is its log π_train, standardised over the classes.
+    #[serde(default)]
+    pub trend: f64,
+    /// λ: how strongly the parameters of the classes are shrunk; 0 in files of the first version, which do not say.
+    #[serde(default)]
+    pub shrinkage: f64,
     /// The temperature that fits best without prior, bias or scaling: the usual baseline, for comparison.
     pub temperature_alone: f64,
     /// One entry per class, in the order of the logits.
@@ -105,7 +113,7 @@ pub struct ClassCalibration {
 #[cfg_attr(feature = "openapi", schema(as = CalibrationStatus))]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// Enough calibration images for a map of its own.
+    /// Its own calibration images say more of its map than what all classes share.
     Fitted,
     /// Few calibration images, or a map shared by all classes: moved by shrinkage only.
     Pooled,
@@ -237,7 +245,9 @@ pub struct FitMetrics {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum CalibrationError {
     /// Written by another version.
-    #[error("schema_version is {0}; this build reads {CALIBRATION_SCHEMA_VERSION}: run `nbn fold calibrate` again")]
+    #[error(
+        "schema_version is {0}; this build reads {OLDEST_SCHEMA_VERSION} to {CALIBRATION_SCHEMA_VERSION}: run `nbn fold calibrate` again"
+    )]
     Schema(u32),
     /// Of another network, or other classes or preprocessing.
     #[error(
@@ -275,6 +285,10 @@ const SCALE: Limit = TEMPERATURE;
 const OFFSET: Limit = (-1e6, 1e6, "it must lie in -1000000..=1000000");
 /// κ. Fits keep to -1..=2, and checkpoints to 0..=10.
 const KAPPA: Limit = (-1.0, 10.0, "it must lie in -1..=10");
+/// t. Fits keep to -1.5..=1.5.
+const TREND: Limit = (-10.0, 10.0, "it must lie in -10..=10");
+/// λ. Fits keep to 0.5..=8.
+const STRENGTH: Limit = (0.0, 1e6, "it must lie in 0..=1000000");
 /// π_train: the smallest is far below 1 in 2^60 images, and its reciprocal far from infinite.
 const PRIOR: Limit = (1e-30, 1.0, "it must lie in 1e-30..=1");
 /// Shares.
@@ -304,7 +318,7 @@ impl Calibration {
     /// # Errors
     /// Names the first rule that is broken.
     pub fn check(&self, manifest: &Manifest) -> Result<(), CalibrationError> {
-        if self.schema_version != CALIBRATION_SCHEMA_VERSION {
+        if !(OLDEST_SCHEMA_VERSION..=CALIBRATION_SCHEMA_VERSION).contains(&self.schema_version) {
             return Err(CalibrationError::Schema(self.schema_version));
         }
         let inputs = inputs_sha256(manifest);
@@ -320,6 +334,8 @@ impl Calibration {
         within("temperature", self.temperature, TEMPERATURE)?;
         within("temperature_alone", self.temperature_alone, TEMPERATURE)?;
         within("kappa", self.kappa, KAPPA)?;
+        within("trend", self.trend, TREND)?;
+        within("shrinkage", self.shrinkage, STRENGTH)?;
         self.check_classes(&manifest.classes)?;
         self.sets.check(self.classes.len())?;
         self.fit.check()

@@ -1,6 +1,6 @@
-//! Stratified cross-validation of the ladder: every image is judged by fits that did not see it.
+//! Stratified cross-validation: every image is judged by fits that did not see it.
 //!
-//! Rungs are compared under the uniform prior with every class counting the same, since that is how rare classes are
+//! Fits are compared under the uniform prior with every class counting the same, since that is how rare classes are
 //! served: under the calibration set's own mix the frequent classes alone would decide how free the rare ones' maps are.
 
 use std::collections::BTreeMap;
@@ -11,11 +11,31 @@ use crate::data::LabelledLogits;
 use crate::scores::{argmax, softmax_in_place};
 
 const FOLDS: usize = 5;
+/// Strengths λ of the penalties that are tried, from the strongest: each fit begins where the one before ended.
+const STRENGTHS: [f64; 5] = [8.0, 4.0, 2.0, 1.0, 0.5];
+/// The one that stays unless another is clearly better: it was best, or near it, on three sets.
+const USUAL: f64 = 1.0;
+/// Standard errors by which another one is clearly better.
+const CLEARLY: f64 = 2.0;
+/// What the calibrated scores' accuracy may lose to the softmax's, with all classes counting the same.
+const ACCURACY_LOSS: f64 = 0.005;
 
-/// One rung's answers for images its fits did not see.
+/// A fit to try.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Candidate {
+    pub(super) rung: Rung,
+    /// λ.
+    pub(super) strength: f64,
+}
+
+/// One candidate's answers for images its fits did not see.
 pub(super) struct OutOfFold {
-    /// −log p of the label under the uniform prior.
+    pub(super) candidate: Candidate,
+    /// By fold.
+    fits: Vec<Parameters>,
+    /// −log p of the label under the uniform prior, and whether the best class is the label.
     balanced_nll: Vec<f64>,
+    balanced_hits: Vec<f64>,
     /// −log p of the label under the calibration set's class mix; so are the rest.
     pub(super) nll: Vec<f64>,
     pub(super) predicted: Vec<u32>,
@@ -24,14 +44,36 @@ pub(super) struct OutOfFold {
 }
 
 pub(super) struct CrossValidation {
-    /// By rung.
-    pub(super) rungs: Vec<OutOfFold>,
+    pub(super) tried: Vec<OutOfFold>,
     /// Fold of each row.
     folds: Vec<usize>,
-    /// Fits by fold, then by rung.
-    fits: Vec<Vec<Parameters>>,
     /// Weight of each row, so that all classes with images count the same.
     weights: Vec<f64>,
+}
+
+/// What is tried where the samples allow `highest`.
+pub(super) fn candidates(highest: Rung) -> Vec<Candidate> {
+    let lower = Rung::ALL.into_iter().filter(|rung| *rung <= highest && *rung < Rung::StructuredVectorScaling);
+    let mut all: Vec<Candidate> = lower.map(|rung| Candidate { rung, strength: USUAL }).collect();
+    if highest == Rung::StructuredVectorScaling {
+        all.extend(STRENGTHS.map(|strength| Candidate { rung: highest, strength }));
+    }
+    all
+}
+
+/// Fits all of `candidates`, each from where the last of its kind, or the temperature, has ended.
+pub(super) fn fit_all(problem: &Problem<'_>, candidates: &[Candidate]) -> Vec<Parameters> {
+    let mut start: Option<(Rung, Parameters)> = None;
+    let mut fits = Vec::new();
+    for Candidate { rung, strength } in candidates {
+        let from = start.as_ref().filter(|(of, _)| of == rung || *of == Rung::Temperature).map(|(_, fit)| fit);
+        let fit = problem.fit(*rung, *strength, from);
+        if *rung != Rung::TemperatureBias && *rung != Rung::PriorShift {
+            start = Some((*rung, fit.clone()));
+        }
+        fits.push(fit);
+    }
+    fits
 }
 
 impl CrossValidation {
@@ -39,60 +81,92 @@ impl CrossValidation {
         logits: &LabelledLogits,
         folds: &[usize],
         problem: &dyn Fn(Vec<u32>) -> Problem<'a>,
-        highest: Rung,
+        candidates: &[Candidate],
         progress: &dyn Fn(&str),
     ) -> Self {
         let n = logits.len();
         let count = folds.iter().max().map_or(0, |last| last + 1);
         let zeros = || vec![0.0; n];
-        let empty = || OutOfFold {
+        let empty = |candidate: &Candidate| OutOfFold {
+            candidate: *candidate,
+            fits: Vec::new(),
             balanced_nll: zeros(),
+            balanced_hits: zeros(),
             nll: zeros(),
             predicted: vec![0; n],
             confidence: zeros(),
             hits: zeros(),
         };
-        let mut rungs: Vec<OutOfFold> = (0..=highest as usize).map(|_| empty()).collect();
-        let mut fits = Vec::new();
+        let mut tried: Vec<OutOfFold> = candidates.iter().map(empty).collect();
         for fold in 0..count {
             progress(&format!("cross-validation, fold {} of {count}", fold + 1));
             let rows = |inside: bool| (0..n as u32).filter(|&r| (folds[r as usize] == fold) == inside).collect();
             let problem = problem(rows(false));
-            let of_fold = problem.fit(highest);
             let held_out: Vec<u32> = rows(true);
-            for (rung, fit) in rungs.iter_mut().zip(&of_fold) {
-                rung.judge(logits, &held_out, fit, &problem);
+            for (one, fit) in tried.iter_mut().zip(fit_all(&problem, candidates)) {
+                one.judge(logits, &held_out, &fit, &problem);
+                one.fits.push(fit);
             }
-            fits.push(of_fold);
         }
         let counts = logits.counts();
         let weights = logits.labels().iter().map(|&l| 1.0 / counts[l as usize] as f64).collect();
-        Self { rungs, folds: folds.to_vec(), fits, weights }
+        Self { tried, folds: folds.to_vec(), weights }
     }
 
-    /// The simplest rung that is at most one standard error less likely than the best, among those that beat the rung
-    /// below them. The standard error is that of the paired difference.
-    pub(super) fn choose(&self) -> Rung {
-        let report = self.report();
-        let best = report.iter().map(|r| r.balanced_nll).fold(f64::INFINITY, f64::min);
-        let beats_below = |n: usize| n == 0 || report[n].balanced_nll < report[n - 1].balanced_nll;
-        report
+    /// The candidate to take: the usual strength of the highest rung, unless another is more likely by more than two standard
+    /// errors of the paired difference; then a stronger one, or the temperature alone, as long as accuracy is lost.
+    pub(super) fn choose(&self, logits: &LabelledLogits) -> usize {
+        let Some(highest) = self.tried.iter().map(|one| one.candidate.rung).max() else { return 0 };
+        let mean = |one: &OutOfFold| weighted(&one.balanced_nll, &self.weights).0;
+        let of =
+            |strength: f64| self.tried.iter().position(|one| one.candidate == Candidate { rung: highest, strength });
+        let Some(usual) = of(USUAL) else { return self.tried.len() - 1 };
+        let others = (0..self.tried.len()).filter(|&n| self.tried[n].candidate.rung == highest);
+        let best = others.min_by(|&a, &b| mean(&self.tried[a]).total_cmp(&mean(&self.tried[b]))).unwrap_or(usual);
+        let (gain, error) = self.difference(&self.tried[usual], &self.tried[best]);
+        let chosen = if gain > CLEARLY * error { best } else { usual };
+        // Weaker fits first, then stronger ones, then the temperature.
+        let strength = self.tried[chosen].candidate.strength;
+        let mut guarded: Vec<usize> = (0..self.tried.len())
+            .filter(|&n| self.tried[n].candidate.rung == highest && self.tried[n].candidate.strength >= strength)
+            .collect();
+        guarded.sort_by(|&a, &b| self.tried[a].candidate.strength.total_cmp(&self.tried[b].candidate.strength));
+        guarded.extend(self.tried.iter().position(|one| one.candidate.rung == Rung::Temperature));
+        let before: Vec<f64> = logits
+            .labels()
             .iter()
             .enumerate()
-            .find(|&(n, r)| beats_below(n) && r.balanced_nll - best <= r.standard_error)
-            .map_or(Rung::PriorShift, |(_, r)| r.rung)
+            .map(|(row, &label)| {
+                let z: Vec<f64> = logits.row(row).iter().map(|z| f64::from(*z)).collect();
+                f64::from(u8::from(argmax(&z) == label as usize))
+            })
+            .collect();
+        let loses = |n: &usize| {
+            let lost: Vec<f64> = before.iter().zip(&self.tried[*n].balanced_hits).map(|(a, b)| a - b).collect();
+            let (lost, error) = weighted(&lost, &self.weights);
+            lost > ACCURACY_LOSS + error
+        };
+        guarded.iter().copied().find(|n| !loses(n)).unwrap_or(chosen)
     }
 
-    pub(super) fn report(&self) -> Vec<RungReport> {
-        let mean = |rung: &OutOfFold| weighted(&rung.balanced_nll, &self.weights).0;
-        let Some(best) = self.rungs.iter().min_by(|a, b| mean(a).total_cmp(&mean(b))) else { return Vec::new() };
-        let of = |(rung, found): (Rung, &OutOfFold)| RungReport {
-            rung,
+    /// Of the candidate `n` and what stands below it: one line a rung, the strength being that of `n`.
+    pub(super) fn report(&self, n: usize) -> Vec<RungReport> {
+        let chosen = self.tried[n].candidate;
+        let shown = |one: &&OutOfFold| {
+            let highest = one.candidate.rung == Rung::StructuredVectorScaling;
+            !highest
+                || one.candidate.strength == if chosen.rung == one.candidate.rung { chosen.strength } else { USUAL }
+        };
+        let shown: Vec<&OutOfFold> = self.tried.iter().filter(shown).collect();
+        let mean = |one: &OutOfFold| weighted(&one.balanced_nll, &self.weights).0;
+        let Some(best) = shown.iter().min_by(|a, b| mean(a).total_cmp(&mean(b))) else { return Vec::new() };
+        let of = |found: &&OutOfFold| RungReport {
+            rung: found.candidate.rung,
             balanced_nll: mean(found),
             standard_error: self.difference(found, best).1,
             nll: found.nll.iter().sum::<f64>() / found.nll.len() as f64,
         };
-        Rung::ALL.into_iter().zip(&self.rungs).map(of).collect()
+        shown.iter().map(of).collect()
     }
 
     /// Balanced mean of `first` minus `second` and its standard error.
@@ -101,24 +175,22 @@ impl CrossValidation {
         weighted(&differences, &self.weights)
     }
 
-    /// The κ to go on with: of 0, 1 and learned, the first that is at most one standard error less likely than the best on
-    /// the rung with one temperature (or the prior alone, where the samples allow no more). Learning it costs likelihood
-    /// when the network took all of the prior out, or none.
+    /// The κ to go on with: of 0, 1 and learned, the first that is at most one standard error less likely than the best, each
+    /// with its one candidate. Learning it costs likelihood when the network took all of the prior out, or none.
     pub(super) fn choose_kappa(candidates: &[(Kappa, Self)]) -> Option<Kappa> {
-        let rung = |(_, found): &(Kappa, Self)| found.rungs.len().min(2) - 1;
-        let mean = |c: &(Kappa, Self)| weighted(&c.1.rungs[rung(c)].balanced_nll, &c.1.weights).0;
+        let last = |(_, found): &(Kappa, Self)| found.tried.len() - 1;
+        let mean = |c: &(Kappa, Self)| weighted(&c.1.tried[last(c)].balanced_nll, &c.1.weights).0;
         let best = candidates.iter().min_by(|a, b| mean(a).total_cmp(&mean(b)))?;
         let within = |c: &&(Kappa, Self)| {
-            let (difference, error) = best.1.difference(&c.1.rungs[rung(c)], &best.1.rungs[rung(best)]);
+            let (difference, error) = best.1.difference(&c.1.tried[last(c)], &best.1.tried[last(best)]);
             difference <= error
         };
         candidates.iter().find(within).map(|(kappa, _)| *kappa)
     }
 
-    /// Each image's probability of its own class under the training prior, by the fit that did not see it.
-    pub(super) fn own_class_probabilities(&self, logits: &LabelledLogits, rung: Rung, log_train: &[f64]) -> Vec<f64> {
-        let maps: Vec<(Vec<f64>, Vec<f64>)> =
-            self.fits.iter().map(|f| &f[rung as usize]).map(|f| (f.a(), f.c(log_train))).collect();
+    /// Each image's probability of its own class under the training prior, by the candidate's fit that did not see it.
+    pub(super) fn own_class_probabilities(&self, logits: &LabelledLogits, n: usize, log_train: &[f64]) -> Vec<f64> {
+        let maps: Vec<(Vec<f64>, Vec<f64>)> = self.tried[n].fits.iter().map(|f| (f.a(), f.c(log_train))).collect();
         let mut p = vec![0.0; logits.classes()];
         let of_row = |(row, &label): (usize, &u32)| {
             let (a, c) = &maps[self.folds[row]];
@@ -142,6 +214,7 @@ impl OutOfFold {
             map(&mut p, logits.row(row), &a, &uniform);
             let own = p[label];
             self.balanced_nll[row] = softmax_in_place(&mut p) - own;
+            self.balanced_hits[row] = f64::from(u8::from(argmax(&p) == label));
             map(&mut p, logits.row(row), &a, &own_mix);
             let own = p[label];
             self.nll[row] = softmax_in_place(&mut p) - own;

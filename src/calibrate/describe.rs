@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::bundle::{Calibration, KappaSource, Status, TrainingOverlap};
+use crate::bundle::{Calibration, KappaSource, Rung, Status, TrainingOverlap};
 
 /// Classes named in a line before "and others".
 const NAMED: usize = 8;
@@ -47,10 +47,23 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
         "fit         T {:.4}, κ {:.3} ({source}); temperature alone would be {:.4}",
         calibration.temperature, calibration.kappa, calibration.temperature_alone
     );
+    let _ = match calibration.rung {
+        Rung::PriorShift => writeln!(
+            out,
+            "            nothing else: too few images. Where κ is 1, scores under the uniform prior are the softmax"
+        ),
+        Rung::Temperature => Ok(()),
+        Rung::TemperatureBias => writeln!(out, "            a bias per class"),
+        Rung::StructuredVectorScaling => writeln!(
+            out,
+            "            a scale and a bias per class, shrunk (λ {}) to a trend over the classes' frequencies (t {:+.3})",
+            calibration.shrinkage, calibration.trend
+        ),
+    };
     let (before, after) = (&fit.before, &fit.after);
     let _ = writeln!(
         out,
-        "before      NLL {:.4}, ECE {:.4}, accuracy {:.4}: softmax, on these images",
+        "before      NLL {:.4}, ECE {:.4}, accuracy {:.4}: softmax, which knows nothing of this class mix",
         before.nll, before.ece, before.accuracy
     );
     let _ = writeln!(

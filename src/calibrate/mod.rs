@@ -1,4 +1,4 @@
-//! Labelled logits → `calibration.json`: prior-aware structured vector scaling, chosen by cross-validation, and the
+//! Labelled logits → `calibration.json`: prior-aware structured vector scaling, shrunk as cross-validation says, and the
 //! thresholds of prediction sets. The method and its formulas: docs/calibration.md.
 
 mod command;
@@ -11,26 +11,24 @@ mod optimize;
 use std::time::SystemTime;
 
 use crate::bundle::{
-    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, Head, KappaSource, Manifest,
-    Rung, SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
+    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest, Rung,
+    SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
 };
 use crate::data::LabelledLogits;
 use crate::metrics;
 use crate::scores::{argmax, softmax_in_place};
-use cross_validate::{CrossValidation, folds_of};
+use cross_validate::{Candidate, CrossValidation, candidates, fit_all, folds_of};
 
 pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
 pub use cross_validate::divided;
 pub use describe::describe;
-pub use ladder::{Kappa, Parameters, Problem, temperature_alone};
+pub use ladder::{Kappa, Parameters, Problem, TOWARDS_UNIFORM, temperature_alone};
 
 /// Fewer images than this allow the prior shift only.
 const LEAST_FOR_TEMPERATURE: usize = 30;
-/// Fewer images per class than this on average allow no parameters per class.
-const LEAST_PER_CLASS: usize = 2;
-/// Fewer images of a class than this leave it `pooled`.
-const LEAST_FITTED: u64 = 10;
+/// A class is `fitted` whose own images say at least this share of its scale; else it is `pooled`.
+const LEAST_OWN_SHARE: f64 = 0.5;
 
 /// How to calibrate.
 #[derive(Debug, Clone)]
@@ -112,62 +110,72 @@ pub fn calibrate(
     // A class without an image has π_cal = 0 and takes no part in the fit.
     let shift: Vec<f64> =
         counts.iter().zip(&log_train).map(|(&count, prior)| (count as f64 / n).ln() - prior).collect();
-    let highest = if logits.len() < LEAST_FOR_TEMPERATURE {
-        Rung::PriorShift
-    } else if logits.len() < LEAST_PER_CLASS * logits.classes() {
-        Rung::Temperature
-    } else {
-        Rung::StructuredVectorScaling
-    };
+    let highest = if logits.len() < LEAST_FOR_TEMPERATURE { Rung::PriorShift } else { Rung::StructuredVectorScaling };
     if let Some(rung) = options.rung.filter(|r| *r > highest) {
         return Err(CalibrateError::Rung { rung: rung.name(), images: logits.len(), highest: highest.name() });
     }
     let problem = |kappa: Kappa, rows: Vec<u32>| {
         let ridge = logits.classes() as f64 / rows.len() as f64;
-        Problem { logits, rows, log_train: &log_train, shift: &shift, kappa, ridge }
+        Problem { logits, rows, log_train: &log_train, shift: &shift, kappa, ridge, towards_uniform: TOWARDS_UNIFORM }
     };
     let folds = folds_of(logits, options.groups.as_deref(), options.seed);
-    let cross_validate = |kappa: Kappa, highest: Rung| {
-        CrossValidation::run(logits, &folds, &|rows| problem(kappa, rows), highest, progress)
+    let cross_validate = |kappa: Kappa, candidates: &[Candidate]| {
+        CrossValidation::run(logits, &folds, &|rows| problem(kappa, rows), candidates, progress)
     };
-    let known = manifest.fold.kappa.filter(|_| matches!(manifest.fold.head, None | Some(Head::Linear)));
-    let (asked, source) = match (options.kappa, known) {
+    let (asked, source) = match (options.kappa, manifest.fold.kappa) {
         (Some(kappa), _) => (kappa, KappaSource::Given),
-        (None, Some(kappa)) => (Kappa::Fixed(kappa), KappaSource::Checkpoint),
+        (None, Some(kappa)) => (Kappa::Around(kappa), KappaSource::Checkpoint),
         (None, None) => (Kappa::Learned, KappaSource::Learned),
     };
-    let kappa = match asked {
-        Kappa::Fixed(kappa) => Kappa::Fixed(kappa),
+    let (kappa, source) = match asked {
+        Kappa::Fixed(_) | Kappa::Around(_) => (asked, source),
         Kappa::Learned => {
-            progress("choosing κ: 0, 1 or learned");
-            let shared = highest.min(Rung::Temperature);
-            let candidates = [Kappa::Fixed(0.0), Kappa::Fixed(1.0), Kappa::Learned];
-            let candidates = candidates.map(|kappa| (kappa, cross_validate(kappa, shared)));
-            CrossValidation::choose_kappa(&candidates).unwrap_or(Kappa::Learned)
+            progress("choosing κ: around 0, around 1, or learned");
+            let shared = [Candidate { rung: highest.min(Rung::Temperature), strength: 1.0 }];
+            let around = [Kappa::Fixed(0.0), Kappa::Fixed(1.0), Kappa::Learned];
+            let around = around.map(|kappa| (kappa, cross_validate(kappa, &shared)));
+            match CrossValidation::choose_kappa(&around) {
+                Some(Kappa::Fixed(kappa)) => (Kappa::Around(kappa), KappaSource::Chosen),
+                _ => (Kappa::Learned, KappaSource::Learned),
+            }
         }
     };
-    let source = match (asked, kappa) {
-        (Kappa::Fixed(_), _) => source,
-        (Kappa::Learned, Kappa::Fixed(_)) => KappaSource::Chosen,
-        (Kappa::Learned, Kappa::Learned) => KappaSource::Learned,
+    let candidates = candidates(highest);
+    let validation = cross_validate(kappa, &candidates);
+    let chosen = match options.rung {
+        None => validation.choose(logits),
+        Some(rung) => {
+            let usual = |c: &Candidate| c.rung == rung && c.strength == 1.0;
+            candidates.iter().position(usual).unwrap_or(candidates.len() - 1)
+        }
     };
-    progress("fitting the ladder");
-    let fits = problem(kappa, (0..logits.len() as u32).collect()).fit(highest);
-    let validation = cross_validate(kappa, highest);
-    let rung = options.rung.unwrap_or_else(|| validation.choose());
-    let fit = &fits[rung as usize];
-    let report = report(logits, options, &validation, rung);
+    let Candidate { rung, strength } = candidates[chosen];
+    progress("fitting all images");
+    let whole = problem(kappa, (0..logits.len() as u32).collect());
+    // As in the folds: from the temperature, by way of the stronger ones.
+    let fits = fit_all(&whole, &candidates[..=chosen]);
+    let fit = &fits[chosen];
+    let shares = match rung {
+        Rung::StructuredVectorScaling => whole.own_shares(fit, strength),
+        _ => vec![0.0; logits.classes()],
+    };
+    let report = report(logits, options, &validation, chosen);
     if rung >= Rung::Temperature {
         // Without any error, every smaller temperature fits better.
         let temperature = fit.inverse_temperature.recip();
         check_temperature(if report.before.accuracy < 1.0 { temperature } else { ladder::TEMPERATURE[0] })?;
     }
     progress("prediction sets");
-    let own = validation.own_class_probabilities(logits, rung, &log_train);
+    let own = validation.own_class_probabilities(logits, chosen, &log_train);
     let adjusted: Vec<f64> = own.iter().zip(logits.labels()).map(|(p, &l)| -p / train[l as usize]).collect();
     let plain: Vec<f64> = own.iter().map(|p| -p).collect();
     let table = |scores: &[f64]| conformal::table(scores, logits.labels(), &manifest.classes, &train);
-    let classes = manifest.classes.iter().zip(fit.a()).zip(fit.c(&log_train)).zip(&train).zip(&counts);
+    let status = |support: u64, share: f64| match support {
+        0 => Status::PriorOnly,
+        _ if share >= LEAST_OWN_SHARE => Status::Fitted,
+        _ => Status::Pooled,
+    };
+    let classes = manifest.classes.iter().zip(fit.a()).zip(fit.c(&log_train)).zip(&train).zip(&counts).zip(&shares);
     Ok(Calibration {
         schema_version: CALIBRATION_SCHEMA_VERSION,
         model_sha256: manifest.model.sha256.clone(),
@@ -176,15 +184,17 @@ pub fn calibrate(
         temperature: fit.inverse_temperature.recip(),
         kappa: fit.kappa,
         kappa_source: source,
+        trend: fit.trend,
+        shrinkage: strength,
         temperature_alone: temperature_alone(logits),
         classes: classes
-            .map(|((((class, a), c), &train_prior), &support)| ClassCalibration {
+            .map(|(((((class, a), c), &train_prior), &support), &share)| ClassCalibration {
                 label: class.label.clone(),
                 a,
                 c,
                 train_prior,
                 support,
-                status: status(support, rung),
+                status: status(support, share),
             })
             .collect(),
         sets: SetTables { alphas: conformal::ALPHAS.to_vec(), pas: table(&adjusted), plain: table(&plain) },
@@ -204,20 +214,18 @@ fn check_temperature(temperature: f64) -> Result<(), CalibrateError> {
     Err(CalibrateError::Temperature { temperature, hint })
 }
 
-fn status(support: u64, rung: Rung) -> Status {
-    match (support, rung) {
-        (0, _) => Status::PriorOnly,
-        (_, Rung::PriorShift | Rung::Temperature) | (..LEAST_FITTED, _) => Status::Pooled,
-        _ => Status::Fitted,
-    }
-}
-
-fn report(logits: &LabelledLogits, options: &CalibrateOptions, validation: &CrossValidation, rung: Rung) -> FitReport {
+fn report(
+    logits: &LabelledLogits,
+    options: &CalibrateOptions,
+    validation: &CrossValidation,
+    chosen: usize,
+) -> FitReport {
+    let ladder = validation.report(chosen);
     let mut confidence = Vec::with_capacity(logits.len());
     let mut hits = Vec::with_capacity(logits.len());
     let (mut nll, mut flips) = (0.0, 0);
     let mut p = Vec::with_capacity(logits.classes());
-    let chosen = &validation.rungs[rung as usize];
+    let chosen = &validation.tried[chosen];
     for (row, &label) in logits.labels().iter().enumerate() {
         p.clear();
         p.extend(logits.row(row).iter().map(|z| f64::from(*z)));
@@ -236,7 +244,7 @@ fn report(logits: &LabelledLogits, options: &CalibrateOptions, validation: &Cros
         command: options.command.clone(),
         images: logits.len() as u64,
         training_overlap: options.training_overlap,
-        ladder: validation.report(),
+        ladder,
         before: FitMetrics { nll: nll / n, ece: metrics::ece(&confidence, &hits), accuracy: mean(&hits) },
         after: FitMetrics {
             nll: mean(&chosen.nll),

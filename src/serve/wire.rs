@@ -383,6 +383,10 @@ pub(crate) struct CalibrationCard {
     pub(crate) temperature: f64,
     /// κ: how much of the training prior the network has removed from its logits.
     pub(crate) kappa: f64,
+    /// How the scale of a class changes with its frequency in training; 0 where it does not.
+    pub(crate) trend: f64,
+    /// λ: how strongly the parameters of the classes are shrunk; 0 in calibrations that do not say.
+    pub(crate) shrinkage: f64,
     /// Calibration images and status per class, in the order of the logits.
     pub(crate) classes: Vec<ClassFoundation>,
     /// What it was fitted to, and what it changed.
@@ -410,6 +414,8 @@ impl CalibrationCard {
             rung: serde_json::to_value(content.rung)?,
             temperature: content.temperature,
             kappa: content.kappa,
+            trend: content.trend,
+            shrinkage: content.shrinkage,
             classes: content
                 .classes
                 .iter()

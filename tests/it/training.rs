@@ -692,7 +692,15 @@ fn images_of_one_object_are_kept_together_by_train_and_calibrate() {
     };
     let together = calibrate(&["--group-by", "folder"]);
     assert!(together.status.success(), "{}", text(&together.stderr));
-    assert_ne!(text(&together.stderr), text(&calibrate(&[]).stderr), "the folds are the same");
+    let ladder = |more: &[&str]| {
+        let to = folder.path().join("calibration.json");
+        let args = ["calibrate", at, "--data", set.to_str().unwrap(), "--rung", "prior-shift", "--force", "--out"];
+        let out = fold(&[&args[..], &[to.to_str().unwrap()], more].concat());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let found: Value = serde_json::from_slice(&fs::read(to).unwrap()).unwrap();
+        found["fit"]["ladder"].clone()
+    };
+    assert_ne!(ladder(&["--group-by", "folder"]), ladder(&[]), "the folds are the same");
     let refused = calibrate(&["--group-by", "frame-(.)"]);
     assert!(text(&refused.stderr).contains("60 of 60 paths do not match"), "{}", text(&refused.stderr));
 

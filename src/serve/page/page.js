@@ -122,10 +122,22 @@ async function loadCard(name) {
     ['Version', `${card.version}, on ${card.device}`],
     ['Classes', card.manifest.classes.length.toLocaleString('en')],
     ['Scores', calibrated ? 'calibrated probabilities' : 'softmax, not calibrated'],
-    ...(card.calibration ? [['Calibration', card.calibration.id]] : []),
+    ...(card.calibration ? [['Calibration', `${card.calibration.id}: ${fitted(card.calibration)}`]] : []),
   ]);
   offerSamples(card.manifest.classes.map((c) => c.label));
   scoreAll();
+}
+
+/** What a calibration fits, in words. */
+function fitted({ rung, classes, trend }) {
+  const own = classes.filter((c) => c.status === 'fitted').length;
+  const scales = `scale and bias of each class (${own} of ${classes.length} from mostly their own images)`;
+  return {
+    'prior-shift': 'class frequencies only',
+    temperature: 'one temperature',
+    'temperature-bias': 'temperature, bias of each class',
+    'structured-vector-scaling': `temperature, ${trend ? 'trend over frequency, ' : ''}${scales}`,
+  }[rung] ?? rung;
 }
 
 /** Shows those of the server's own pictures whose class the model has. */
