@@ -142,6 +142,21 @@ pub struct SetTables {
     pub pas: ScoreTable,
     /// Plain score: −p.
     pub plain: ScoreTable,
+    /// −p under the prior of the answer; none in files of the first version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub posterior: Option<PosteriorTable>,
+}
+
+/// Thresholds of −p under the prior of the answer: a list per class, from images that are weighted towards it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct PosteriorTable {
+    /// For the class mix of the calibration set, of scores under the training prior.
+    pub calibration: Vec<Thresholds>,
+    /// All classes equally often, of scores under the uniform prior.
+    pub uniform: Vec<Thresholds>,
+    /// Classes as often as in training, of scores under the training prior.
+    pub train: Vec<Thresholds>,
 }
 
 /// One threshold per level; none where the samples do not allow the level.
@@ -406,6 +421,22 @@ impl SetTables {
                 let mut thresholds = list.iter().flatten();
                 thresholds.try_for_each(|t| within(format!("a threshold in sets.{name}"), *t, limit))?;
             }
+        }
+        let Some(posterior) = &self.posterior else { return Ok(()) };
+        for lists in [&posterior.calibration, &posterior.uniform, &posterior.train] {
+            if lists.len() != classes {
+                return Err(bad(
+                    "the length of a list in sets.posterior",
+                    &lists.len(),
+                    "one entry per class is needed",
+                ));
+            }
+            if let Some(list) = lists.iter().find(|list| list.len() != self.alphas.len()) {
+                let what = "the length of a threshold list in sets.posterior";
+                return Err(bad(what, &list.len(), "one entry per level is needed"));
+            }
+            let mut thresholds = lists.iter().flatten().flatten();
+            thresholds.try_for_each(|t| within("a threshold in sets.posterior", *t, PLAIN))?;
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ const AMOUNT: Limit = (0.0, 1e12, "it must lie in 0..=1e12");
 /// Brier scores.
 const BRIER: Limit = (0.0, 2.0, "it must lie in 0..=2");
 /// The metrics, and where each lies.
-const METRICS: [(&str, Limit); 11] = [
+const METRICS: [(&str, Limit); 13] = [
     ("top1", SHARE),
     ("top5", SHARE),
     ("nll", AMOUNT),
@@ -33,6 +33,8 @@ const METRICS: [(&str, Limit); 11] = [
     ("pas_size", AMOUNT),
     ("plain_coverage", SHARE),
     ("plain_size", AMOUNT),
+    ("posterior_coverage", SHARE),
+    ("posterior_size", AMOUNT),
 ];
 
 /// Why the figures in `evaluation.json` are withheld.

@@ -21,8 +21,8 @@ use sha2::{Digest, Sha256};
 
 pub use calibration::{
     CALIBRATION_SCHEMA_VERSION, Calibration, CalibrationError, ClassCalibration, FitMetrics, FitReport,
-    GroupThresholds, KappaSource, MixThresholds, Rung, RungReport, ScoreTable, SetTables, Status, Thresholds,
-    TrainingOverlap, inputs_sha256, train_prior,
+    GroupThresholds, KappaSource, MixThresholds, PosteriorTable, Rung, RungReport, ScoreTable, SetTables, Status,
+    Thresholds, TrainingOverlap, inputs_sha256, train_prior,
 };
 pub use card::StaleCard;
 pub use form::{is_calibration, is_json_with, is_manifest};

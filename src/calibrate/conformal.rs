@@ -48,6 +48,52 @@ pub(super) fn table(scores: &[f64], labels: &[u32], classes: &[Class], train_pri
     }
 }
 
+/// Images of a class, or of its group, that say as much of its threshold as what is wider does.
+const SHRINKAGE: f64 = 30.0;
+/// A list of thresholds for each class, whose image i has the score `scores[i]` of its own class `labels[i]`; the classes' mix
+/// is `target`. The images are weighted towards the class: with n of its own, they have n/(n + 30) of the weight; those of its
+/// group, as many as their weights are worth, m/(m + 30) of the rest; and all images what is left. So a class with many images
+/// has a threshold of its own, one with few that of its group or of all, and none jumps from one to the other.
+///
+/// Between class and marginal thresholds, as in arXiv 2507.06867, which interpolates the thresholds themselves.
+pub(super) fn shrunk(
+    scores: &[f64],
+    labels: &[u32],
+    classes: &[Class],
+    target: &dyn Fn(usize) -> f64,
+) -> Vec<Thresholds> {
+    let mut counts = vec![0.0f64; classes.len()];
+    labels.iter().for_each(|&label| counts[label as usize] += 1.0);
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    let of_class = |k: usize| if counts[k] > 0.0 { target(k) / counts[k] } else { 0.0 };
+    let each: Vec<f64> = (0..classes.len()).map(of_class).collect();
+    let group_of: Vec<Option<Group>> = classes.iter().map(Class::group).collect();
+    // Sums of weights and of their squares, over all and over each group.
+    let sums = |group: Option<Option<Group>>| {
+        let members = (0..classes.len()).filter(|&k| group.is_none_or(|group| group_of[k] == group));
+        members
+            .fold((0.0, 0.0), |(sum, squares), k| (sum + counts[k] * each[k], squares + counts[k] * each[k] * each[k]))
+    };
+    let (all, _) = sums(None);
+    let of_each = |k: usize| {
+        let (sum, squares) = sums(Some(group_of[k]));
+        let worth = if squares > 0.0 { sum * sum / squares } else { 0.0 };
+        let (group, own) = (worth / (worth + SHRINKAGE), counts[k] / (counts[k] + SHRINKAGE));
+        let weight = |row: usize| {
+            let label = labels[row] as usize;
+            let in_group = if group_of[label] == group_of[k] && sum > 0.0 { each[label] / sum } else { 0.0 };
+            let wider = group * in_group + (1.0 - group) * each[label] / all;
+            (1.0 - own) * wider + if label == k { own / counts[k] } else { 0.0 }
+        };
+        let pairs: Vec<(f64, f64)> = order.iter().map(|&row| (scores[row], weight(row))).collect();
+        // The weights sum to 1: the image in question has the weight that one has on average.
+        let squares: f64 = pairs.iter().map(|(_, weight)| weight * weight).sum();
+        ALPHAS.iter().map(|&alpha| weighted_threshold(&pairs, squares, alpha)).collect()
+    };
+    (0..classes.len()).map(of_each).collect()
+}
+
 fn mixes(by_class: &[Vec<f64>], members: &[usize], train_prior: &[f64]) -> MixThresholds {
     let mut all: Vec<f64> = members.iter().flat_map(|&k| by_class[k].iter().copied()).collect();
     all.sort_by(f64::total_cmp);
@@ -81,6 +127,35 @@ mod tests {
         assert_eq!(threshold(&scores, 0.04), None);
         assert_eq!(threshold(&scores[..9], 0.1), Some(9.0));
         assert_eq!(threshold(&scores[..8], 0.1), None);
+    }
+
+    #[test]
+    fn a_class_moves_from_all_images_to_its_own_as_it_has_more() {
+        let classes: Vec<Class> =
+            [500, 400, 5].iter().map(|n| Class { label: n.to_string(), count: Some(*n) }).collect();
+        let ten = ALPHAS.iter().position(|alpha| *alpha == 0.1).unwrap();
+        // The first class has scores of −0.9 to −1, the second of −0.5 to −0.6, the third of −0.1 to −0.2.
+        let threshold = |counts: [usize; 3]| {
+            let (mut scores, mut labels) = (Vec::new(), Vec::new());
+            for (k, count) in counts.into_iter().enumerate() {
+                for n in 0..count {
+                    scores.push(-1.0 + 0.4 * k as f64 + 0.1 * n as f64 / count as f64);
+                    labels.push(k as u32);
+                }
+            }
+            shrunk(&scores, &labels, &classes, &|_| 1.0).into_iter().map(|list| list[ten].unwrap()).collect::<Vec<_>>()
+        };
+        let few = threshold([300, 300, 3]);
+        let many = threshold([3000, 3000, 3000]);
+        // With images enough, each class has its own ninth tenth.
+        for (k, found) in many.iter().enumerate() {
+            let own = -1.0 + 0.4 * k as f64 + 0.09;
+            assert!((found - own).abs() < 0.012, "{k}: {found}, {own}");
+        }
+        // With three, the third class has what all have, by the weights of the mix.
+        assert!(few[2] > -0.2 && few[0] < -0.85, "{few:?}");
+        let alone = threshold([300, 300, 0]);
+        assert!(alone[2] < -0.4, "a class without images has what the others have: {alone:?}");
     }
 
     #[test]

@@ -188,9 +188,20 @@ impl CrossValidation {
         candidates.iter().find(within).map(|(kappa, _)| *kappa)
     }
 
-    /// Each image's probability of its own class under the training prior, by the candidate's fit that did not see it.
-    pub(super) fn own_class_probabilities(&self, logits: &LabelledLogits, n: usize, log_train: &[f64]) -> Vec<f64> {
-        let maps: Vec<(Vec<f64>, Vec<f64>)> = self.tried[n].fits.iter().map(|f| (f.a(), f.c(log_train))).collect();
+    /// Each image's probability of its own class, by the candidate's fit that did not see it: under the training prior, or
+    /// the uniform one.
+    pub(super) fn own_class_probabilities(
+        &self,
+        logits: &LabelledLogits,
+        n: usize,
+        log_train: &[f64],
+        uniform: bool,
+    ) -> Vec<f64> {
+        let offsets = |fit: &Parameters| -> Vec<f64> {
+            let c = fit.c(log_train).into_iter().zip(log_train);
+            c.map(|(c, prior)| if uniform { c - prior } else { c }).collect()
+        };
+        let maps: Vec<(Vec<f64>, Vec<f64>)> = self.tried[n].fits.iter().map(|f| (f.a(), offsets(f))).collect();
         let mut p = vec![0.0; logits.classes()];
         let of_row = |(row, &label): (usize, &u32)| {
             let (a, c) = &maps[self.folds[row]];

@@ -11,8 +11,8 @@ mod optimize;
 use std::time::SystemTime;
 
 use crate::bundle::{
-    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest, Rung,
-    SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
+    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest,
+    PosteriorTable, Rung, SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
 };
 use crate::data::LabelledLogits;
 use crate::metrics;
@@ -166,10 +166,20 @@ pub fn calibrate(
         check_temperature(if report.before.accuracy < 1.0 { temperature } else { ladder::TEMPERATURE[0] })?;
     }
     progress("prediction sets");
-    let own = validation.own_class_probabilities(logits, chosen, &log_train);
+    let own = validation.own_class_probabilities(logits, chosen, &log_train, false);
+    let own_uniform = validation.own_class_probabilities(logits, chosen, &log_train, true);
     let adjusted: Vec<f64> = own.iter().zip(logits.labels()).map(|(p, &l)| -p / train[l as usize]).collect();
     let plain: Vec<f64> = own.iter().map(|p| -p).collect();
     let table = |scores: &[f64]| conformal::table(scores, logits.labels(), &manifest.classes, &train);
+    let even: Vec<f64> = own_uniform.iter().map(|p| -p).collect();
+    let shrunk = |scores: &[f64], target: &dyn Fn(usize) -> f64| {
+        conformal::shrunk(scores, logits.labels(), &manifest.classes, target)
+    };
+    let posterior = PosteriorTable {
+        calibration: shrunk(&plain, &|k| counts[k] as f64),
+        uniform: shrunk(&even, &|_| 1.0),
+        train: shrunk(&plain, &|k| train[k]),
+    };
     let status = |support: u64, share: f64| match support {
         0 => Status::PriorOnly,
         _ if share >= LEAST_OWN_SHARE => Status::Fitted,
@@ -197,7 +207,12 @@ pub fn calibrate(
                 status: status(support, share),
             })
             .collect(),
-        sets: SetTables { alphas: conformal::ALPHAS.to_vec(), pas: table(&adjusted), plain: table(&plain) },
+        sets: SetTables {
+            alphas: conformal::ALPHAS.to_vec(),
+            pas: table(&adjusted),
+            plain: table(&plain),
+            posterior: Some(posterior),
+        },
         fit: report,
     })
 }

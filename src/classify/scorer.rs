@@ -46,9 +46,9 @@ pub struct ScoreRequest {
     /// Level of the prediction set; no set when absent.
     pub alpha: Option<f64>,
     /// Score of the prediction set.
-    pub set_score: SetScore,
+    pub set_score: Option<SetScore>,
     /// For whom the set's coverage shall hold.
-    pub set_rung: SetRung,
+    pub set_rung: Option<SetRung>,
     /// When to withhold the decision.
     pub abstention: Abstention,
 }
@@ -165,9 +165,15 @@ impl Scorer {
             Prior::Custom(_) => ClassMix::Calibration,
         };
         let rule = |alpha| {
-            let request = SetRequest { alpha, score: set_score, rung: set_rung, mix };
+            let (score, rung) = SetRequest::meant(set_score, set_rung, bound.content.sets.posterior.is_some())?;
+            let request = SetRequest { alpha, score, rung, mix };
             let rule = SetRule::resolve(&bound.content.sets, &self.manifest.classes, request)?;
-            Ok::<_, SetError>((rule, calibrator.offsets(&Prior::Train)))
+            // What the thresholds were fitted to.
+            let scored = match (score, mix) {
+                (SetScore::Posterior, ClassMix::Uniform) => Prior::Uniform,
+                _ => Prior::Train,
+            };
+            Ok::<_, SetError>((rule, calibrator.offsets(&scored)))
         };
         let set = alpha.map(rule).transpose()?;
         Ok(ScoreRule { offsets: Some(calibrator.offsets(&prior)), prior: Some(prior), set, abstention })
@@ -177,8 +183,8 @@ impl Scorer {
     pub fn score(&self, logits: &Logits, rule: &ScoreRule) -> Scored {
         let (probabilities, set) = match (&self.calibrated, &rule.offsets) {
             (Some((_, calibrator)), Some(offsets)) => {
-                let set = rule.set.as_ref().map(|(rule, train)| {
-                    rule.apply(&calibrator.probabilities(logits, train), calibrator.train_prior())
+                let set = rule.set.as_ref().map(|(rule, offsets)| {
+                    rule.apply(&calibrator.probabilities(logits, offsets), calibrator.train_prior())
                 });
                 (calibrator.probabilities(logits, offsets), set)
             }

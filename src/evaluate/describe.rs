@@ -12,8 +12,8 @@ const COLUMNS: [(&str, &str, f64); 8] = [
     ("ECE %", "ece", 100.0),
     ("(null)", "ece", 100.0),
     ("cw-ECE %", "classwise_ece", 100.0),
-    ("cover %", "pas_coverage", 100.0),
-    ("set size", "pas_size", 1.0),
+    ("cover %", "posterior_coverage", 100.0),
+    ("set size", "posterior_size", 1.0),
 ];
 
 impl Evaluation {
@@ -38,7 +38,7 @@ impl Evaluation {
         let _ = writeln!(
             out,
             "\ncw-ECE: mean classwise ECE of the classes; (null): 95 % quantile of ECE under perfect calibration; sets: \
-             prevalence-adjusted, α = {}",
+             as `alpha` alone asks for, α = {}",
             self.alpha
         );
         out
@@ -81,7 +81,11 @@ fn table(out: &mut String, prior: &PriorFigures, pick: &dyn Fn(&Figure, &str) ->
         for scorer in &prior.scorers {
             let _ = write!(out, "{:<9}{:<12}", slice.slice, scorer.scorer);
             for (heading, metric, factor) in COLUMNS {
-                let value = scorer.slices[n].metrics.get(metric).and_then(|f| pick(f, heading));
+                // A calibration of the first schema has no other sets.
+                let metrics = &scorer.slices[n].metrics;
+                let metric = metric
+                    .replace("posterior", if metrics.contains_key("posterior_size") { "posterior" } else { "pas" });
+                let value = metrics.get(metric.as_str()).and_then(|f| pick(f, heading));
                 let _ = match value {
                     Some(value) if factor > 1.0 => write!(out, "{:>10.2}", value * factor),
                     Some(value) => write!(out, "{value:>10.4}"),

@@ -13,7 +13,7 @@ use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots, 
 pub struct DrawError(String);
 
 /// Rows of the tables: metric, heading, factor, decimals.
-const ROWS: [(&str, &str, f64, usize); 11] = [
+const ROWS: [(&str, &str, f64, usize); 13] = [
     ("top1", "top-1, %", 100.0, 2),
     ("top5", "top-5, %", 100.0, 2),
     ("nll", "NLL", 1.0, 4),
@@ -21,6 +21,8 @@ const ROWS: [(&str, &str, f64, usize); 11] = [
     ("ece", "ECE, %", 100.0, 2),
     ("ece_equal_mass", "ECE, equal mass, %", 100.0, 2),
     ("classwise_ece", "classwise ECE, %", 100.0, 3),
+    ("posterior_coverage", "coverage, sets by score, %", 100.0, 2),
+    ("posterior_size", "size, sets by score", 1.0, 3),
     ("pas_coverage", "coverage, adjusted sets, %", 100.0, 2),
     ("pas_size", "size, adjusted sets", 1.0, 3),
     ("plain_coverage", "coverage, plain sets, %", 100.0, 2),
@@ -132,7 +134,11 @@ fn headline(out: &mut String, prior: &PriorFigures) {
         "uniform" => "All classes count as equally frequent, in the images and in the scores.",
         _ => "Images are weighted to the class mix of training, and calibrated scores are given for that mix.",
     };
-    let overall = ROWS.iter().filter(|row| !row.0.contains("equal_mass") && !row.0.contains("plain"));
+    let has = |metric: &str| prior.scorers.iter().any(|s| s.slices.iter().any(|s| s.metrics.contains_key(metric)));
+    let sets = if has("posterior_size") { "posterior" } else { "pas" };
+    let is_set = |metric: &str| metric.ends_with("_coverage") || metric.ends_with("_size");
+    let overall =
+        ROWS.iter().filter(|row| !row.0.contains("equal_mass") && (!is_set(row.0) || row.0.starts_with(sets)));
     let _ = write!(
         out,
         "<h2>Under the {} prior</h2>\n<p>{about}</p>\n<div class=\"scroll\"><table><thead><tr><th></th>",
@@ -252,12 +258,13 @@ fn pictures(
         100.0 * (1.0 - evaluation.alpha)
     );
     let goal = Some(1.0 - evaluation.alpha);
-    for (method, heading) in [("pas", "Adjusted by prevalence"), ("plain", "Plain")] {
+    let headings = [("posterior", "By score"), ("pas", "Adjusted by prevalence"), ("plain", "Plain")];
+    for (method, heading) in headings.into_iter().filter(|(method, _)| evaluation.set_sizes.contains_key(method)) {
         let coverage = plots::by_class(evaluation, "coverage", &|c| c.coverage.get(method).copied(), goal)?;
         let _ = writeln!(out, "<h3>{heading}</h3>\n<div class=\"scroll\">{coverage}</div>");
     }
     out.push_str("<h3>Set sizes</h3>\n<div class=\"plots\">\n");
-    for (method, title) in [("pas", "adjusted by prevalence"), ("plain", "plain")] {
+    for (method, title) in [("posterior", "by score"), ("pas", "adjusted by prevalence"), ("plain", "plain")] {
         if let Some(counts) = evaluation.set_sizes.get(method) {
             out.push_str(&plots::set_sizes(counts, title)?);
         }

@@ -8,7 +8,7 @@ use crate::bundle::{Class, Group};
 use crate::metrics::{Rows, mean};
 
 /// Metrics in the order of every list of figures.
-pub const METRICS: [&str; 11] = [
+pub const METRICS: [&str; 13] = [
     "top1",
     "top5",
     "nll",
@@ -20,6 +20,8 @@ pub const METRICS: [&str; 11] = [
     "pas_size",
     "plain_coverage",
     "plain_size",
+    "posterior_coverage",
+    "posterior_size",
 ];
 /// Positions in [`METRICS`] of those that are computed over bins, and so biased upward on few images.
 pub(super) const BINNED: std::ops::Range<usize> = 4..7;
@@ -95,8 +97,8 @@ pub(super) struct SetHits {
 /// One way of scoring the images, under one prior.
 pub(super) struct Subject<'a> {
     pub(super) rows: &'a Rows,
-    /// PAS and plain, or none.
-    pub(super) sets: Option<&'a [SetHits; 2]>,
+    /// PAS, plain and posterior, or none.
+    pub(super) sets: Option<&'a [SetHits; 3]>,
 }
 
 /// Row weights under a prior.
@@ -160,7 +162,10 @@ pub(super) fn measure(
         let members = by_class[usize::from(slice.balanced)].iter().zip(&slice.classes).zip(&seen);
         let members = members.filter(|((_, member), seen)| **member && **seen);
         let (sum, count) = members.fold((0.0, 0.0), |(sum, count), ((e, _), _)| (sum + e, count + 1.0));
-        let set = |n: usize, of: fn(&SetHits) -> &[f64]| subject.sets.map_or(f64::NAN, |s| mean(of(&s[n]), &inside));
+        let set = |n: usize, of: fn(&SetHits) -> &[f64]| match subject.sets.map(|s| of(&s[n])) {
+            Some(hits) if !hits.is_empty() => mean(hits, &inside),
+            _ => f64::NAN,
+        };
         vec![
             mean(hits, &inside),
             mean(&rows.top5, &inside),
@@ -173,6 +178,8 @@ pub(super) fn measure(
             set(0, |s| &s.size),
             set(1, |s| &s.covered),
             set(1, |s| &s.size),
+            set(2, |s| &s.covered),
+            set(2, |s| &s.size),
         ]
     };
     slices.iter().map(of_slice).collect()

@@ -19,7 +19,7 @@ use crate::bundle::{Bundle, train_prior};
 use crate::classify::{ScoreError, ScoreRequest, Scorer};
 use crate::data::LabelledLogits;
 use crate::metrics::{BINS, Bin, Rows};
-use crate::scores::{Logits, LogitsError, Prior, SetScore, softmax_in_place};
+use crate::scores::{Logits, LogitsError, Prior, SetError, SetScore, softmax_in_place};
 use measure::{SetHits, Slice, Subject, Weights};
 
 pub use figures::{
@@ -59,10 +59,11 @@ pub enum EvaluateError {
 struct Scored {
     prior: Prior,
     weights: Weights,
-    subjects: Vec<(&'static str, Rows, Option<[SetHits; 2]>)>,
+    subjects: Vec<(&'static str, Rows, Option<[SetHits; 3]>)>,
 }
 
-const SETS: [SetScore; 2] = [SetScore::Pas, SetScore::Plain];
+/// Those of a calibration of the first schema lack the last.
+const SETS: [SetScore; 3] = [SetScore::Pas, SetScore::Plain, SetScore::Posterior];
 
 /// Measures `bundle` on its `logits` of `data`.
 ///
@@ -206,23 +207,28 @@ fn calibrated(
     logits: &LabelledLogits,
     prior: &Prior,
     options: &EvaluateOptions,
-) -> Result<(Vec<f64>, [SetHits; 2]), EvaluateError> {
+) -> Result<(Vec<f64>, [SetHits; 3]), EvaluateError> {
     let scorer = Scorer::new(Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
     let rule = |set_score| {
         let request = ScoreRequest {
             prior: Some(prior.clone()),
             alpha: Some(options.alpha),
-            set_score,
+            set_score: Some(set_score),
             ..ScoreRequest::default()
         };
         scorer.rule(request, prior)
     };
-    let rules = [rule(SETS[0])?, rule(SETS[1])?];
+    let posterior = match rule(SETS[2]) {
+        Err(ScoreError::Set(SetError::NoPosterior)) => None,
+        found => Some(found?),
+    };
+    let rules = [Some(rule(SETS[0])?), Some(rule(SETS[1])?), posterior];
     let mut p = Vec::with_capacity(logits.len() * logits.classes());
-    let mut sets = [SetHits::default(), SetHits::default()];
+    let mut sets = [SetHits::default(), SetHits::default(), SetHits::default()];
     for (row, &label) in logits.labels().iter().enumerate() {
         let z: Logits = logits.logits(row)?;
         for (n, rule) in rules.iter().enumerate() {
+            let Some(rule) = rule else { continue };
             let scored = scorer.score(&z, rule);
             let members = scored.set.map(|set| set.members).unwrap_or_default();
             sets[n].covered.push(f64::from(u8::from(members.iter().any(|(k, _)| *k == label as usize))));
@@ -288,6 +294,7 @@ fn by_class(bundle: &Bundle, scored: &Scored) -> Vec<ClassFigures> {
     };
     let of = |(k, class): (usize, &crate::bundle::Class)| {
         let sets = scored.subjects.iter().filter_map(|(_, _, sets)| sets.as_ref()).flat_map(|s| SETS.iter().zip(s));
+        let sets = sets.filter(|(_, hits)| !hits.covered.is_empty());
         ClassFigures {
             label: class.label.clone(),
             group: class.group(),
@@ -333,5 +340,6 @@ fn set_sizes(scored: &Scored) -> BTreeMap<&'static str, Vec<u64>> {
         hits.size.iter().for_each(|size| counts[*size as usize - 1] += 1);
         counts
     };
-    SETS.iter().zip(sets).map(|(method, hits)| (method.name(), of(hits))).collect()
+    let given = SETS.iter().zip(sets).filter(|(_, hits)| !hits.covered.is_empty());
+    given.map(|(method, hits)| (method.name(), of(hits))).collect()
 }

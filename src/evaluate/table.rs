@@ -17,7 +17,11 @@ body.append(...[...body.rows].sort((a,b)=>up?order(a,b):order(b,a)));};";
 
 /// What the columns of shares say, by the key in each class's figures.
 const RECALL: [(&str, &str); 2] = [("softmax", "accuracy, softmax, %"), ("calibrated", "accuracy, calibrated, %")];
-const COVERAGE: [(&str, &str); 2] = [("pas", "coverage, adjusted sets, %"), ("plain", "coverage, plain sets, %")];
+const COVERAGE: [(&str, &str); 3] = [
+    ("posterior", "coverage, sets by score, %"),
+    ("pas", "coverage, adjusted sets, %"),
+    ("plain", "coverage, plain sets, %"),
+];
 
 /// Every class that has images, the most frequent in training first.
 pub(super) fn classes(out: &mut String, evaluation: &Evaluation) {

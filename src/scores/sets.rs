@@ -8,16 +8,18 @@ use serde::{Deserialize, Serialize};
 use super::Probabilities;
 use crate::bundle::{Class, Group, MixThresholds, ScoreTable, SetTables, Thresholds};
 
-/// What a prediction set's threshold is compared with: made from probabilities under the training prior.
+/// What a prediction set's threshold is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SetScore {
-    /// −p/π_train, adjusted by prevalence: rare classes get into sets more easily, which raises the mean coverage per
+    /// −p under the prior of the answer, the default: the set holds the classes whose score in the answer is high enough.
+    Posterior,
+    /// −p/π_train of p under the training prior, adjusted by prevalence: rare classes get into sets more easily, which raises the mean coverage per
     /// class.
     #[default]
     Pas,
-    /// −p: small sets under the training mix, which often miss rare classes.
+    /// −p under the training prior: small sets under the training mix, which often miss rare classes.
     Plain,
 }
 
@@ -25,17 +27,18 @@ impl SetScore {
     /// As on the wire.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Posterior => "posterior",
             Self::Pas => "pas",
             Self::Plain => "plain",
         }
     }
 
-    /// The score of every class.
-    pub fn values(self, train: &Probabilities, train_prior: &[f64]) -> Vec<f64> {
-        let p = train.values().iter();
+    /// The score of every class, from probabilities under the prior that it is of.
+    pub fn values(self, probabilities: &Probabilities, train_prior: &[f64]) -> Vec<f64> {
+        let p = probabilities.values().iter();
         match self {
             Self::Pas => p.zip(train_prior).map(|(p, prior)| -p / prior).collect(),
-            Self::Plain => p.map(|p| -p).collect(),
+            Self::Posterior | Self::Plain => p.map(|p| -p).collect(),
         }
     }
 }
@@ -52,6 +55,8 @@ pub enum SetRung {
     Group,
     /// Over the images of each class.
     Class,
+    /// Of each class, as far as it has images; else of its group, and of all.
+    Shrunk,
 }
 
 impl SetRung {
@@ -61,6 +66,7 @@ impl SetRung {
             Self::Marginal => "marginal",
             Self::Group => "group",
             Self::Class => "class",
+            Self::Shrunk => "shrunk",
         }
     }
 }
@@ -133,6 +139,19 @@ pub enum SetError {
         /// The finest of the table.
         finest: f64,
     },
+    /// A score and a rung that do not go together.
+    #[error("set_rung {} is not for set_score {}: {}", .1.name(), .0.name(), if *.0 == SetScore::Posterior {
+        "its thresholds are always shrunk; leave set_rung out, or choose set_score pas or plain"
+    } else {
+        "choose marginal, group or class, or set_score posterior"
+    })]
+    Rung(SetScore, SetRung),
+    /// Calibrated by an earlier version.
+    #[error(
+        "this model's calibration has no thresholds for set_score posterior: choose pas or plain, or run `nbn fold \
+         calibrate` again"
+    )]
+    NoPosterior,
     /// No level at all.
     #[error("this bundle's calibration images are too few for prediction sets: calibrate with more images")]
     None,
@@ -152,6 +171,32 @@ pub struct PredictionSet {
     pub members: Vec<(usize, SetRung)>,
 }
 
+impl SetRequest {
+    /// What is meant by a score and a rung of which either may be left open, where thresholds of the posterior are there or
+    /// not.
+    ///
+    /// # Errors
+    /// When they do not go together, or there are no such thresholds.
+    pub fn meant(
+        score: Option<SetScore>,
+        rung: Option<SetRung>,
+        has_posterior: bool,
+    ) -> Result<(SetScore, SetRung), SetError> {
+        let score = score.unwrap_or(match rung {
+            Some(SetRung::Marginal | SetRung::Group | SetRung::Class) => SetScore::Pas,
+            Some(SetRung::Shrunk) => SetScore::Posterior,
+            None if has_posterior => SetScore::Posterior,
+            None => SetScore::Pas,
+        });
+        match (score, rung) {
+            (SetScore::Posterior, _) if !has_posterior => Err(SetError::NoPosterior),
+            (SetScore::Posterior, None | Some(SetRung::Shrunk)) => Ok((score, SetRung::Shrunk)),
+            (SetScore::Posterior, Some(rung)) | (_, Some(rung @ SetRung::Shrunk)) => Err(SetError::Rung(score, rung)),
+            (_, rung) => Ok((score, rung.unwrap_or_default())),
+        }
+    }
+}
+
 impl SetRule {
     /// Looks up the thresholds for `request`. A level between two of the table's is served by the finer one.
     ///
@@ -163,6 +208,7 @@ impl SetRule {
             return Err(SetError::Alpha(alpha));
         }
         let table: &ScoreTable = match score {
+            SetScore::Posterior => return Self::shrunk(tables, request),
             SetScore::Pas => &tables.pas,
             SetScore::Plain => &tables.plain,
         };
@@ -194,15 +240,41 @@ impl SetRule {
         Ok(Self { request, thresholds: classes.iter().enumerate().map(of_class).collect() })
     }
 
+    /// By a threshold for each class. A level is there when every class has it.
+    fn shrunk(tables: &SetTables, request: SetRequest) -> Result<Self, SetError> {
+        let posterior = tables.posterior.as_ref().ok_or(SetError::NoPosterior)?;
+        let lists = match request.mix {
+            ClassMix::Calibration => &posterior.calibration,
+            ClassMix::Uniform => &posterior.uniform,
+            ClassMix::Train => &posterior.train,
+        };
+        let alpha = request.alpha;
+        let at = |level: usize| -> Option<Vec<(f64, SetRung)>> {
+            lists.iter().map(|list| Some((list.get(level).copied()??, SetRung::Shrunk))).collect()
+        };
+        let finest = (0..tables.alphas.len()).find(|&level| at(level).is_some()).ok_or(SetError::None)?;
+        let Some(level) = tables.alphas.iter().rposition(|a| *a <= alpha).filter(|level| *level >= finest) else {
+            let is_first = finest == 0;
+            let finest = tables.alphas[finest];
+            return Err(if is_first {
+                SetError::BeyondTable { alpha, finest }
+            } else {
+                SetError::TooFine { alpha, finest }
+            });
+        };
+        let thresholds = at(level).ok_or(SetError::TooFine { alpha, finest: tables.alphas[finest] })?;
+        Ok(Self { request, thresholds })
+    }
+
     /// What was asked for.
     pub fn request(&self) -> &SetRequest {
         &self.request
     }
 
-    /// The set of one image from its probabilities under the training prior. Never empty: the class with the least
-    /// score is always in it, which can only raise coverage.
-    pub fn apply(&self, train: &Probabilities, train_prior: &[f64]) -> PredictionSet {
-        let scores = self.request.score.values(train, train_prior);
+    /// The set of one image from its probabilities under the training prior, or for the posterior those of its mix. Never
+    /// empty: the class with the least score is always in it, which can only raise coverage.
+    pub fn apply(&self, probabilities: &Probabilities, train_prior: &[f64]) -> PredictionSet {
+        let scores = self.request.score.values(probabilities, train_prior);
         let mut members: Vec<(usize, SetRung)> = scores
             .iter()
             .zip(&self.thresholds)
@@ -223,7 +295,7 @@ impl SetRule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::GroupThresholds;
+    use crate::bundle::{GroupThresholds, PosteriorTable};
 
     fn classes() -> Vec<Class> {
         [500, 50, 5].iter().map(|n| Class { label: n.to_string(), count: Some(*n) }).collect()
@@ -250,7 +322,47 @@ mod tests {
             ],
             classes: vec![vec![None, Some(-0.6), Some(-0.7)], vec![None; 3], vec![None; 3]],
         };
-        SetTables { alphas: vec![0.01, 0.1, 0.2], pas: table.clone(), plain: table }
+        let of = |uniform: f64| {
+            vec![
+                vec![None, Some(uniform), Some(uniform)],
+                vec![None, Some(-0.5), Some(-0.6)],
+                vec![None, None, Some(-0.1)],
+            ]
+        };
+        let posterior = PosteriorTable { calibration: of(-0.3), uniform: of(-0.2), train: of(-0.4) };
+        SetTables { alphas: vec![0.01, 0.1, 0.2], pas: table.clone(), plain: table, posterior: Some(posterior) }
+    }
+
+    #[test]
+    fn the_posteriors_thresholds_are_those_of_the_mix_and_every_class_has_the_level() {
+        let request = |alpha, mix| SetRequest { alpha, score: SetScore::Posterior, rung: SetRung::Shrunk, mix };
+        let resolve = |alpha, mix| SetRule::resolve(&tables(), &classes(), request(alpha, mix));
+        let of = |mix| resolve(0.25, mix).unwrap().thresholds.iter().map(|t| t.0).collect::<Vec<_>>();
+        assert_eq!(of(ClassMix::Uniform), [-0.2, -0.6, -0.1]);
+        assert_eq!(of(ClassMix::Train), [-0.4, -0.6, -0.1]);
+        assert_eq!(of(ClassMix::Calibration), [-0.3, -0.6, -0.1]);
+        let fine = resolve(0.1, ClassMix::Uniform).unwrap_err();
+        assert_eq!(fine, SetError::TooFine { alpha: 0.1, finest: 0.2 });
+        let old = SetTables { posterior: None, ..tables() };
+        assert_eq!(SetRule::resolve(&old, &classes(), request(0.2, ClassMix::Train)), Err(SetError::NoPosterior));
+    }
+
+    #[test]
+    fn what_is_left_open_follows_from_what_is_said() {
+        use SetRung::{Class, Group, Marginal, Shrunk};
+        use SetScore::{Pas, Plain, Posterior};
+        for (score, rung, meant) in [
+            (None, None, Ok((Posterior, Shrunk))),
+            (None, Some(Group), Ok((Pas, Group))),
+            (None, Some(Shrunk), Ok((Posterior, Shrunk))),
+            (Some(Plain), None, Ok((Plain, Marginal))),
+            (Some(Posterior), Some(Class), Err(SetError::Rung(Posterior, Class))),
+            (Some(Pas), Some(Shrunk), Err(SetError::Rung(Pas, Shrunk))),
+        ] {
+            assert_eq!(SetRequest::meant(score, rung, true), meant);
+        }
+        assert_eq!(SetRequest::meant(None, None, false), Ok((Pas, Marginal)));
+        assert_eq!(SetRequest::meant(Some(Posterior), None, false), Err(SetError::NoPosterior));
     }
 
     fn rule(alpha: f64, rung: SetRung) -> Result<SetRule, SetError> {

@@ -34,10 +34,11 @@ pub(crate) struct RequestOptions {
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
     pub(crate) alpha: Option<f64>,
-    /// Score that the prediction set is built from; `pas` by default.
+    /// Score that the prediction set is built from: by default `posterior`, or `pas` if a rung other than `shrunk` is given or the
+    /// calibration is of an earlier version.
     #[serde(default)]
     pub(crate) set_score: Option<SetScore>,
-    /// Images over which the coverage of sets must hold; `marginal` by default.
+    /// Images over which the coverage of sets must hold: by default `shrunk` with `posterior`, else `marginal`.
     #[serde(default)]
     pub(crate) set_rung: Option<SetRung>,
     /// Abstain if the set has more classes than this; needs `alpha`.
@@ -70,10 +71,11 @@ pub(crate) struct QueryOptions {
     /// Add a prediction set; at most this share of the sets miss the true class.
     #[param(minimum = 0.0, maximum = 1.0)]
     alpha: Option<f64>,
-    /// Score that the set is built from; `pas` by default.
+    /// Score that the set is built from: by default `posterior`, or `pas` if a rung other than `shrunk` is given or the
+    /// calibration is of an earlier version.
     #[param(inline)]
     set_score: Option<SetScore>,
-    /// Images over which the coverage of sets must hold; `marginal` by default.
+    /// Images over which the coverage of sets must hold: by default `shrunk` with `posterior`, else `marginal`.
     #[param(inline)]
     set_rung: Option<SetRung>,
     /// Abstain if the set has more classes than this; needs `alpha`.
@@ -185,8 +187,10 @@ impl RequestOptions {
                         word(&value).ok_or_else(|| bad("uniform or train; give a prior of your own in a JSON body"))?;
                     options.prior = Some(WirePrior::Named(prior));
                 }
-                "set_score" => options.set_score = Some(word(&value).ok_or_else(|| bad("pas or plain"))?),
-                "set_rung" => options.set_rung = Some(word(&value).ok_or_else(|| bad("marginal, group or class"))?),
+                "set_score" => options.set_score = Some(word(&value).ok_or_else(|| bad("posterior, pas or plain"))?),
+                "set_rung" => {
+                    options.set_rung = Some(word(&value).ok_or_else(|| bad("marginal, group, class or shrunk"))?)
+                }
                 "abstain_prior_only" => {
                     options.abstain_prior_only = Some(value.parse().map_err(|_| bad("true or false"))?);
                 }
@@ -256,8 +260,8 @@ impl RequestOptions {
         Ok(ScoreRequest {
             prior,
             alpha: self.alpha,
-            set_score: self.set_score.unwrap_or_default(),
-            set_rung: self.set_rung.unwrap_or_default(),
+            set_score: self.set_score,
+            set_rung: self.set_rung,
             abstention: Abstention {
                 min_score: self.min_score,
                 max_set_size: self.max_set_size,

@@ -189,7 +189,7 @@ pub(crate) struct WireSet {
     /// Images over which the coverage was requested to hold.
     pub(crate) rung: SetRung,
     /// What each class's threshold is based on, in the order of `labels`: a class or group with too few calibration
-    /// images falls back to a wider rung. Absent when `rung` is `marginal`.
+    /// images falls back to a wider rung. Absent when `rung` is `marginal` or `shrunk`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rungs: Option<Vec<SetRung>>,
     /// The class mix that the coverage holds for: `uniform`, `train`, or `calibration`, that of the calibration images.
@@ -206,7 +206,7 @@ impl WireSet {
             class_ids: set.members.iter().map(|(k, _)| *k).collect(),
             method: request.score,
             rung: request.rung,
-            rungs: (request.rung != SetRung::Marginal).then_some(rungs),
+            rungs: matches!(request.rung, SetRung::Group | SetRung::Class).then_some(rungs),
             holds_for: request.mix.name(),
         }
     }

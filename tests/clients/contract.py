@@ -30,8 +30,8 @@ CHECKS = [
 # Values that reach further than a random string, where the document allows any.
 WORDS = {
     "prior": ["uniform", "train"],
-    "set_score": ["pas", "plain"],
-    "set_rung": ["marginal", "group", "class"],
+    "set_score": ["posterior", "pas", "plain"],
+    "set_rung": ["marginal", "group", "class", "shrunk"],
     "include": ["logits", "uncalibrated,support", "logits,timings"],
 }
 IMAGES = {"png": "PNG", "jpeg": "JPEG", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "webp": "WEBP"}

@@ -488,7 +488,7 @@ async fn sets_extras_and_abstention_come_on_request() {
     let set = &result["set"];
     assert_eq!(
         (&set["alpha"], &set["method"], &set["rung"], &set["holds_for"]),
-        (&json!(0.1), &json!("pas"), &json!("marginal"), &json!("uniform"))
+        (&json!(0.1), &json!("posterior"), &json!("shrunk"), &json!("uniform"))
     );
     assert!(!set["labels"].as_array().unwrap().is_empty() && set["rungs"].is_null());
     let softmax: f64 =
@@ -499,20 +499,24 @@ async fn sets_extras_and_abstention_come_on_request() {
         (&truck["support"], &truck["status"], &truck["training_images"]),
         (&json!(5), &json!("pooled"), &json!(45))
     );
+    let pas = ask("alpha=0.1&set_score=pas").await.json()["results"][0]["set"].clone();
+    assert_eq!((&pas["method"], &pas["rung"]), (&json!("pas"), &json!("marginal")));
     let wide = ask("alpha=0.02&set_rung=class&prior=train").await.json()["results"][0]["set"].clone();
-    assert!(wide["labels"].as_array().unwrap().len() >= set["labels"].as_array().unwrap().len());
+    assert!(wide["labels"].as_array().unwrap().len() >= pas["labels"].as_array().unwrap().len());
     assert_eq!(wide["rungs"].as_array().unwrap().len(), wide["labels"].as_array().unwrap().len());
     assert_eq!(wide["holds_for"], "train");
     let shy = ask("min_score=1").await.json()["results"][0].clone();
     assert_eq!((&shy["decision"], &shy["predictions"]), (&json!("abstain"), &json!([])));
     assert!(shy["reason"].as_str().unwrap().contains("below min_score 1"));
-    let tight = ask("alpha=0.02&max_set_size=1").await.json()["results"][0].clone();
+    let tight = ask("alpha=0.02&set_score=pas&max_set_size=1").await.json()["results"][0].clone();
     assert!(tight["decision"] == "abstain" && tight["reason"].as_str().unwrap().contains("more than max_set_size 1"));
     for (query, words) in [
         ("alpha=0.0001", "the calibration images allow"),
         ("alpha=2", "it must lie between 0 and 1"),
         ("alpha=x", "a number from 0 to 1"),
-        ("alpha=0.1&set_score=none", "pas or plain"),
+        ("alpha=0.1&set_score=none", "posterior, pas or plain"),
+        ("alpha=0.1&set_score=pas&set_rung=shrunk", "choose marginal, group or class, or set_score posterior"),
+        ("alpha=0.1&set_score=posterior&set_rung=group", "leave set_rung out"),
         ("include=everything", "uncalibrated"),
     ] {
         let answer = ask(query).await;

@@ -112,8 +112,11 @@ def figures(scorer):
     groups = [name for name in ("many", "medium", "few") if name in slices]
     row |= {f"cw-ECE % {name}": 100 * slices[name]["classwise_ece"] for name in groups}
     if "pas_coverage" in whole:
-        row |= {"macro coverage %": 100 * slices["macro"]["pas_coverage"], "set size": whole["pas_size"]}
-        row |= {f"coverage % {name}": 100 * slices[name]["pas_coverage"] for name in groups}
+        # What `alpha` alone asks for.
+        sets = "posterior" if "posterior_coverage" in whole else "pas"
+        row |= {"macro coverage %": 100 * slices["macro"][f"{sets}_coverage"], "set size": whole[f"{sets}_size"]}
+        row |= {f"coverage % {name}": 100 * slices[name][f"{sets}_coverage"] for name in groups}
+        row |= {"size of pas": whole["pas_size"]}
     return row
 
 

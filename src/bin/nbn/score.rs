@@ -127,12 +127,13 @@ struct ScoreArgs {
     /// Add prediction sets that miss the true class for at most this share of the images, such as 0.1
     #[arg(long)]
     alpha: Option<f64>,
-    /// Score that prediction sets are built from
-    #[arg(long, default_value = "pas", requires = "alpha")]
-    set_score: SetScore,
-    /// Images over which the sets' coverage must hold
-    #[arg(long, default_value = "marginal", requires = "alpha")]
-    set_rung: SetRung,
+    /// Score that prediction sets are built from [default: posterior; pas with --set-rung, or with a calibration of an
+    /// earlier version]
+    #[arg(long, requires = "alpha")]
+    set_score: Option<SetScore>,
+    /// Images over which the sets' coverage must hold [default: shrunk with posterior, else marginal]
+    #[arg(long, requires = "alpha")]
+    set_rung: Option<SetRung>,
     /// Leave out classes with a lower score; abstain if none is left
     #[arg(long, value_parser = probability)]
     min_score: Option<f64>,
