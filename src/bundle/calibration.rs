@@ -7,7 +7,8 @@ use super::{Class, Group, Manifest, sha256_hex};
 
 /// Version of the file's form that this build writes.
 pub const CALIBRATION_SCHEMA_VERSION: u32 = 2;
-/// The oldest that it reads. The first has neither a trend nor a strength of shrinkage, and answers as it did.
+/// The oldest that it reads. The first has neither a trend nor a strength of shrinkage, does not centre logits, and answers as
+/// it did.
 const OLDEST_SCHEMA_VERSION: u32 = 1;
 
 /// The content of `calibration.json`. Formulas: docs/calibration.md.
@@ -50,9 +51,9 @@ pub struct Calibration {
 pub enum KappaSource {
     /// From the command line: the loss is known.
     Given,
-    /// From the checkpoint, which says what loss it was trained with.
+    /// Fitted, and shrunk to what the checkpoint's loss implies.
     Checkpoint,
-    /// 0 or 1, which cross-validation preferred.
+    /// Fitted, and shrunk to 0 or 1, whichever cross-validation preferred.
     Chosen,
     /// Fitted.
     Learned,
@@ -89,7 +90,7 @@ impl Rung {
 }
 
 /// One class's map and what it stands on. The calibrated log-score before normalisation is
-/// a·z + c + log(π_deploy / π_train).
+/// a·z + c + log(π_deploy / π_train), where z is the logit less the median of the image's logits.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct ClassCalibration {
@@ -328,6 +329,11 @@ fn bad(what: impl Into<String>, value: &dyn std::fmt::Display, limit: &'static s
 }
 
 impl Calibration {
+    /// Whether the median of an image's logits is taken from each before it is scaled.
+    pub fn is_centred(&self) -> bool {
+        self.schema_version > OLDEST_SCHEMA_VERSION
+    }
+
     /// Checks that the file is of `manifest`'s bundle and consistent in itself: every logit gives finite scores then.
     ///
     /// # Errors

@@ -50,6 +50,7 @@ pub(super) fn table(scores: &[f64], labels: &[u32], classes: &[Class], train_pri
 
 /// Images of a class, or of its group, that say as much of its threshold as what is wider does.
 const SHRINKAGE: f64 = 30.0;
+
 /// A list of thresholds for each class, whose image i has the score `scores[i]` of its own class `labels[i]`; the classes' mix
 /// is `target`. The images are weighted towards the class: with n of its own, they have n/(n + 30) of the weight; those of its
 /// group, as many as their weights are worth, m/(m + 30) of the rest; and all images what is left. So a class with many images
@@ -69,15 +70,16 @@ pub(super) fn shrunk(
     let of_class = |k: usize| if counts[k] > 0.0 { target(k) / counts[k] } else { 0.0 };
     let each: Vec<f64> = (0..classes.len()).map(of_class).collect();
     let group_of: Vec<Option<Group>> = classes.iter().map(Class::group).collect();
-    // Sums of weights and of their squares, over all and over each group.
-    let sums = |group: Option<Option<Group>>| {
-        let members = (0..classes.len()).filter(|&k| group.is_none_or(|group| group_of[k] == group));
+    let all: f64 = counts.iter().zip(&each).map(|(count, each)| count * each).sum();
+    // Of each group, the sum of its images' weights and of their squares.
+    let sums_of = |group: Option<Group>| {
+        let members = (0..classes.len()).filter(|&k| group_of[k] == group);
         members
             .fold((0.0, 0.0), |(sum, squares), k| (sum + counts[k] * each[k], squares + counts[k] * each[k] * each[k]))
     };
-    let (all, _) = sums(None);
+    let groups = [None, Some(Group::Many), Some(Group::Medium), Some(Group::Few)].map(|g| (g, sums_of(g)));
     let of_each = |k: usize| {
-        let (sum, squares) = sums(Some(group_of[k]));
+        let (_, (sum, squares)) = groups.into_iter().find(|(group, _)| *group == group_of[k]).unwrap_or_default();
         let worth = if squares > 0.0 { sum * sum / squares } else { 0.0 };
         let (group, own) = (worth / (worth + SHRINKAGE), counts[k] / (counts[k] + SHRINKAGE));
         let weight = |row: usize| {

@@ -13,7 +13,7 @@ use crate::scores::{argmax, softmax_in_place};
 const FOLDS: usize = 5;
 /// Strengths λ of the penalties that are tried, from the strongest: each fit begins where the one before ended.
 const STRENGTHS: [f64; 5] = [8.0, 4.0, 2.0, 1.0, 0.5];
-/// The one that stays unless another is clearly better: it was best, or near it, on three sets.
+/// The one that stays unless another is clearly better: it was best, or near it, on two sets.
 const USUAL: f64 = 1.0;
 /// Standard errors by which another one is clearly better.
 const CLEARLY: f64 = 2.0;
@@ -114,7 +114,8 @@ impl CrossValidation {
     }
 
     /// The candidate to take: the usual strength of the highest rung, unless another is more likely by more than two standard
-    /// errors of the paired difference; then a stronger one, or the temperature alone, as long as accuracy is lost.
+    /// errors of the paired difference; then a stronger one, or the temperature alone, as long as accuracy is lost. Where all
+    /// of them lose it, none is better than the first.
     pub(super) fn choose(&self, logits: &LabelledLogits) -> usize {
         let Some(highest) = self.tried.iter().map(|one| one.candidate.rung).max() else { return 0 };
         let mean = |one: &OutOfFold| weighted(&one.balanced_nll, &self.weights).0;
@@ -128,9 +129,9 @@ impl CrossValidation {
         // Weaker fits first, then stronger ones, then the temperature.
         let strength = self.tried[chosen].candidate.strength;
         let mut guarded: Vec<usize> = (0..self.tried.len())
+            .rev()
             .filter(|&n| self.tried[n].candidate.rung == highest && self.tried[n].candidate.strength >= strength)
             .collect();
-        guarded.sort_by(|&a, &b| self.tried[a].candidate.strength.total_cmp(&self.tried[b].candidate.strength));
         guarded.extend(self.tried.iter().position(|one| one.candidate.rung == Rung::Temperature));
         let before: Vec<f64> = logits
             .labels()

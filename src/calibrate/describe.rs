@@ -38,8 +38,8 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     }
     let source = match calibration.kappa_source {
         KappaSource::Given => "given",
-        KappaSource::Checkpoint => "the checkpoint's loss",
-        KappaSource::Chosen => "chosen",
+        KappaSource::Checkpoint => "shrunk to what the checkpoint's loss implies",
+        KappaSource::Chosen => "shrunk to 0 or 1, whichever cross-validation preferred",
         KappaSource::Learned => "learned",
     };
     let _ = writeln!(
@@ -50,10 +50,13 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
     let _ = match calibration.rung {
         Rung::PriorShift => writeln!(
             out,
-            "            nothing else: too few images. Where κ is 1, scores under the uniform prior are the softmax"
+            "            nothing but the prior. Where κ is 1, scores under the uniform prior are the softmax"
         ),
         Rung::Temperature => Ok(()),
         Rung::TemperatureBias => writeln!(out, "            a bias per class"),
+        Rung::StructuredVectorScaling if calibration.shrinkage == 0.0 => {
+            writeln!(out, "            a scale and a bias per class")
+        }
         Rung::StructuredVectorScaling => writeln!(
             out,
             "            a scale and a bias per class, shrunk (λ {}) to a trend over the classes' frequencies (t {:+.3})",

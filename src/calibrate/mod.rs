@@ -36,7 +36,7 @@ pub struct CalibrateOptions {
     /// Whether the prior was taken out of the logits. When absent, what the checkpoint says of its loss; learned where that
     /// says nothing or a logit-rectification head stands behind it.
     pub kappa: Option<Kappa>,
-    /// The rung to take instead of the one that cross-validation chooses; a higher one than the samples allow is refused.
+    /// Fit no more than this rung allows, with λ 1; a higher one than the samples allow is refused.
     pub rung: Option<Rung>,
     /// Seed of the folds.
     pub seed: u64,
@@ -101,6 +101,8 @@ pub fn calibrate(
         let without = manifest.classes.iter().find(|c| c.count.is_none_or(|n| n == 0));
         CalibrateError::NoCount(without.map_or_else(String::new, |c| c.label.clone()))
     })?;
+    let centred = logits.centred();
+    let logits = &centred;
     let counts = logits.counts();
     if let Some(only) = counts.iter().position(|&n| n == logits.len() as u64) {
         return Err(CalibrateError::OneClass { images: logits.len(), label: manifest.classes[only].label.clone() });
@@ -132,8 +134,12 @@ pub fn calibrate(
         Kappa::Learned => {
             progress("choosing κ: around 0, around 1, or learned");
             let shared = [Candidate { rung: highest.min(Rung::Temperature), strength: 1.0 }];
-            let around = [Kappa::Fixed(0.0), Kappa::Fixed(1.0), Kappa::Learned];
-            let around = around.map(|kappa| (kappa, cross_validate(kappa, &shared)));
+            let mut around = vec![Kappa::Fixed(0.0), Kappa::Fixed(1.0)];
+            // Where nothing else is fitted, there are too few images for κ, too.
+            if highest > Rung::PriorShift {
+                around.push(Kappa::Learned);
+            }
+            let around: Vec<_> = around.into_iter().map(|kappa| (kappa, cross_validate(kappa, &shared))).collect();
             match CrossValidation::choose_kappa(&around) {
                 Some(Kappa::Fixed(kappa)) => (Kappa::Around(kappa), KappaSource::Chosen),
                 _ => (Kappa::Learned, KappaSource::Learned),

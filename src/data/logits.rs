@@ -16,7 +16,7 @@ use crate::classify::{Classifier, ClassifyError};
 use crate::files;
 use crate::pixels::{DecodeLimits, Picture};
 use crate::runtime::{Library, SessionOptions};
-use crate::scores::{Logits, LogitsError};
+use crate::scores::{Logits, LogitsError, centre};
 
 /// Logits [N, K] of N images, and the index of each one's class. All are finite; every label is below K.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,6 +61,18 @@ impl LabelledLogits {
             values: numbers.iter().flat_map(|&n| self.row(n).iter().copied()).collect(),
             labels: numbers.iter().map(|&n| self.labels[n]).collect(),
         }
+    }
+
+    /// Each row less its [`centre`].
+    #[must_use]
+    pub fn centred(&self) -> Self {
+        let row = |row: &[f32]| {
+            let centre = centre(row);
+            let moved = |z: &f32| (f64::from(*z) - centre).clamp(f32::MIN.into(), f32::MAX.into()) as f32;
+            row.iter().map(moved).collect::<Vec<f32>>()
+        };
+        let values = self.values.chunks(self.classes).flat_map(row).collect();
+        Self { classes: self.classes, values, labels: self.labels.clone() }
     }
 
     /// Reads `logits` [N, K] (f32 or f64) and `labels` [N] (i64 or i32) from a safetensors file.

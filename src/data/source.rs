@@ -98,6 +98,8 @@ pub struct LabelledImages {
     labels: Vec<u32>,
     store: Option<Store>,
     origin: PathBuf,
+    /// The folder that paths are told from: the set's, or that of its list.
+    base: PathBuf,
     columns: Option<Columns>,
 }
 
@@ -140,7 +142,8 @@ impl LabelledImages {
             }
         }
         let items = files.into_iter().map(Item::File).collect();
-        Ok(Self { items, labels, store: None, origin: origin.to_owned(), columns })
+        let base = if origin.is_dir() { origin } else { origin.parent().unwrap_or(origin) }.to_owned();
+        Ok(Self { items, labels, store: None, origin: origin.to_owned(), base, columns })
     }
 
     /// What a table says of the images besides.
@@ -192,6 +195,7 @@ impl LabelledImages {
             labels: records.iter().map(|&r| self.labels[r]).collect(),
             store: self.store.clone(),
             origin: self.origin.clone(),
+            base: self.base.clone(),
             columns: self.columns.as_ref().map(|columns| columns.select(records)),
         })
     }
@@ -202,9 +206,13 @@ impl LabelledImages {
             Item::File(path) => {
                 // The one may be relative and the other not.
                 let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-                let (path, origin) = (whole(path), whole(&self.origin));
-                let base = if self.origin.is_dir() { Some(origin.as_path()) } else { origin.parent() };
-                let within = base.and_then(|base| path.strip_prefix(base).ok()).unwrap_or(&path);
+                let within = path.strip_prefix(&self.base).map_or_else(
+                    |_| {
+                        let path = whole(path);
+                        path.strip_prefix(whole(&self.base)).map(Path::to_owned).unwrap_or(path)
+                    },
+                    Path::to_owned,
+                );
                 // Names that are no text must not look alike.
                 within.to_str().map_or_else(|| format!("{within:?}"), str::to_owned)
             }
@@ -383,7 +391,14 @@ fn cifar(path: &Path, labels: &[String], label_bytes: usize) -> Result<LabelledI
     let labels = check_labels(path, (0..count).map(|r| bytes[r * record + label_bytes - 1]).collect(), labels)?;
     let items = (0..count).map(|r| Item::Raw { at: r * record + label_bytes }).collect();
     let store = Store { bytes: bytes.into(), width: CIFAR_SIDE, height: CIFAR_SIDE, planes: 3 };
-    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned(), columns: None })
+    Ok(LabelledImages {
+        items,
+        labels,
+        store: Some(store),
+        origin: path.to_owned(),
+        base: path.to_owned(),
+        columns: None,
+    })
 }
 
 fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
@@ -403,7 +418,14 @@ fn idx(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let labels = check_labels(&beside, label_bytes[label_at..].to_vec(), labels)?;
     let items = (0..count).map(|n| Item::Raw { at: at + n * height * width }).collect();
     let store = Store { bytes: pixels.into(), width, height, planes: 1 };
-    Ok(LabelledImages { items, labels, store: Some(store), origin: path.to_owned(), columns: None })
+    Ok(LabelledImages {
+        items,
+        labels,
+        store: Some(store),
+        origin: path.to_owned(),
+        base: path.to_owned(),
+        columns: None,
+    })
 }
 
 /// Dimensions, all bytes, and where the data starts. Source: yann.lecun.com/exdb/mnist, "the IDX file format".

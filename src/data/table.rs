@@ -34,8 +34,12 @@ impl Columns {
 
     /// All names, for an error.
     pub(super) fn names(&self) -> String {
-        self.names.iter().collect::<Vec<_>>().join(", ")
+        listed(&self.names)
     }
+}
+
+fn listed(names: &StringRecord) -> String {
+    names.iter().collect::<Vec<_>>().join(", ")
 }
 
 struct Table {
@@ -60,7 +64,7 @@ fn read(path: &Path) -> Result<Table, DataError> {
             return Err(content(path, &format!("has several columns {name}: name one of them otherwise")));
         }
         usual.iter().find_map(|name| names.iter().position(|other| is(name, other))).ok_or_else(|| {
-            let (usual, names) = (usual.join(", "), names.iter().collect::<Vec<_>>().join(", "));
+            let (usual, names) = (usual.join(", "), listed(&names));
             let reason = format!(
                 "has no column for {what}, which is named one of {usual}; its columns are {names}. Name it so in the first \
                  line. A list without a header is a text file: --data-format list"

@@ -110,7 +110,7 @@ fn read(
         // Before the picture's size is known: of what stands before it.
         ImageError::Limits(_) => DecodeError::TooMuchMemory,
         ImageError::Unsupported(error) => {
-            let told = if format == ImageFormat::Tiff { tiff::unsupported(bytes) } else { None };
+            let told = if format == ImageFormat::Tiff { tiff::unreadable(bytes) } else { None };
             DecodeError::Unsupported { format: name(format), reason: told.unwrap_or_else(|| error.to_string()) }
         }
         error => DecodeError::Damaged { format: name(format), reason: error.to_string() },

@@ -4,6 +4,9 @@
 
 use std::collections::HashMap;
 
+use tiff::decoder::{Decoder, DecodingResult, Limits};
+
+use super::input::{Watch, Watched};
 use super::limits::DecodeError;
 
 /// Fields of an image; a classic TIFF cannot say that it has more.
@@ -32,34 +35,52 @@ pub(super) const TILE_WIDTH: u16 = 322;
 pub(super) const TILE_HEIGHT: u16 = 323;
 pub(super) const TILE_OFFSETS: u16 = 324;
 pub(super) const TILE_BYTES: u16 = 325;
-const EXTRA_SAMPLES: u16 = 338;
+pub(super) const EXTRA_SAMPLES: u16 = 338;
 pub(super) const SAMPLE_FORMAT: u16 = 339;
 const JPEG_TABLES: u16 = 347;
 /// Values of [`COMPRESSION`] and [`PLANES`].
 pub(super) const JPEG: u64 = 7;
-pub(super) const OLD_JPEG: u64 = 6;
+const OLD_JPEG: u64 = 6;
 const SEPARATE: u64 = 2;
+
+pub(super) fn damaged(reason: impl Into<String>) -> DecodeError {
+    DecodeError::Damaged { format: "TIFF", reason: reason.into() }
+}
+
+pub(super) fn unsupported(reason: impl Into<String>) -> DecodeError {
+    DecodeError::Unsupported { format: "TIFF", reason: reason.into() }
+}
+
+/// The samples of `file` as they are stored, which take at most `bytes`.
+pub(super) fn stored(file: &[u8], bytes: usize, watch: &Watch<'_>) -> Result<DecodingResult, DecodeError> {
+    let mut own = Limits::default();
+    own.decoding_buffer_size = bytes;
+    own.intermediate_buffer_size = bytes.max(1 << 20);
+    let decoder = Decoder::new(Watched::new(file, watch)).map(|decoder| decoder.with_limits(own));
+    decoder.and_then(|mut decoder| decoder.read_image()).map_err(|error| match error {
+        tiff::TiffError::UnsupportedError(error) => unsupported(error.to_string()),
+        error => damaged(error.to_string()),
+    })
+}
 
 /// Refuses a TIFF with fields that are longer than the file, before anything is decoded. What cannot be read otherwise is for
 /// the decoder to tell.
 pub(super) fn check_fields(bytes: &[u8]) -> Result<(), DecodeError> {
-    let damaged = |reason| Err(DecodeError::Damaged { format: "TIFF", reason });
     let (fields, held) = (Image::of(bytes).map(|image| image.fields).unwrap_or_default(), bytes.len());
     if fields.len() as u64 > MOST_FIELDS {
-        return damaged(format!("its image has more than {MOST_FIELDS} fields"));
+        return Err(damaged(format!("its image has more than {MOST_FIELDS} fields")));
     }
     match fields.into_iter().find(|field| field.length() > held as u128) {
         None => Ok(()),
         Some(field) => {
             let (tag, length) = (field.tag, field.length());
-            damaged(format!("its field {tag} claims to have {length} bytes; the file has {held}"))
+            Err(damaged(format!("its field {tag} claims to have {length} bytes; the file has {held}")))
         }
     }
 }
 
 /// Refuses a TIFF whose strips or tiles take more work than a picture of its size explains. Its fields were checked.
 pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
-    let unsupported = |reason: String| Err(DecodeError::Unsupported { format: "TIFF", reason });
     let Some(image) = Image::of(bytes) else { return Ok(()) };
     let one = |tag| image.numbers(tag).next();
     let (Some(width), Some(height)) = (one(WIDTH), one(HEIGHT)) else { return Ok(()) };
@@ -74,10 +95,10 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
     let pixels = width.saturating_mul(height).saturating_mul(planes);
     let count = image.numbers(offsets).count() as u64;
     if count > FEW + pixels / PIXELS_EACH {
-        return unsupported(format!("{width}×{height} pixels in {count} strips or tiles"));
+        return Err(unsupported(format!("{width}×{height} pixels in {count} strips or tiles")));
     }
     if count.saturating_mul(area) > pixels.saturating_mul(AREA).saturating_add(FILLING) {
-        return unsupported(format!("{width}×{height} pixels in {count} strips or tiles of {area} pixels each"));
+        return Err(unsupported(format!("{width}×{height} pixels in {count} strips or tiles of {area} pixels each")));
     }
     if one(COMPRESSION) != Some(JPEG) {
         return Ok(());
@@ -85,7 +106,7 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
     let places = || image.numbers(offsets).zip(image.numbers(lengths));
     let all: u64 = places().fold(0, |all, (_, length)| all.saturating_add(length));
     if all > 4 * bytes.len() as u64 + FILLING {
-        return unsupported("its JPEG strips overlap".into());
+        return Err(unsupported("its JPEG strips overlap"));
     }
     let most = pixels.saturating_add(FILLING);
     let tables = image.bytes_of(JPEG_TABLES).map(work_of).unwrap_or_default();
@@ -96,7 +117,7 @@ pub(super) fn check_work(bytes: &[u8]) -> Result<(), DecodeError> {
         let found = *known.entry((offset, length)).or_insert_with(|| work_of(part(bytes, offset, length)));
         work = work.saturating_add(found.scanned);
         if found.largest > most || work > most.saturating_mul(WORK) || tables.largest > 0 || tables.scanned > 0 {
-            return unsupported("its JPEG strips have more pixels or scans than the image's size explains".into());
+            return Err(unsupported("its JPEG strips have more pixels or scans than the image's size explains"));
         }
     }
     Ok(())
@@ -238,8 +259,7 @@ impl<'a> Image<'a> {
         let mut file = self.bytes.to_vec();
         for (tag, number) in numbers {
             let number = u32::try_from(*number);
-            let number =
-                number.map_err(|_| DecodeError::Damaged { format: "TIFF", reason: "it is too wide".into() })?;
+            let number = number.map_err(|_| damaged("it is too wide"))?;
             if let Some(field) = self.field(*tag) {
                 // One of LONG, or of SHORT where that does.
                 let is_short = field.kind == 3 && number < 1 << 16;
@@ -255,7 +275,7 @@ impl<'a> Image<'a> {
     /// # Errors
     /// When it has no such parts.
     pub(super) fn keep_part(&self, file: &mut [u8], tag: u16, part: u64, parts: u64) -> Result<(), DecodeError> {
-        let unequal = || DecodeError::Damaged { format: "TIFF", reason: "its planes differ in their tiles".into() };
+        let unequal = || damaged("its planes differ in their tiles");
         let field = self.field(tag).filter(|field| [2, 4].contains(&field.size)).ok_or_else(unequal)?;
         let count = field.count / parts.max(1);
         if count == 0 || count * parts != field.count {
@@ -348,7 +368,7 @@ impl Layout {
             samples: u32::try_from(one(SAMPLES).unwrap_or(1)).ok()?,
             extra: one(EXTRA_SAMPLES).unwrap_or(0),
             is_planar: one(PLANES) == Some(SEPARATE),
-            is_jpeg: matches!(one(COMPRESSION), Some(6 | JPEG)),
+            is_jpeg: matches!(one(COMPRESSION), Some(OLD_JPEG | JPEG)),
             colours: image.numbers(COLOURS).take(3 << 8).map(|value| value as u16).collect(),
             photometric_at: usize::try_from(photometric.at).ok()?,
             little: image.little,
@@ -366,7 +386,7 @@ impl Layout {
 }
 
 /// What an image is that no decoder reads, in words.
-pub(super) fn unsupported(bytes: &[u8]) -> Option<String> {
+pub(super) fn unreadable(bytes: &[u8]) -> Option<String> {
     let image = Image::of(bytes)?;
     let one = |tag| image.numbers(tag).next();
     match (one(PHOTOMETRIC), one(COMPRESSION)) {

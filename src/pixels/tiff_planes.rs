@@ -6,16 +6,15 @@
 //! without compression and with the colours of each pixel, Pillow's `ConvertYCbCr.c`, in 6-bit fixed point.
 
 use image::RgbImage;
-use tiff::decoder::{Decoder, DecodingResult, Limits};
+use tiff::decoder::DecodingResult;
 
-use super::input::{Watch, Watched};
+use super::input::Watch;
 use super::limits::{DecodeError, DecodeLimits};
 use super::tiff::{
-    BITS, COMPRESSION, HEIGHT, Image, JPEG, Layout, OLD_JPEG, PHOTOMETRIC, PLANES, ROWS_PER_STRIP, SAMPLE_FORMAT,
-    SAMPLES, TILE_BYTES, TILE_HEIGHT, TILE_OFFSETS, TILE_WIDTH, WIDTH, check_work,
+    BITS, COMPRESSION, EXTRA_SAMPLES, HEIGHT, Image, Layout, PHOTOMETRIC, PLANES, ROWS_PER_STRIP, SAMPLE_FORMAT,
+    SAMPLES, TILE_BYTES, TILE_HEIGHT, TILE_OFFSETS, TILE_WIDTH, WIDTH, check_work, damaged, stored, unsupported,
 };
 
-const EXTRA_SAMPLES: u16 = 338;
 const PREDICTOR: u16 = 317;
 const COEFFICIENTS: u16 = 529;
 const SUBSAMPLING: u16 = 530;
@@ -35,32 +34,15 @@ pub(super) fn read(bytes: &[u8], limits: &DecodeLimits, watch: &Watch<'_>) -> Op
     if layout.is_planar && is_tiled && layout.photometric == 2 && [8, 16].contains(&layout.bits) {
         return Some(planes(&image, &layout, limits, watch));
     }
-    let is_jpeg = matches!(one(COMPRESSION), Some(OLD_JPEG | JPEG));
-    if layout.photometric == 6 && !is_jpeg && !layout.is_planar && layout.bits == 8 && layout.samples == 3 {
+    if layout.photometric == 6 && !layout.is_jpeg && !layout.is_planar && layout.bits == 8 && layout.samples == 3 {
         return Some(blocks(&image, &layout, limits, watch));
     }
     None
 }
 
-fn damaged(reason: impl Into<String>) -> DecodeError {
-    DecodeError::Damaged { format: "TIFF", reason: reason.into() }
-}
-
-fn unsupported(reason: impl Into<String>) -> DecodeError {
-    DecodeError::Unsupported { format: "TIFF", reason: reason.into() }
-}
-
 /// The grey levels of `file`, of `size` samples, 16 bits as their high bytes.
 fn levels(file: &[u8], size: usize, watch: &Watch<'_>) -> Result<Vec<u8>, DecodeError> {
-    let mut own = Limits::default();
-    own.decoding_buffer_size = size.saturating_mul(2);
-    own.intermediate_buffer_size = own.decoding_buffer_size.max(1 << 20);
-    let decoded = Decoder::new(Watched::new(file, watch)).map(|decoder| decoder.with_limits(own));
-    let decoded = decoded.and_then(|mut decoder| decoder.read_image()).map_err(|error| match error {
-        tiff::TiffError::UnsupportedError(error) => unsupported(error.to_string()),
-        error => damaged(error.to_string()),
-    })?;
-    let levels: Vec<u8> = match decoded {
+    let levels: Vec<u8> = match stored(file, size.saturating_mul(2), watch)? {
         DecodingResult::U8(levels) => levels,
         DecodingResult::U16(levels) => levels.into_iter().map(|level| (level >> 8) as u8).collect(),
         _ => return Err(damaged("its samples are not whole numbers of 8 or 16 bits")),
@@ -195,18 +177,24 @@ const HALF: i32 = 1 << (SHIFT - 1);
 
 impl Colours {
     fn of(image: &Image<'_>) -> Self {
-        let coefficients = image.fractions(COEFFICIENTS);
-        let [red, green, blue] = coefficients.first_chunk().copied().unwrap_or([0.299, 0.587, 0.114]);
-        let reference = image.fractions(REFERENCE);
-        let reference = reference.first_chunk().copied().unwrap_or([0.0, 255.0, 128.0, 255.0, 128.0, 255.0]);
+        let coefficients = image.fractions(COEFFICIENTS).first_chunk().copied();
+        let reference = image.fractions(REFERENCE).first_chunk().copied();
+        Self::with(
+            coefficients.unwrap_or([0.299, 0.587, 0.114]),
+            reference.unwrap_or([0.0, 255.0, 128.0, 255.0, 128.0, 255.0]),
+        )
+    }
+
+    /// With what the file says of red, green and blue, and the levels of black and white in Y, Cb and Cr.
+    fn with([red, green, blue]: [f32; 3], reference: [f32; 6]) -> Self {
         let fixed = |x: f32| (f64::from(x.clamp(0.0, 2.0)) * f64::from(1 << SHIFT) + 0.5) as i32;
         let (of_red, of_blue) = (2.0 - 2.0 * red, 2.0 - 2.0 * blue);
         let [d1, d3] = [of_red, of_blue].map(fixed);
         let [d2, d4] = [red * of_red / green, blue * of_blue / green].map(|x| -fixed(x));
         // A level between the references for black and white, in 0..range.
         let value = |level: i32, black: f32, white: f32, range: f32| {
-            let span = if white - black == 0.0 { 1.0 } else { (white as i32 - black as i32) as f32 };
-            ((level - black as i32) as f32 * range / span).clamp(-4096.0, 4096.0) as i32
+            let span = if white - black == 0.0 { 1.0 } else { white - black };
+            (level.saturating_sub(black as i32) as f32 * range / span).clamp(-4096.0, 4096.0) as i32
         };
         let table = |of: &dyn Fn(i32) -> i32| std::array::from_fn(|n| of(n as i32));
         let cr = |n: i32| value(n - 128, reference[4] - 128.0, reference[5] - 128.0, 127.0);
@@ -238,5 +226,26 @@ impl Colours {
         let (luma, cb, cr) = (self.luma[usize::from(luma)], usize::from(cb), usize::from(cr));
         let green = self.green_of_blue[cb].wrapping_add(self.green_of_red[cr]) >> self.shift;
         [luma + self.red[cr], luma + green, luma + self.blue[cb]].map(|value| value.clamp(0, 255) as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_reference_and_no_coefficient_is_too_wild() {
+        let values = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 0.0, -0.5, 4e9, 255.0];
+        for a in values {
+            for b in values {
+                let colours = Colours::with([a, b, a], [b, a, a, b, b, b]);
+                for level in [0, 127, 255] {
+                    colours.rgb(level, level, 255 - level);
+                }
+            }
+        }
+        // Half a level of black and of white.
+        let colours = Colours::with([0.299, 0.587, 0.114], [0.5, 255.5, 128.0, 255.0, 128.0, 255.0]);
+        assert_eq!(colours.rgb(90, 128, 128), [90; 3]);
     }
 }

@@ -3,11 +3,11 @@
 //! are levels of grey; what they mean is applied here.
 
 use image::RgbImage;
-use tiff::decoder::{Decoder, DecodingResult, Limits};
+use tiff::decoder::DecodingResult;
 
-use super::input::{Watch, Watched};
+use super::input::Watch;
 use super::limits::{DecodeError, DecodeLimits};
-use super::tiff::{Layout, check_work};
+use super::tiff::{Layout, check_work, damaged, stored};
 
 /// What a pixel's samples mean.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +80,6 @@ fn read_as(
     limits: &DecodeLimits,
     watch: &Watch<'_>,
 ) -> Result<RgbImage, DecodeError> {
-    let damaged = |reason: String| DecodeError::Damaged { format: "TIFF", reason };
     let Layout { width, height, bits, samples, .. } = *layout;
     let pixels = u64::from(width) * u64::from(height);
     // The file as it is told to the decoder, its samples, and the picture.
@@ -88,18 +87,8 @@ fn read_as(
     limits.check(width, height, bytes_taken)?;
     check_work(bytes)?;
     watch.allow(bytes_taken);
-    let grey = layout.as_grey(bytes);
-    let mut own = Limits::default();
-    own.decoding_buffer_size = (pixels as usize).saturating_mul(samples as usize);
-    own.intermediate_buffer_size = own.decoding_buffer_size.max(1 << 20);
-    let decoded = Decoder::new(Watched::new(&grey, watch)).map(|decoder| decoder.with_limits(own));
-    let decoded = decoded.and_then(|mut decoder| decoder.read_image()).map_err(|error| match error {
-        tiff::TiffError::UnsupportedError(error) => {
-            DecodeError::Unsupported { format: "TIFF", reason: error.to_string() }
-        }
-        error => damaged(error.to_string()),
-    })?;
-    let DecodingResult::U8(data) = decoded else { return Err(damaged("its samples are not of 8 bits".into())) };
+    let decoded = stored(&layout.as_grey(bytes), (pixels as usize).saturating_mul(samples as usize), watch)?;
+    let DecodingResult::U8(data) = decoded else { return Err(damaged("its samples are not of 8 bits")) };
     let per_pixel = samples as usize;
     let row = (width as usize * per_pixel * bits as usize).div_ceil(8);
     if data.len() < row * height as usize {
@@ -118,5 +107,5 @@ fn read_as(
             (0..width as usize).for_each(|x| out.extend(meaning.rgb(&[sample(x)], bits)));
         }
     }
-    RgbImage::from_raw(width, height, out).ok_or_else(|| damaged("its size and its data disagree".into()))
+    RgbImage::from_raw(width, height, out).ok_or_else(|| damaged("its size and its data disagree"))
 }

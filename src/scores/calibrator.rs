@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Logits, Probabilities};
+use super::{Logits, Probabilities, centre};
 use crate::bundle::{Calibration, Class};
 
 /// The class prior that scores are answered under: how often each class is expected where the network is used.
@@ -129,6 +129,8 @@ impl Prior {
 /// The fitted map a·z + c of every class, and the training prior.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Calibrator {
+    /// Whether z is the logit less the [`centre`] of all of the image's.
+    centred: bool,
     scale: Vec<f64>,
     offset: Vec<f64>,
     train_prior: Vec<f64>,
@@ -142,16 +144,17 @@ impl Calibrator {
     /// The map of a checked calibration.
     pub fn of(calibration: &Calibration) -> Self {
         let classes = &calibration.classes;
-        Self::new(
+        let map = Self::new(
             classes.iter().map(|c| c.a).collect(),
             classes.iter().map(|c| c.c).collect(),
             classes.iter().map(|c| c.train_prior).collect(),
-        )
+        );
+        Self { centred: calibration.is_centred(), ..map }
     }
 
-    /// A map with `scale` a, `offset` c and π_train, each with one entry per class.
+    /// A map of centred logits, with `scale` a, `offset` c and π_train, each with one entry per class.
     pub fn new(scale: Vec<f64>, offset: Vec<f64>, train_prior: Vec<f64>) -> Self {
-        Self { scale, offset, train_prior }
+        Self { centred: true, scale, offset, train_prior }
     }
 
     /// π_train, one entry per class.
@@ -177,10 +180,11 @@ impl Calibrator {
         )
     }
 
-    /// softmax(a ⊙ z + offsets): one probability per class, summing to 1, each rising with its own logit.
+    /// softmax(a ⊙ z + offsets), where z are the logits less their [`centre`]: one probability per class, summing to 1.
     pub fn probabilities(&self, logits: &Logits, offsets: &Offsets) -> Probabilities {
+        let centre = if self.centred { centre(logits.values()) } else { 0.0 };
         let map = logits.values().iter().zip(&self.scale).zip(&offsets.0);
-        Probabilities::softmax(map.map(|((&z, a), offset)| a * f64::from(z) + offset).collect())
+        Probabilities::softmax(map.map(|((&z, a), offset)| a * (f64::from(z) - centre) + offset).collect())
     }
 }
 
@@ -206,6 +210,18 @@ mod tests {
             })
             .collect();
         Logits::try_new(values, 3).unwrap()
+    }
+
+    #[test]
+    fn a_constant_in_all_logits_changes_nothing() {
+        let calibrator = calibrator();
+        let offsets = calibrator.offsets(&Prior::Uniform);
+        for seed in 0..50 {
+            let z = logits(seed);
+            let moved = Logits::try_new(z.values().iter().map(|z| z + 64.0).collect(), 3).unwrap();
+            let (p, q) = (calibrator.probabilities(&z, &offsets), calibrator.probabilities(&moved, &offsets));
+            assert!(p.values().iter().zip(q.values()).all(|(p, q)| (p - q).abs() < 1e-4));
+        }
     }
 
     #[test]

@@ -90,6 +90,24 @@ impl Probabilities {
     }
 }
 
+/// The median of the logits: what calibration takes from each before it scales them by class. A constant that is added to all
+/// of an image's logits says nothing of it, and must change nothing; a mean would follow a class that is masked by −10⁹.
+/// 0 for none.
+pub fn centre(logits: &[f32]) -> f64 {
+    let mut values = logits.to_vec();
+    let middle = values.len() / 2;
+    if values.is_empty() {
+        return 0.0;
+    }
+    let odd = values.len() % 2 == 1;
+    let (below, upper, _) = values.select_nth_unstable_by(middle, f32::total_cmp);
+    let upper = f64::from(*upper);
+    match below.iter().copied().max_by(f32::total_cmp) {
+        Some(lower) if !odd => (f64::from(lower) + upper) / 2.0,
+        _ => upper,
+    }
+}
+
 /// Index of the largest value; the first of equal ones, as answers rank them.
 pub fn argmax(values: &[f64]) -> usize {
     (0..values.len()).fold(0, |best, k| if values[k] > values[best] { k } else { best })
@@ -124,6 +142,15 @@ mod tests {
         assert_eq!(p.top(3).iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 0]);
         assert_eq!(p.top(9).len(), 4);
         assert!(p.top(0).is_empty());
+    }
+
+    #[test]
+    fn the_centre_is_the_median_and_moves_with_a_constant() {
+        assert_eq!(centre(&[]), 0.0);
+        assert_eq!(centre(&[3.0]), 3.0);
+        assert_eq!(centre(&[4.0, -1e9, 1.0, 2.0]), 1.5);
+        assert_eq!(centre(&[9.0, 5.0, 7.0]), 7.0);
+        assert_eq!(centre(&[f32::MAX, f32::MAX]), f64::from(f32::MAX));
     }
 
     #[test]

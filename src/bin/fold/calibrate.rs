@@ -31,7 +31,8 @@ pub(crate) struct Calibrate {
     /// checkpoint records, otherwise learned]
     #[arg(long, value_parser = kappa)]
     kappa: Option<Kappa>,
-    /// Use this rung of the ladder of calibration methods instead of the one that cross-validation chooses
+    /// Fit no more than this, and with the usual shrinkage: the prior alone, with one temperature, or with a bias per class,
+    /// too [default: a scale per class as well, where the images allow it and accuracy is not lost]
     #[arg(long)]
     rung: Option<Rung>,
     /// Seed for the folds of the cross-validation

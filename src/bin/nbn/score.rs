@@ -252,7 +252,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
     let mut committed = HashMap::new();
     let (mut output, place) = match (&args.rows.output_dir, &args.rows.output) {
         (Some(folder), _) => {
-            let record = record(&args, &model, form, scoring.rule.prior());
+            let record = record(&args, &model, form);
             let (parts, done) = Parts::open(folder, shard, &record, form, args.rows.part_rows, args.rows.resume)?;
             committed = done;
             (Rows::Parts(parts), folder.display().to_string())
@@ -376,13 +376,8 @@ impl ScoreArgs {
 }
 
 /// What every part of a folder must have in common.
-fn record(args: &Score, model: &ServedModel, form: Form<'_>, prior: Option<&Prior>) -> RunRecord {
+fn record(args: &Score, model: &ServedModel, form: Form<'_>) -> RunRecord {
     let (scores, source) = (&args.scores, &args.source);
-    let prior = prior.map(|prior| match prior {
-        Prior::Uniform => "uniform".to_owned(),
-        Prior::Train => "train".to_owned(),
-        Prior::Custom(weights) => nbn::bundle::sha256_hex(format!("{weights:?}").as_bytes()),
-    });
     let calibration = model.scorer.calibration().map(|calibration| calibration.id.clone());
     let sets = scores.alpha.map(|alpha| {
         json!({"alpha": alpha, "score": format!("{:?}", scores.set_score), "rung": format!("{:?}", scores.set_rung)})
@@ -397,7 +392,7 @@ fn record(args: &Score, model: &ServedModel, form: Form<'_>, prior: Option<&Prio
         "format": form.format,
         "columns": form.columns,
         "scale": form.origin.scale,
-        "prior": prior,
+        "prior": form.origin.prior,
         "sets": sets,
         "min_score": scores.min_score,
         "max_set_size": scores.max_set_size,
