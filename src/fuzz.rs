@@ -183,7 +183,7 @@ pub fn calibration(data: &[u8]) {
     if content.check(&manifest).is_err() {
         return;
     }
-    let scorer = Scorer::new(manifest, Some(BoundCalibration { id: "fuzz".into(), content }));
+    let scorer = Scorer::new(manifest, Some(BoundCalibration { id: "fuzz".into(), content, familiarity: None }));
     for values in [[0.0, 0.0, 0.0], [-30.0, 1.5, 30.0], [1e30, -1e30, 7.0]] {
         let logits = Logits::try_new(values.to_vec(), 3).expect("they are finite");
         for prior in [Prior::Uniform, Prior::Train] {

@@ -16,8 +16,7 @@ macro_rules! embedded {
 
 /// The bundle's place in a model repository.
 const BUNDLE: &str = "models/cifar10-lt/1";
-const BUNDLE_FILES: &[(&str, &[u8])] =
-    embedded!("models/cifar10-lt/1": "calibration.json", "evaluation.json", "manifest.json", "model.onnx");
+const BUNDLE_FILES: &[(&str, &[u8])] = embedded!("models/cifar10-lt/1": "calibration.json", "evaluation.json", "familiarity.safetensors", "manifest.json", "model.onnx");
 
 /// Pictures by file name; the name before the ending is the class.
 pub const PICTURES: &[(&str, &[u8])] = embedded!("examples/pictures": "airplane.jpg", "ship.jpg", "truck.jpg");

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::familiarity::FamiliarityRecord;
 use super::manifest::{MAX_COUNT, cut};
 use super::{Class, Group, Manifest, sha256_hex};
 
@@ -41,6 +42,10 @@ pub struct Calibration {
     pub classes: Vec<ClassCalibration>,
     /// Thresholds of prediction sets.
     pub sets: SetTables,
+    /// What tells pictures like the training pictures from others; none in files of the first version, and where it was not
+    /// asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub familiarity: Option<FamiliarityRecord>,
     /// What it was fitted on, and what that changed.
     pub fit: FitReport,
 }
@@ -320,11 +325,11 @@ const PLAIN: Limit = (-1.0, 0.0, "it must lie in -1..=0");
 /// How far from 1 the sum of π_train may be.
 const ROUNDING: f64 = 1e-6;
 
-fn within(what: impl Into<String>, value: f64, (least, most, limit): Limit) -> Result<(), CalibrationError> {
+pub(super) fn within(what: impl Into<String>, value: f64, (least, most, limit): Limit) -> Result<(), CalibrationError> {
     if (least..=most).contains(&value) { Ok(()) } else { Err(bad(what, &value, limit)) }
 }
 
-fn bad(what: impl Into<String>, value: &dyn std::fmt::Display, limit: &'static str) -> CalibrationError {
+pub(super) fn bad(what: impl Into<String>, value: &dyn std::fmt::Display, limit: &'static str) -> CalibrationError {
     CalibrationError::Value { what: what.into(), value: value.to_string(), limit }
 }
 
@@ -359,6 +364,7 @@ impl Calibration {
         within("shrinkage", self.shrinkage, STRENGTH)?;
         self.check_classes(&manifest.classes)?;
         self.sets.check(self.classes.len())?;
+        self.familiarity.iter().try_for_each(FamiliarityRecord::check)?;
         self.fit.check()
     }
 

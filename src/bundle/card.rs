@@ -11,8 +11,10 @@ use super::{Bundle, EVALUATION_FILE, open_file};
 
 /// Longest card that is read, in bytes. A card has a few kilobytes, whatever the number of classes.
 const MAX_BYTES: u64 = 1 << 20;
-/// What every card has, and nothing else.
+/// What every card has.
 const KEYS: [&str; 8] = ["model_sha256", "calibration", "data", "images", "created", "how", "alpha", "figures"];
+/// What a card may have besides.
+const FAMILIARITY: &str = "familiarity";
 /// The levels of `figures` above the metrics: prior, scorer and slice.
 const LEVELS: [&[&str]; 3] =
     [&["uniform", "train"], &["softmax", "temperature", "calibrated"], &["overall", "macro", "many", "medium", "few"]];
@@ -113,7 +115,7 @@ impl Bundle {
 fn check(card: &Value) -> Result<(), StaleCard> {
     let at = "the card";
     let map = object(at, card)?;
-    if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
+    if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str()) && *key != FAMILIARITY) {
         return Err(unknown(at, key));
     }
     let get = |key: &str| map.get(key).ok_or_else(|| StaleCard::Form(format!("{at} has no {key}")));
@@ -123,7 +125,44 @@ fn check(card: &Value) -> Result<(), StaleCard> {
     }
     number("images", get("images")?, AMOUNT)?;
     number("alpha", get("alpha")?, SHARE)?;
-    figures("figures", get("figures")?, &LEVELS)
+    figures("figures", get("figures")?, &LEVELS)?;
+    map.get(FAMILIARITY).map_or(Ok(()), familiarity)
+}
+
+/// Checks what a card says of `unlike`.
+fn familiarity(value: &Value) -> Result<(), StaleCard> {
+    let map = object(FAMILIARITY, value)?;
+    let shares = |what: &str, value: &Value| {
+        let list = value.as_array().ok_or_else(|| StaleCard::Form(format!("{what} is not a list")))?;
+        list.iter().try_for_each(|share| number(what, share, SHARE))
+    };
+    for (key, value) in map {
+        match key.as_str() {
+            "unlike" => shares("familiarity.unlike", value)?,
+            "withheld" => {
+                for (slice, list) in object("familiarity.withheld", value)? {
+                    if !LEVELS[2].contains(&slice.as_str()) {
+                        return Err(unknown("familiarity.withheld", slice));
+                    }
+                    shares(&format!("familiarity.withheld.{slice}"), list)?;
+                }
+            }
+            "foreign" => {
+                for (key, value) in object("familiarity.foreign", value)? {
+                    let what = format!("familiarity.foreign.{key}");
+                    match key.as_str() {
+                        "data" => text(&what, value)?,
+                        "images" => number(&what, value, AMOUNT)?,
+                        "auroc" => number(&what, value, SHARE)?,
+                        "withheld" => shares(&what, value)?,
+                        _ => return Err(unknown("familiarity.foreign", key)),
+                    }
+                }
+            }
+            _ => return Err(unknown(FAMILIARITY, key)),
+        }
+    }
+    Ok(())
 }
 
 /// Checks the figures at `at`, which have `levels` above their metrics.

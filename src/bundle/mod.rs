@@ -1,11 +1,13 @@
 //! The bundle: one folder per model version, written by `fold` and read by `nbn`.
 //!
 //! `models/<name>/<version>/` holds `model.onnx`, with weights of large networks in `model.data.0` and so on,
-//! `manifest.json` and, when calibrated, `calibration.json`; once evaluated, `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256
-//! is the one the manifest names, a calibration that was made for both, and figures that were measured with all three.
+//! `manifest.json` and, when calibrated, `calibration.json`, perhaps with `familiarity.safetensors`; once evaluated,
+//! `evaluation.json`. A [`Bundle`] in hand has a manifest that is consistent in itself, a model whose SHA-256 is the one the
+//! manifest names, a calibration that was made for both, and figures that were measured with all three.
 
 mod calibration;
 mod card;
+mod familiarity;
 mod form;
 mod manifest;
 mod onnx_metadata;
@@ -15,7 +17,7 @@ mod repository;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use sha2::{Digest, Sha256};
 
@@ -25,6 +27,9 @@ pub use calibration::{
     Thresholds, TrainingOverlap, inputs_sha256, train_prior,
 };
 pub use card::StaleCard;
+pub use familiarity::{
+    Clouds, FAMILIARITY_FILE, Familiarity, FamiliarityError, FamiliarityRecord, Question, QuestionRecord, Ranking,
+};
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
     Alpha, Class, DATA_FILE, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError,
@@ -46,7 +51,7 @@ pub const CALIBRATION_FILE: &str = "calibration.json";
 /// File name of the measured figures in a bundle.
 pub const EVALUATION_FILE: &str = "evaluation.json";
 /// The files of a bundle, but for those with weights.
-pub const BUNDLE_FILES: [&str; 4] = [MODEL_FILE, MANIFEST_FILE, CALIBRATION_FILE, EVALUATION_FILE];
+pub const BUNDLE_FILES: [&str; 5] = [MODEL_FILE, MANIFEST_FILE, CALIBRATION_FILE, FAMILIARITY_FILE, EVALUATION_FILE];
 
 /// A calibration and the name that answers give it.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +60,8 @@ pub struct BoundCalibration {
     pub id: String,
     /// The file's content, checked against the manifest.
     pub content: Calibration,
+    /// What it names beside it.
+    pub familiarity: Option<Arc<Familiarity>>,
 }
 
 impl BoundCalibration {
@@ -67,7 +74,9 @@ impl BoundCalibration {
         let content: Calibration = serde_json::from_slice(&bytes)
             .map_err(|cause| BundleError::ParseCalibration { path: path.to_owned(), cause })?;
         content.check(manifest).map_err(|cause| BundleError::Calibration { path: path.to_owned(), cause })?;
-        Ok(Self { id: sha256_hex(&bytes)[..12].to_owned(), content })
+        let beside = |record| Familiarity::load(&path.with_file_name(FAMILIARITY_FILE), record).map(Arc::new);
+        let familiarity = content.familiarity.as_ref().map(beside).transpose()?;
+        Ok(Self { id: sha256_hex(&bytes)[..12].to_owned(), content, familiarity })
     }
 }
 
@@ -214,6 +223,14 @@ pub enum BundleError {
         path: PathBuf,
         /// Which rule is broken.
         cause: CalibrationError,
+    },
+    /// `familiarity.safetensors` is not the one that the calibration names, or cannot be used.
+    #[error("{path}: {cause}")]
+    Familiarity {
+        /// The file.
+        path: PathBuf,
+        /// Which rule is broken.
+        cause: FamiliarityError,
     },
     /// `model.onnx`, or a file with weights, is not the one that the manifest describes.
     #[error(

@@ -89,5 +89,13 @@ pub fn describe(calibration: &Calibration, id: Option<&str>) -> String {
         Some((alpha, _)) => writeln!(out, "sets        for α of {alpha} and more, under the uniform prior"),
         None => writeln!(out, "sets        none: too few images"),
     };
+    if let Some(familiarity) = &calibration.familiarity {
+        let asked: Vec<&str> = familiarity.questions.iter().map(|asked| asked.question.name()).collect();
+        let from = match familiarity.training_images {
+            0 => "no training images".to_owned(),
+            n => format!("{n} training images"),
+        };
+        let _ = writeln!(out, "familiarity by {}; {from}", asked.join(", "));
+    }
     out
 }

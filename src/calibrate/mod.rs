@@ -5,6 +5,7 @@ mod command;
 mod conformal;
 mod cross_validate;
 mod describe;
+mod familiarity;
 mod ladder;
 mod optimize;
 
@@ -23,6 +24,7 @@ pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
 pub use cross_validate::divided;
 pub use describe::describe;
+pub use familiarity::{FamiliarityFitError, Training, familiarity};
 pub use ladder::{Kappa, Parameters, Problem, TOWARDS_UNIFORM, temperature_alone};
 
 /// Fewer images than this allow the prior shift only.
@@ -219,6 +221,7 @@ pub fn calibrate(
             plain: table(&plain),
             posterior: Some(posterior),
         },
+        familiarity: None,
         fit: report,
     })
 }

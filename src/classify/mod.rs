@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::bundle::{self, Bundle, BundleError, Manifest};
-use crate::pixels::{DecodeError, DecodeLimits, Picture, Preprocessor, TensorBatch, TensorLength};
+use crate::bundle::{self, Bundle, BundleError, Familiarity, Manifest};
+use crate::pixels::{DecodeError, DecodeLimits, Picture, Preprocessor, TensorBatch, TensorLength, look};
 use crate::runtime::{
     Device, Library, NetworkCache, NetworkFile, NetworkSource, OnnxModel, Outputs, Runner, RuntimeError, SessionOptions,
 };
@@ -20,7 +20,9 @@ use crate::scores::{Logits, LogitsError};
 use crate::stop::Stop;
 
 pub use prepare::{Prepare, StageTimes};
-pub use scorer::{Abstention, Decision, Scale, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer};
+pub use scorer::{
+    Abstention, Decision, Scale, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer, Seen, UNLIKE_TRAINING,
+};
 
 /// A batch that takes longer than this alone is not worth measuring.
 const LONGEST_BATCH: Duration = Duration::from_millis(250);
@@ -45,6 +47,8 @@ pub struct Prediction {
     pub logits: Logits,
     /// What its classifier saw, where it was exported with that.
     pub features: Option<Vec<f32>>,
+    /// What the picture looks like, where the classifier was asked for that.
+    pub look: Option<Vec<f32>>,
     /// Where the time went.
     pub timings: Timings,
 }
@@ -109,6 +113,7 @@ pub struct Classifier {
     sizes: Vec<usize>,
     /// The pictures of the batch at work.
     batch: TensorBatch,
+    looks: bool,
 }
 
 impl Classifier {
@@ -121,7 +126,7 @@ impl Classifier {
     /// A classifier of any parts, one picture a batch.
     pub fn with_parts(manifest: Arc<Manifest>, prepare: Box<dyn Prepare>, runner: Box<dyn Runner>) -> Self {
         let batch = TensorBatch::new(prepare.shape());
-        Self { manifest, prepare, runner, sizes: vec![1], batch }
+        Self { manifest, prepare, runner, sizes: vec![1], batch, looks: false }
     }
 
     /// Opens a session over `bundle`'s network and runs it once, so that the first picture is no slower and a
@@ -203,6 +208,20 @@ impl Classifier {
     pub fn with_features(mut self) -> Self {
         self.runner.give_features();
         self
+    }
+
+    /// Has predictions hold what the picture looks like.
+    #[must_use]
+    pub fn with_looks(mut self) -> Self {
+        self.looks = true;
+        self
+    }
+
+    /// Has predictions hold what `familiarity` asks for.
+    #[must_use]
+    pub fn with_what_it_asks(self, familiarity: &Familiarity) -> Self {
+        let classifier = if familiarity.distance.is_some() { self.with_features() } else { self };
+        if familiarity.look.is_some() { classifier.with_looks() } else { classifier }
     }
 
     /// The most pictures in one run of the network.
@@ -301,21 +320,22 @@ impl Classifier {
                     leads_batch: leads_batch && row.is_ok(),
                 };
                 leads_batch &= row.is_err();
-                outcomes[*at] = row.map(|(logits, features)| Prediction { logits, features, timings });
+                outcomes[*at] = row.map(|(logits, features, look)| Prediction { logits, features, look, timings });
             }
             done += size;
         }
         outcomes
     }
 
-    /// The logits of a decoded picture.
+    /// The answer for a decoded picture.
     ///
     /// # Errors
     /// When the network fails on it.
-    pub fn logits(&mut self, picture: &Picture) -> Result<Logits, ClassifyError> {
+    pub fn answer(&mut self, picture: &Picture) -> Result<Prediction, ClassifyError> {
         self.batch.clear();
         self.prepare.normalize_into(picture, &mut self.batch)?;
-        Ok(self.run(0..1, &Stop::default())?.remove(0)?.0)
+        let (logits, features, look) = self.run(0..1, &Stop::default())?.remove(0)?;
+        Ok(Prediction { logits, features, look, timings: Timings::default() })
     }
 
     /// Adds a picture to a batch of `before` pictures. When that fails, in whatever way, the batch is as it was.
@@ -360,15 +380,19 @@ impl Classifier {
             }
         }
         let classes = self.manifest.classes.len();
+        let looks =
+            self.looks.then(|| view.outer_iter().map(|picture| look(picture, self.manifest.preprocessing.layout)));
+        let mut looks = looks.into_iter().flatten();
         let answer = |(at, row): (usize, ndarray::ArrayView1<'_, f32>)| {
-            Ok((Logits::try_new(row.to_vec(), classes)?, features.as_ref().map(|f| f.row(at).to_vec())))
+            let look = looks.next();
+            Ok((Logits::try_new(row.to_vec(), classes)?, features.as_ref().map(|f| f.row(at).to_vec()), look))
         };
         Ok(logits.rows().into_iter().enumerate().map(answer).collect())
     }
 }
 
-/// The logits of a picture, and its features where the network gives them.
-type Answer = (Logits, Option<Vec<f32>>);
+/// The logits of a picture, its features where the network gives them, and its look where it is asked for.
+type Answer = (Logits, Option<Vec<f32>>, Option<Vec<f32>>);
 
 /// The file behind `bundle`'s network.
 pub fn network_file(bundle: &Bundle) -> NetworkFile {

@@ -1,14 +1,19 @@
-//! Logits → scores: calibrated under a prior where the bundle is calibrated, else the softmax; prediction set; decision.
+//! Logits → scores: calibrated under a prior where the bundle is calibrated, else the softmax; prediction set; familiarity;
+//! decision.
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::Prediction;
 use crate::bundle::{BoundCalibration, Manifest, Status};
 use crate::scores::{
-    Calibrator, ClassMix, Logits, Offsets, PredictionSet, Prior, Probabilities, SetError, SetRequest, SetRule, SetRung,
-    SetScore,
+    Calibrator, ClassMix, Evidence, Familiar, Familiarities, Logits, Offsets, PredictionSet, Prior, Probabilities,
+    SetError, SetRequest, SetRule, SetRung, SetScore,
 };
+
+/// The word that reasons begin with where a picture is unlike the training pictures.
+pub const UNLIKE_TRAINING: &str = "unlike_training";
 
 /// What a score is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -36,6 +41,34 @@ impl Scale {
 pub struct Scorer {
     manifest: Arc<Manifest>,
     calibrated: Option<(BoundCalibration, Calibrator)>,
+    familiarities: Option<(Familiarities, Offsets)>,
+}
+
+/// What is scored: a network's answer, and what else is known of the picture.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    logits: &'a Logits,
+    features: Option<&'a [f32]>,
+    look: Option<&'a [f32]>,
+}
+
+impl<'a> Seen<'a> {
+    /// Of a picture whose logits, features and look are at hand.
+    pub fn new(logits: &'a Logits, features: Option<&'a [f32]>, look: Option<&'a [f32]>) -> Self {
+        Self { logits, features, look }
+    }
+}
+
+impl<'a> From<&'a Logits> for Seen<'a> {
+    fn from(logits: &'a Logits) -> Self {
+        Self { logits, features: None, look: None }
+    }
+}
+
+impl<'a> From<&'a Prediction> for Seen<'a> {
+    fn from(prediction: &'a Prediction) -> Self {
+        Self { logits: &prediction.logits, features: prediction.features.as_deref(), look: prediction.look.as_deref() }
+    }
 }
 
 /// What a caller asks for.
@@ -49,6 +82,8 @@ pub struct ScoreRequest {
     pub set_score: Option<SetScore>,
     /// For whom the set's coverage shall hold.
     pub set_rung: Option<SetRung>,
+    /// Whether to say how like the training pictures the picture is; it is said also when [`Abstention::unlike`] asks for it.
+    pub familiarity: bool,
     /// When to withhold the decision.
     pub abstention: Abstention,
 }
@@ -62,6 +97,8 @@ pub struct Abstention {
     pub max_set_size: Option<usize>,
     /// The best class has no calibration image.
     pub prior_only: bool,
+    /// The familiarity is at most this: of pictures like the training pictures, as large a share is withheld. 0 for none.
+    pub unlike: Option<f64>,
 }
 
 /// Whether the best class should be acted on.
@@ -79,6 +116,7 @@ pub struct ScoreRule {
     prior: Option<Prior>,
     offsets: Option<Offsets>,
     set: Option<(SetRule, Offsets)>,
+    familiarity: bool,
     abstention: Abstention,
 }
 
@@ -101,8 +139,17 @@ pub struct Scored {
     pub probabilities: Probabilities,
     /// The prediction set, when asked for.
     pub set: Option<PredictionSet>,
+    /// How like the training pictures it is, when asked for.
+    pub familiarity: Option<Familiar>,
     /// Whether to act on the best class.
     pub decision: Decision,
+}
+
+impl Scored {
+    /// Whether the decision is withheld because the picture is unlike the training pictures.
+    pub fn is_unlike_training(&self) -> bool {
+        matches!(&self.decision, Decision::Abstain(reason) if reason.starts_with(UNLIKE_TRAINING))
+    }
 }
 
 /// Why a request's scores cannot be given.
@@ -116,6 +163,22 @@ pub enum ScoreError {
     /// The level cannot be had.
     #[error(transparent)]
     Set(#[from] SetError),
+    /// Familiarity needs a calibration that has it.
+    #[error(
+        "{0} needs a model that knows its training pictures: run `nbn fold calibrate` on it anew, with --training-data"
+    )]
+    NotFamiliar(&'static str),
+    /// A share of false alarms that is none, or cannot be had.
+    #[error(
+        "unlike is {unlike}; it must be 0, for none, or from {least:.5} to 1: with this model's calibration images, a picture's \
+         familiarity is never below that"
+    )]
+    Unlike {
+        /// What was asked for.
+        unlike: f64,
+        /// The smallest that the calibration images allow.
+        least: f64,
+    },
     /// A set's size is limited, but no set is asked for.
     #[error("max_set_size needs a prediction set: give alpha as well")]
     NoSet,
@@ -128,7 +191,17 @@ impl Scorer {
             let calibrator = Calibrator::of(&bound.content);
             (bound, calibrator)
         });
-        Self { manifest, calibrated }
+        let familiarities = calibrated.as_ref().and_then(|(bound, calibrator)| {
+            let (content, record) = (bound.familiarity.clone()?, bound.content.familiarity.as_ref()?);
+            let offsets = calibrator.offsets(&Prior::Uniform);
+            Some((Familiarities::new(content, record, &manifest.classes), offsets))
+        });
+        Self { manifest, calibrated, familiarities }
+    }
+
+    /// What tells pictures like the training pictures from others; none where the calibration has nothing of it.
+    pub fn familiarities(&self) -> Option<&Familiarities> {
+        self.familiarities.as_ref().map(|(familiarities, _)| familiarities)
     }
 
     /// The calibration behind the scores.
@@ -146,7 +219,10 @@ impl Scorer {
     /// # Errors
     /// When the model is not calibrated but a prior or a set is asked for, or the set's level cannot be had.
     pub fn rule(&self, request: ScoreRequest, default: &Prior) -> Result<ScoreRule, ScoreError> {
-        let ScoreRequest { prior, alpha, set_score, set_rung, abstention } = request;
+        let ScoreRequest { prior, alpha, set_score, set_rung, familiarity, abstention } = request;
+        let abstention = Abstention { unlike: abstention.unlike.filter(|unlike| *unlike != 0.0), ..abstention };
+        self.check_familiarity(familiarity, abstention.unlike)?;
+        let familiarity = familiarity || abstention.unlike.is_some();
         if abstention.max_set_size.is_some() && alpha.is_none() {
             return Err(ScoreError::NoSet);
         }
@@ -155,7 +231,7 @@ impl Scorer {
                 (Some(_), ..) => Err(ScoreError::NotCalibrated("a prior")),
                 (_, Some(_), _) => Err(ScoreError::NotCalibrated("a prediction set (alpha)")),
                 (.., true) => Err(ScoreError::NotCalibrated("abstain_prior_only")),
-                _ => Ok(ScoreRule { prior: None, offsets: None, set: None, abstention }),
+                _ => Ok(ScoreRule { prior: None, offsets: None, set: None, familiarity, abstention }),
             };
         };
         let prior = prior.unwrap_or_else(|| default.clone());
@@ -176,11 +252,24 @@ impl Scorer {
             Ok::<_, SetError>((rule, calibrator.offsets(&scored)))
         };
         let set = alpha.map(rule).transpose()?;
-        Ok(ScoreRule { offsets: Some(calibrator.offsets(&prior)), prior: Some(prior), set, abstention })
+        Ok(ScoreRule { offsets: Some(calibrator.offsets(&prior)), prior: Some(prior), set, familiarity, abstention })
+    }
+
+    fn check_familiarity(&self, wanted: bool, unlike: Option<f64>) -> Result<(), ScoreError> {
+        match (self.familiarities(), unlike) {
+            (None, Some(_)) => Err(ScoreError::NotFamiliar("unlike")),
+            (None, None) if wanted => Err(ScoreError::NotFamiliar("familiarity")),
+            (Some(known), Some(unlike)) if !(known.least()..=1.0).contains(&unlike) => {
+                Err(ScoreError::Unlike { unlike, least: known.least() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Scores one image.
-    pub fn score(&self, logits: &Logits, rule: &ScoreRule) -> Scored {
+    pub fn score<'a>(&self, seen: impl Into<Seen<'a>>, rule: &ScoreRule) -> Scored {
+        let seen = seen.into();
+        let logits = seen.logits;
         let (probabilities, set) = match (&self.calibrated, &rule.offsets) {
             (Some((_, calibrator)), Some(offsets)) => {
                 let set = rule.set.as_ref().map(|(rule, offsets)| {
@@ -190,12 +279,34 @@ impl Scorer {
             }
             _ => (logits.softmax(), None),
         };
-        let decision = self.decide(&probabilities, set.as_ref(), &rule.abstention);
-        Scored { probabilities, set, decision }
+        let familiarity = if rule.familiarity { self.familiarity(&seen) } else { None };
+        let decision = self.decide(&probabilities, set.as_ref(), familiarity.as_ref(), &rule.abstention);
+        Scored { probabilities, set, familiarity, decision }
     }
 
-    fn decide(&self, probabilities: &Probabilities, set: Option<&PredictionSet>, rule: &Abstention) -> Decision {
+    /// How like the training pictures a picture is; none where the calibration has nothing of it.
+    pub fn familiarity(&self, seen: &Seen<'_>) -> Option<Familiar> {
+        let ((_, calibrator), (familiarities, uniform)) = self.calibrated.as_ref().zip(self.familiarities.as_ref())?;
+        let best = *calibrator.probabilities(seen.logits, uniform).top(1).first()?;
+        Some(familiarities.rank(&Evidence { look: seen.look, features: seen.features, best }))
+    }
+
+    fn decide(
+        &self,
+        probabilities: &Probabilities,
+        set: Option<&PredictionSet>,
+        familiarity: Option<&Familiar>,
+        rule: &Abstention,
+    ) -> Decision {
         let Some(&(best, score)) = probabilities.top(1).first() else { return Decision::Accept };
+        if let (Some(limit), Some(found)) = (rule.unlike, familiarity)
+            && found.p <= limit
+        {
+            let (p, told) = (found.p, found.question.told());
+            return Decision::Abstain(format!(
+                "{UNLIKE_TRAINING}: familiarity {p:.4}, not above unlike {limit}: {told}"
+            ));
+        }
         if let Some(limit) = rule.min_score.filter(|limit| score < *limit) {
             return Decision::Abstain(format!("the best score is {score:.4}, below min_score {limit}"));
         }

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::source::{content, read};
 use super::{DataError, LabelledImages};
 use crate::bundle::{Bundle, Exif};
-use crate::classify::{Classifier, ClassifyError};
+use crate::classify::{Classifier, ClassifyError, Prediction};
 use crate::files;
 use crate::pixels::{DecodeLimits, Picture};
 use crate::runtime::{Library, SessionOptions};
@@ -174,36 +174,108 @@ fn chunks<const N: usize, T>(bytes: &[u8], of: impl Fn([u8; N]) -> T) -> Vec<T> 
     bytes.as_chunks::<N>().0.iter().map(|chunk| of(*chunk)).collect()
 }
 
-/// Runs `bundle`'s network over `images` through the pixels and the runtime that serve, on all processors. Returns the
-/// logits and each image's [`pixel_hashes`] hash. `progress` is called once per image, from any thread.
+/// What a bundle's network says of images.
+#[derive(Debug, Clone)]
+pub struct Answers {
+    /// Its logits.
+    pub logits: LabelledLogits,
+    /// What its classifier sees, by image; none where the network does not give it.
+    pub features: Option<Vec<Vec<f32>>>,
+    /// What each image looks like.
+    pub looks: Vec<Vec<f32>>,
+    /// Each image's [`pixel_hashes`] hash.
+    pub hashes: Vec<PixelHash>,
+}
+
+impl Answers {
+    /// Those of the images with these numbers, each below N.
+    #[must_use]
+    pub fn select(&self, numbers: &[usize]) -> Self {
+        let of = |rows: &Vec<Vec<f32>>| numbers.iter().map(|&n| rows[n].clone()).collect();
+        Self {
+            logits: self.logits.select(numbers),
+            features: self.features.as_ref().map(of),
+            looks: of(&self.looks),
+            hashes: numbers.iter().map(|&n| self.hashes[n]).collect(),
+        }
+    }
+}
+
+/// Runs `bundle`'s network over `images` through the pixels and the runtime that serve, on all processors. `progress` is called
+/// once per image, from any thread.
 ///
 /// # Errors
 /// When images cannot be decoded, or the network fails.
-pub fn logits_of(
+pub fn answers_of(
     bundle: &Bundle,
     library: &Library,
     options: SessionOptions,
     images: &LabelledImages,
     progress: &(dyn Fn() + Sync),
-) -> Result<(LabelledLogits, Vec<PixelHash>), DataError> {
-    let (exif, limits) = (bundle.manifest.preprocessing.exif, DecodeLimits::OFFLINE);
+) -> Result<Answers, DataError> {
+    let rows: Mutex<Vec<Option<(Prediction, PixelHash)>>> = Mutex::new(vec![None; images.len()]);
+    each_answer(bundle, library, options, images, progress, &|index, prediction, picture| {
+        let row = (prediction, hash_of(picture));
+        rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = Some(row);
+    })?;
+    let rows = rows.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut values = Vec::with_capacity(images.len() * bundle.manifest.classes.len());
+    let (mut features, mut looks, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    // Every image was answered.
+    for (prediction, hash) in rows.into_iter().flatten() {
+        values.extend_from_slice(prediction.logits.values());
+        features.extend(prediction.features);
+        looks.extend(prediction.look);
+        hashes.push(hash);
+    }
     let classes = bundle.manifest.classes.len();
-    let rows = Mutex::new((vec![0.0; images.len() * classes], vec![[0; 32]; images.len()]));
-    each(images, exif, progress, || {
-        let (mut classifier, _) = Classifier::open(bundle, library, options, limits)?;
-        let rows = &rows;
+    let logits = LabelledLogits { classes, values, labels: images.labels().to_vec() };
+    let features = (features.len() == images.len()).then_some(features);
+    Ok(Answers { logits, features, looks, hashes })
+}
+
+/// As [`answers_of`], and hands each image's number, answer and picture to `take` instead of keeping them.
+///
+/// # Errors
+/// As [`answers_of`].
+pub fn each_answer(
+    bundle: &Bundle,
+    library: &Library,
+    options: SessionOptions,
+    images: &LabelledImages,
+    progress: &(dyn Fn() + Sync),
+    take: &(dyn Fn(usize, Prediction, &Picture) + Sync),
+) -> Result<(), DataError> {
+    each(images, bundle.manifest.preprocessing.exif, progress, || {
+        let (classifier, _) = Classifier::open(bundle, library, options, DecodeLimits::OFFLINE)?;
+        let mut classifier = classifier.with_features().with_looks();
         Ok(move |index: usize, picture: &Picture| {
-            let logits = classifier.logits(picture)?;
-            let hash = hash_of(picture);
-            let mut rows = rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            rows.0[index * classes..(index + 1) * classes].copy_from_slice(logits.values());
-            rows.1[index] = hash;
+            take(index, classifier.answer(picture)?, picture);
             Ok(())
         })
-    })?;
-    let (values, hashes) = rows.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let logits = LabelledLogits { classes, values, labels: images.labels().to_vec() };
-    Ok((logits, hashes))
+    })
+}
+
+/// Numbers of at most `most` of the images with these labels: of each class one after another, as long as it has some, in an
+/// order that is always the same; ascending.
+pub fn in_turn(labels: &[u32], most: usize) -> Vec<usize> {
+    let mut random = fastrand::Rng::with_seed(0);
+    let mut order: Vec<usize> = (0..labels.len()).collect();
+    random.shuffle(&mut order);
+    let mut seen = vec![0usize; labels.iter().max().map_or(0, |label| *label as usize + 1)];
+    let mut turns: Vec<(usize, usize)> = order
+        .into_iter()
+        .map(|n| {
+            let turn = &mut seen[labels[n] as usize];
+            *turn += 1;
+            (*turn, n)
+        })
+        .collect();
+    // Stable: within a turn, in the drawn order.
+    turns.sort_by_key(|(turn, _)| *turn);
+    let mut chosen: Vec<usize> = turns.into_iter().take(most).map(|(_, n)| n).collect();
+    chosen.sort_unstable();
+    chosen
 }
 
 /// The hash of every image's size and pixels, the same whatever file form it came in, and the first image that has it.
@@ -322,4 +394,22 @@ where
     let mut unreadable = unreadable.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     unreadable.sort();
     Ok(unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_take_turns_as_long_as_they_have_images() {
+        let labels = [0, 0, 0, 0, 0, 1, 2, 2];
+        let of = |most| {
+            let mut counts = [0; 3];
+            in_turn(&labels, most).into_iter().for_each(|n| counts[labels[n] as usize] += 1);
+            counts
+        };
+        assert_eq!((of(3), of(5), of(7), of(99)), ([1, 1, 1], [2, 1, 2], [4, 1, 2], [5, 1, 2]));
+        assert_eq!(in_turn(&labels, 99), (0..8).collect::<Vec<_>>());
+        assert!(in_turn(&[], 9).is_empty());
+    }
 }

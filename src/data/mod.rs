@@ -10,7 +10,9 @@ mod table;
 mod training;
 
 pub use groups::{GroupBy, hold_out_groups};
-pub use logits::{Checked, LabelledLogits, PixelHash, check_pictures, logits_of, pixel_hashes};
+pub use logits::{
+    Answers, Checked, LabelledLogits, PixelHash, answers_of, check_pictures, each_answer, in_turn, pixel_hashes,
+};
 pub use records::{Purpose, Records};
 pub use source::{Form, LabelledImages};
 pub use training::{Split, TrainingSet, hold_out, long_tail};

@@ -124,6 +124,34 @@ impl LabelledImages {
         Ok(set)
     }
 
+    /// All pictures in `path` and below, of whatever they are; each has the label 0.
+    ///
+    /// # Errors
+    /// When a folder cannot be read, or there is no picture.
+    pub fn without_classes(path: &Path) -> Result<Self, DataError> {
+        let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
+        let (mut files, mut shut, mut passed) = (Vec::new(), None, PassedOver::default());
+        let walked = walk(path, &mut |found| match found {
+            Found::Picture(path) => files.push(path),
+            Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
+            Found::Hidden(path) => passed.hidden.push(path),
+            Found::Link(path) => passed.links.push(path),
+            Found::Other(path) => passed.others.push(path),
+        });
+        walked.map_err(|cause| read(path, cause))?;
+        if let Some(error) = shut {
+            return Err(error);
+        }
+        if files.is_empty() {
+            let others = endings(&passed.others);
+            let has = if others.is_empty() { String::new() } else { format!(", only files {others}") };
+            return Err(content(path, &format!("holds no images{has}")));
+        }
+        passed.tell(path);
+        let labels = vec![0; files.len()];
+        Self::of_files(files, labels, path, None)
+    }
+
     /// Of `files`, whose classes are `labels`; `origin` says so, in `columns` if it has more to say.
     ///
     /// # Errors

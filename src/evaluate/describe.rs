@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Comparison, Evaluation, Figure, PriorFigures};
+use super::{Comparison, Evaluation, FamiliarityFigures, Figure, PriorFigures};
 
 /// Columns of the printed tables: heading, metric, factor.
 const COLUMNS: [(&str, &str, f64); 8] = [
@@ -41,7 +41,36 @@ impl Evaluation {
              as `alpha` alone asks for, α = {}",
             self.alpha
         );
+        if let Some(familiarity) = &self.familiarity {
+            describe_familiarity(&mut out, familiarity);
+        }
         out
+    }
+}
+
+fn describe_familiarity(out: &mut String, familiarity: &FamiliarityFigures) {
+    let _ = write!(
+        out,
+        "\nwithheld as unlike the training images, %; of the test images, as much as is asked for\n{:<25}",
+        "unlike"
+    );
+    for level in &familiarity.levels {
+        let _ = write!(out, "{level:>10}");
+    }
+    out.push('\n');
+    let mut line = |name: &str, shares: &[f64], more: String| {
+        let _ = write!(out, "{name:<25}");
+        for share in shares {
+            let _ = write!(out, "{:>10.2}", 100.0 * share);
+        }
+        let _ = writeln!(out, "{more}");
+    };
+    for of in &familiarity.withheld {
+        line(&format!("test images, {}", of.slice), &of.shares, String::new());
+    }
+    if let Some(foreign) = &familiarity.foreign {
+        let more = format!("   AUROC {:.3}, {} images", foreign.auroc, foreign.images);
+        line(&foreign.data, &foreign.shares, more);
     }
 }
 

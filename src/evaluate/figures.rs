@@ -4,8 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::familiarity::FamiliarityFigures;
 use super::measure::Figure;
 use crate::bundle::Group;
+
+/// Name of the part of a card that says what `unlike` withholds.
+const FAMILIARITY_KEY: &str = "familiarity";
 
 /// All that was measured of one bundle.
 #[derive(Debug, Clone, Serialize)]
@@ -40,6 +44,8 @@ pub struct Evaluation {
     pub confusions: Vec<Confusion>,
     /// Images by size of their set, from size 1, under the uniform prior; empty without calibration.
     pub set_sizes: BTreeMap<&'static str, Vec<u64>>,
+    /// What `unlike` withholds; none without images, or where the calibration knows nothing of it.
+    pub familiarity: Option<FamiliarityFigures>,
 }
 
 /// Figures under one prior.
@@ -166,7 +172,22 @@ impl Evaluation {
                 .collect();
             figures.insert(prior.prior.to_owned(), serde_json::json!(scorers));
         }
-        serde_json::json!({
+        let familiarity = self.familiarity.as_ref().map(|familiarity| {
+            let shares = |shares: &[f64]| shares.iter().map(|share| (share * 1e4).round() / 1e4).collect::<Vec<_>>();
+            let withheld: BTreeMap<_, _> =
+                familiarity.withheld.iter().map(|of| (of.slice, shares(&of.shares))).collect();
+            let mut found = serde_json::json!({ "unlike": familiarity.levels, "withheld": withheld });
+            if let Some(foreign) = &familiarity.foreign {
+                found["foreign"] = serde_json::json!({
+                    "data": foreign.data,
+                    "images": foreign.images,
+                    "auroc": (foreign.auroc * 1e4).round() / 1e4,
+                    "withheld": shares(&foreign.shares),
+                });
+            }
+            found
+        });
+        let mut card = serde_json::json!({
             "model_sha256": self.model_sha256,
             "calibration": self.calibration,
             "data": self.data,
@@ -175,6 +196,10 @@ impl Evaluation {
             "how": "nbn fold evaluate --card; by prior, scorer, slice and metric",
             "alpha": self.alpha,
             "figures": figures,
-        })
+        });
+        if let Some(familiarity) = familiarity {
+            card[FAMILIARITY_KEY] = familiarity;
+        }
+        card
     }
 }

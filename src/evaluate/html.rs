@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-use super::{Comparison, Evaluation, Figure, PriorFigures, ScorerFigures, plots, table};
+use super::{Comparison, Evaluation, FamiliarityFigures, Figure, PriorFigures, ScorerFigures, plots, table};
 
 /// Why the page could not be drawn.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,9 @@ pub fn page(evaluation: &Evaluation, comparison: Option<&Comparison>) -> Result<
         headline(&mut out, prior);
     }
     pictures(&mut out, evaluation).map_err(|error| DrawError(error.to_string()))?;
+    if let Some(figures) = &evaluation.familiarity {
+        familiarity(&mut out, figures);
+    }
     confusions(&mut out, evaluation);
     if let Some(comparison) = comparison {
         differences(&mut out, comparison);
@@ -273,6 +276,35 @@ fn pictures(
     Ok(())
 }
 
+fn familiarity(out: &mut String, figures: &FamiliarityFigures) {
+    let _ = write!(
+        out,
+        "<h2>Unlike training</h2>\n<p>With <code>unlike</code>, decisions on images that are unlike the training images are \
+         withheld. Of the test images, which are like them, a share as large as <code>unlike</code> should be, in every \
+         group{}.</p>\n<div class=\"scroll\"><table><thead><tr><th>withheld, %</th>",
+        if figures.foreign.is_some() { "; of others, as many as possible" } else { "" }
+    );
+    for level in &figures.levels {
+        let _ = write!(out, "<th>unlike = {level}</th>");
+    }
+    let _ = write!(out, "<th>AUROC</th></tr></thead><tbody>\n");
+    let mut row = |name: &str, shares: &[f64], auroc: Option<f64>| {
+        let _ = write!(out, "<tr><td>{}</td>", escape(name));
+        for share in shares {
+            let _ = write!(out, "<td>{:.2}</td>", 100.0 * share);
+        }
+        let auroc = auroc.map_or_else(|| "–".to_owned(), |auroc| format!("{auroc:.3}"));
+        let _ = writeln!(out, "<td>{auroc}</td></tr>");
+    };
+    for of in &figures.withheld {
+        row(&format!("test images, {}", of.slice), &of.shares, None);
+    }
+    if let Some(foreign) = &figures.foreign {
+        row(&format!("{}, {} images", foreign.data, foreign.images), &foreign.shares, Some(foreign.auroc));
+    }
+    out.push_str("</tbody></table></div>\n");
+}
+
 fn confusions(out: &mut String, evaluation: &Evaluation) {
     if evaluation.confusions.is_empty() {
         return;
@@ -369,6 +401,7 @@ mod tests {
             classes: (1..=classes).map(class).collect(),
             confusions: Vec::new(),
             set_sizes: [("pas", vec![1]), ("plain", vec![1, 2])].into(),
+            familiarity: None,
         }
     }
 

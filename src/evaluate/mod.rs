@@ -5,6 +5,7 @@
 //! beside it what perfect calibration would give.
 
 mod describe;
+mod familiarity;
 mod figures;
 pub mod html;
 mod measure;
@@ -22,6 +23,7 @@ use crate::metrics::{BINS, Bin, Rows};
 use crate::scores::{Logits, LogitsError, Prior, SetError, SetScore, softmax_in_place};
 use measure::{SetHits, Slice, Subject, Weights};
 
+pub use familiarity::{FamiliarityFigures, ForeignFigures, UNLIKE_LEVELS, Withheld, familiarity};
 pub use figures::{
     ClassFigures, Comparison, Confusion, Evaluation, PriorFigures, ReliabilityBin, ScorerFigures, SliceFigures,
 };
@@ -109,6 +111,7 @@ pub fn evaluate(
         classes,
         confusions,
         set_sizes,
+        familiarity: None,
     })
 }
 

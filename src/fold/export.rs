@@ -133,7 +133,9 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, Fo
         from_checkpoint(options, library, &mut draft)?
     };
     let manifest = &mut exported.manifest;
-    manifest.evaluation = options.evaluation.as_deref().map(evaluation).transpose()?;
+    if let Some(path) = options.evaluation.as_deref() {
+        manifest.evaluation = Some(evaluation(path)?);
+    }
     manifest.check().map_err(|error| FoldError::Input(error.to_string()))?;
     draft.publish(manifest, &model)?;
     Ok(exported)

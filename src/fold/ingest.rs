@@ -14,8 +14,8 @@ use super::onnx::{Network, OnnxError};
 use super::preprocessing::{PreprocessingChanges, PreprocessingSource, from_file};
 use super::{FoldError, verify};
 use crate::bundle::{
-    Alpha, Color, FileDigest, FoldReport, LeftNorm, MAX_SIDE, MODEL_FILE, Manifest, OnnxReport, OutputProof,
-    Preprocessing, Proof, SCHEMA_VERSION, Size, sha256_hex, sha256_of_file,
+    Alpha, Color, FileDigest, FoldReport, LeftNorm, MANIFEST_FILE, MAX_SIDE, MODEL_FILE, Manifest, OnnxReport,
+    OutputProof, Preprocessing, Proof, SCHEMA_VERSION, Size, sha256_hex, sha256_of_file,
 };
 use crate::listing::{Found, walk};
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
@@ -74,7 +74,13 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     // Refused before the work begins.
     let input = ends::input(&network).map_err(fail)?;
     let size = input_size(&input, options).map_err(fail)?;
-    let (preprocessing, from) = prepared(&input, size, options)?;
+    let known = bundle_of(path)?;
+    let (preprocessing, from) = match &known {
+        Some(known) if options.preprocessing.is_none() && options.changes == PreprocessingChanges::default() => {
+            (known.preprocessing.clone(), format!("{} beside it", MANIFEST_FILE))
+        }
+        _ => prepared(&input, size, options)?,
+    };
     let pictures = options.images.as_deref().map_or(Ok(Vec::new()), |folder| pictures(folder, &preprocessing))?;
     let folded = passes::fold(&mut network).map_err(fail)?;
     draft.hold(&mut network)?;
@@ -82,7 +88,10 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     let shape = preprocessing.shape();
     let subject = Subject { options, library, draft, original, shape, size, pictures };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
-    let classes = classes(options.classes.as_deref(), proof.classes)?;
+    let classes = match &known {
+        Some(known) if options.classes.is_none() => known.classes.clone(),
+        _ => classes(options.classes.as_deref(), proof.classes)?,
+    };
     let nodes = (folded.nodes.0, network.nodes());
     let model = network.encode();
     let mut manifest = Manifest {
@@ -122,8 +131,35 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
         model_data: draft.data(),
         evaluation: None,
     };
+    if let Some(known) = known {
+        remember(&mut manifest, known);
+    }
     manifest.schema_version = manifest.lowest_schema_version();
     Ok(export::Proved { exported: Exported { manifest, preprocessing_from: from }, model })
+}
+
+/// The manifest beside the file at `path`, if that is a bundle's network: a bundle is exported again.
+fn bundle_of(path: &Path) -> Result<Option<Manifest>, FoldError> {
+    let beside = path.with_file_name(MANIFEST_FILE);
+    let manifest = std::fs::read(beside).ok().and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok());
+    let Some(manifest) = manifest.filter(|manifest| manifest.check().is_ok()) else { return Ok(None) };
+    Ok((manifest.model.sha256 == digest(path)?.sha256).then_some(manifest))
+}
+
+/// Adds to `manifest` what an earlier export knew of the same network, and what its file no longer tells.
+fn remember(manifest: &mut Manifest, known: Manifest) {
+    let FoldReport { head, kappa, experts, normalized_layers, alphas, batch_norms_merged, .. } = known.fold;
+    let fold = &mut manifest.fold;
+    fold.head = head;
+    fold.kappa = fold.kappa.or(kappa);
+    fold.experts = experts;
+    fold.batch_norms_merged += batch_norms_merged;
+    if fold.normalized_layers.is_empty() {
+        (fold.normalized_layers, fold.alphas) = (normalized_layers, alphas);
+    }
+    manifest.arch = known.arch;
+    manifest.checkpoint = known.checkpoint;
+    manifest.evaluation = known.evaluation;
 }
 
 fn digest(path: &Path) -> Result<FileDigest, FoldError> {

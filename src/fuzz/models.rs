@@ -119,7 +119,7 @@ pub(super) fn classify(
 /// A calibrated model with three classes and one worker.
 pub(super) fn served() -> ServedModel {
     let manifest = Arc::new(manifest(3));
-    let calibration = BoundCalibration { id: "fuzz".into(), content: calibration(&manifest) };
+    let calibration = BoundCalibration { id: "fuzz".into(), content: calibration(&manifest), familiarity: None };
     let classifier = Classifier::new(manifest.clone(), LIMITS, Box::new(Sums)).with_max_batch(4);
     let max_batch = classifier.max_batch();
     let engine = Engine::start(vec![classifier], 64, Arc::new(Budget::new(1))).expect("a thread can be started");

@@ -6,6 +6,7 @@ mod gif;
 mod input;
 mod jpeg;
 mod limits;
+mod look;
 mod picture;
 mod pnm;
 mod resize;
@@ -17,6 +18,7 @@ mod webp;
 pub use decode::decode;
 pub use image::RgbImage;
 pub use limits::{DecodeError, DecodeLimits};
+pub use look::look;
 use picture::Channels;
 pub use picture::{Picture, PictureError, TensorBatch, TensorLength};
 #[cfg(feature = "train")]

@@ -85,6 +85,8 @@ impl ServedModel {
             version: bundle.version.clone(),
             cause: Box::new(cause),
         };
+        let familiarity = bundle.calibration.as_ref().and_then(|calibration| calibration.familiarity.clone());
+        let familiarity = familiarity.as_deref();
         let ModelOptions { workers, session, limits, queue, batch, features, ref cache } = *options;
         let no_cache = NetworkCache::none();
         let (mut device, mut max_batch) = (session.device, None);
@@ -103,6 +105,10 @@ impl ServedModel {
                     };
                     warming.push(scope.spawn(move || {
                         let classifier = if features { classifier.with_features() } else { classifier };
+                        let classifier = match familiarity {
+                            Some(familiarity) => classifier.with_what_it_asks(familiarity),
+                            None => classifier,
+                        };
                         let mut classifier = classifier.with_max_batch(max_batch);
                         classifier.warm().map(|()| classifier)
                     }));

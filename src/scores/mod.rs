@@ -1,9 +1,11 @@
 //! Logits → probabilities → the best classes and prediction sets. Pure arithmetic.
 
 mod calibrator;
+mod familiarity;
 mod sets;
 
 pub use calibrator::{Calibrator, NamedPrior, Offsets, Prior, PriorError};
+pub use familiarity::{Evidence, Familiar, Familiarities, doubt, excess};
 pub use sets::{ClassMix, PredictionSet, SetError, SetRequest, SetRule, SetRung, SetScore};
 
 /// A network's answer for one picture: one finite value per class.

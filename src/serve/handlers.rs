@@ -113,7 +113,7 @@ async fn answer(
 ) -> Result<(Response, Duration), Problem> {
     let deadline = infer::deadline(app, request.headers());
     let input::Images { items, options, held } = input::read(app, request, deadline).await?;
-    let rule = model.scorer.rule(options.score_request(&model.manifest)?, &app.prior)?;
+    let rule = infer::rule(app, model, options.score_request(&model.manifest)?)?;
     let alone = items.len() == 1;
     let images = items.iter().filter_map(|(_, image)| Some(Input::Encoded(image.as_ref().ok()?.clone()))).collect();
     let mut answers = infer::predict(app, model, images, deadline).await?.into_iter();

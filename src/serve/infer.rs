@@ -11,7 +11,7 @@ use super::code::Code;
 use super::cut::quoted;
 use super::notes::Notes;
 use super::problem::{self, Problem};
-use crate::classify::{ClassifyError, Input, Prediction, ScoreRule, Scored};
+use crate::classify::{ClassifyError, Input, Prediction, ScoreError, ScoreRequest, ScoreRule, Scored};
 use crate::registry::ServedModel;
 use crate::scores::LogitsError;
 
@@ -121,6 +121,15 @@ pub(crate) async fn predict(
     Ok(answers)
 }
 
+/// What `request` asks of `model`, with the server's own where it leaves something open.
+pub(crate) fn rule(app: &App, model: &ServedModel, mut request: ScoreRequest) -> Result<ScoreRule, ScoreError> {
+    if let (None, Some(known)) = (request.abstention.unlike, model.scorer.familiarities()) {
+        // A request is not refused for what it has not asked for.
+        request.abstention.unlike = app.unlike.filter(|unlike| *unlike >= known.least());
+    }
+    model.scorer.rule(request, &app.prior)
+}
+
 /// Scores a prediction and notes what it cost.
 pub(crate) fn score(
     app: &App,
@@ -130,7 +139,7 @@ pub(crate) fn score(
     notes: &Notes,
 ) -> Scored {
     let began = Instant::now();
-    let scored = model.scorer.score(&prediction.logits, rule);
+    let scored = model.scorer.score(prediction, rule);
     let took = began.elapsed();
     notes.image(&prediction.timings, took);
     app.telemetry.scored(model, &scored, took);

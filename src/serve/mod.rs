@@ -109,6 +109,8 @@ pub struct ServeOptions {
     pub connections: ConnectionLimits,
     /// The class prior of requests that name none.
     pub prior: Prior,
+    /// The familiarity up to which decisions are withheld by requests that say nothing of it, from models that know it.
+    pub unlike: Option<f64>,
     /// What open requests have to finish after a stop.
     pub drain_timeout: Duration,
     /// Who may ask.
@@ -127,6 +129,7 @@ impl Default for ServeOptions {
             limits: RequestLimits::default(),
             connections: ConnectionLimits::default(),
             prior: Prior::default(),
+            unlike: None,
             drain_timeout: Duration::from_secs(30),
             keys: Arc::default(),
             control: false,
@@ -153,6 +156,7 @@ pub(crate) struct Shared {
     pub(crate) registry: Models,
     pub(crate) limits: RequestLimits,
     pub(crate) prior: Prior,
+    pub(crate) unlike: Option<f64>,
     pub(crate) draining: AtomicBool,
     pub(crate) memory: BodyMemory,
     pub(crate) parsers: Parsers,
@@ -315,11 +319,13 @@ async fn serve(
     options: ServeOptions,
     stop: watch::Receiver<bool>,
 ) -> Ended {
-    let ServeOptions { limits, connections, prior, drain_timeout, keys, control, cors_origins, access_log } = options;
+    let ServeOptions { limits, connections, prior, unlike, drain_timeout, keys, control, cors_origins, access_log } =
+        options;
     let shared = Arc::new(Shared {
         registry: Models::of(registry),
         limits,
         prior,
+        unlike,
         draining: AtomicBool::new(false),
         memory: BodyMemory::of(limits.max_buffered_bytes),
         parsers: Parsers::default(),

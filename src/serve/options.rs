@@ -48,6 +48,11 @@ pub(crate) struct RequestOptions {
     /// Abstain if the best class has no calibration images.
     #[serde(default)]
     pub(crate) abstain_prior_only: Option<bool>,
+    /// Abstain if the image's familiarity is at most this: the share of images like the training images that may be withheld for
+    /// nothing. The model must have been calibrated with its training images.
+    #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 0.0, maximum = 1.0))]
+    pub(crate) unlike: Option<f64>,
     /// Extra parts of the answer.
     #[serde(default, deserialize_with = "objects::list")]
     pub(crate) include: Vec<Include>,
@@ -83,6 +88,10 @@ pub(crate) struct QueryOptions {
     max_set_size: Option<usize>,
     /// Abstain if the best class has no calibration images.
     abstain_prior_only: Option<bool>,
+    /// Abstain if the image's familiarity is at most this: the share of images like the training images that may be withheld for
+    /// nothing. The model must have been calibrated with its training images.
+    #[param(minimum = 0.0, maximum = 1.0)]
+    unlike: Option<f64>,
     /// Extra parts of the answer, separated by commas.
     #[param(inline, style = Form, explode = false)]
     include: Option<Vec<Include>>,
@@ -162,6 +171,8 @@ pub(crate) enum Include {
     Support,
     /// Milliseconds by stage.
     Timings,
+    /// How like the training images the image is.
+    Familiarity,
 }
 
 impl RequestOptions {
@@ -181,6 +192,7 @@ impl RequestOptions {
                 "top_k" => options.top_k = Some(whole()?),
                 "min_score" => options.min_score = Some(number()?),
                 "alpha" => options.alpha = Some(number()?),
+                "unlike" => options.unlike = Some(number()?),
                 "max_set_size" => options.max_set_size = Some(whole()?),
                 "prior" => {
                     let prior =
@@ -196,13 +208,14 @@ impl RequestOptions {
                 }
                 "include" => {
                     for part in value.split(',') {
-                        let what = "logits, uncalibrated, support, timings, or several separated by commas";
+                        let what =
+                            "logits, uncalibrated, support, timings, familiarity, or several separated by commas";
                         options.include.push(word(part).ok_or_else(|| bad(what))?);
                     }
                 }
                 _ => {
                     return Err(bad("top_k, min_score, prior, alpha, set_score, set_rung, max_set_size, \
-                                    abstain_prior_only or include as the name"));
+                                    abstain_prior_only, unlike or include as the name"));
                 }
             }
         }
@@ -228,6 +241,7 @@ impl RequestOptions {
             set_rung: self.set_rung.or(other.set_rung),
             max_set_size: self.max_set_size.or(other.max_set_size),
             abstain_prior_only: self.abstain_prior_only.or(other.abstain_prior_only),
+            unlike: self.unlike.or(other.unlike),
             include,
         })
     }
@@ -238,8 +252,10 @@ impl RequestOptions {
                 return Err(Problem::new(Code::BadOption, format!("{name} is 0; it must be at least 1")));
             }
         }
-        if let Some(score) = self.min_score.filter(|score| !(0.0..=1.0).contains(score)) {
-            return Err(Problem::new(Code::BadOption, format!("min_score is {score}; it must be from 0 to 1")));
+        for (name, value) in [("min_score", self.min_score), ("unlike", self.unlike)] {
+            if let Some(value) = value.filter(|value| !(0.0..=1.0).contains(value)) {
+                return Err(Problem::new(Code::BadOption, format!("{name} is {value}; it must be from 0 to 1")));
+            }
         }
         Ok(())
     }
@@ -262,7 +278,9 @@ impl RequestOptions {
             alpha: self.alpha,
             set_score: self.set_score,
             set_rung: self.set_rung,
+            familiarity: self.includes(Include::Familiarity),
             abstention: Abstention {
+                unlike: self.unlike,
                 min_score: self.min_score,
                 max_set_size: self.max_set_size,
                 prior_only: self.abstain_prior_only.unwrap_or(false),

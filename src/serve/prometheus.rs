@@ -156,6 +156,7 @@ pub(crate) struct Telemetry {
     set_sizes: Histograms<GroupLabels>,
     rejected: Family<ReasonLabels, Counter>,
     predictions: Family<GroupLabels, Counter>,
+    unlike: Family<GroupLabels, Counter>,
     loads: Family<OutcomeLabels, Counter>,
     queue: Family<ModelLabels, Gauge>,
     capacity: Family<ModelLabels, Gauge>,
@@ -198,6 +199,7 @@ impl Telemetry {
             set_sizes: Family::new_with_constructor(classes),
             rejected: Family::default(),
             predictions: Family::default(),
+            unlike: Family::default(),
             loads: Family::default(),
             queue: Family::default(),
             capacity: Family::default(),
@@ -225,6 +227,7 @@ impl Telemetry {
             set_sizes "set_size" "Classes in a prediction set"
             rejected "rejected" "Requests and connections that were refused"
             predictions "predictions" "Images by the group of their best class"
+            unlike "unlike_training" "Images whose decision was withheld because they are unlike the training images"
             loads "model_loads" "Attempts to load a version of a model"
             queue "queue_images" "Images that wait for a worker"
             capacity "queue_capacity_images" "Largest number of images that can wait for a worker"
@@ -272,6 +275,9 @@ impl Telemetry {
         let labels = GroupLabels { model: model.name.clone(), group };
         self.predictions.get_or_create(&labels).inc();
         self.scores.get_or_create(&labels).observe(score);
+        if scored.is_unlike_training() {
+            self.unlike.get_or_create(&labels).inc();
+        }
         if let Some(set) = &scored.set {
             self.set_sizes.get_or_create(&labels).observe(set.members.len() as f64);
         }

@@ -6,10 +6,10 @@ use super::code::Code;
 use super::objects;
 use super::options::{Include, RequestOptions};
 use super::problem::Problem;
-use crate::bundle::{BoundCalibration, Group, Manifest, Status};
+use crate::bundle::{BoundCalibration, Group, Manifest, Question, Status};
 use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scored};
 use crate::registry::ServedModel;
-use crate::scores::{PredictionSet, Prior, SetRequest, SetRung, SetScore};
+use crate::scores::{Familiar, Familiarities, PredictionSet, Prior, SetRequest, SetRung, SetScore};
 
 /// Classes returned when `top_k` is absent.
 const DEFAULT_TOP_K: usize = 5;
@@ -130,10 +130,13 @@ pub(crate) struct ImageResult {
     /// The prediction set, on request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) set: Option<WireSet>,
+    /// How like the training images it is; on request, or if `unlike` is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) familiarity: Option<WireFamiliarity>,
     /// `accept`, or `abstain` if a limit in the request says not to act on the best class.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) decision: Option<WireDecision>,
-    /// Why the decision is `abstain`.
+    /// Why the decision is `abstain`; it begins with `unlike_training:` if the image is unlike the training images.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reason: Option<String>,
     /// The network's output for every class, on request.
@@ -210,6 +213,20 @@ impl WireSet {
             holds_for: request.mix.name(),
         }
     }
+}
+
+/// How like the training images an image is.
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub(crate) struct WireFamiliarity {
+    /// A conformal p-value: the share of images like the training images that stand out as much or more. Small for what is
+    /// unlike them.
+    pub(crate) p: f64,
+    /// The calibration images that it was ranked among: `group`, those whose best class is of the same group, or `marginal`, all.
+    pub(crate) rung: SetRung,
+    /// By what it stands out most: `look` (brightness, colours, details), `distance` (what the network sees in it is far from
+    /// every class) or `confidence` (no class is convincing).
+    pub(crate) question: Question,
 }
 
 /// Whether to act on the best class.
@@ -289,6 +306,7 @@ impl ImageResult {
             id,
             predictions: Some(best.into_iter().filter(|(_, s)| *s >= min_score).map(score).collect()),
             set: set.map(|(set, request)| WireSet::of(set, request, &model.manifest)),
+            familiarity: scored.familiarity.map(|Familiar { p, rung, question }| WireFamiliarity { p, rung, question }),
             decision: Some(decision),
             reason,
             logits: options.includes(Include::Logits).then(|| prediction.logits.values().to_vec()),
@@ -313,6 +331,7 @@ impl ImageResult {
             id,
             predictions: None,
             set: None,
+            familiarity: None,
             decision: None,
             reason: None,
             logits: None,
@@ -389,9 +408,24 @@ pub(crate) struct CalibrationCard {
     pub(crate) shrinkage: f64,
     /// Calibration images and status per class, in the order of the logits.
     pub(crate) classes: Vec<ClassFoundation>,
+    /// What tells images like the training images from others; null if it knows nothing of that.
+    #[cfg_attr(feature = "openapi", schema(required))]
+    pub(crate) familiarity: Option<FamiliarityCard>,
     /// What it was fitted to, and what it changed.
     #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub(crate) fit: serde_json::Value,
+}
+
+/// What a model knows of its training images.
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub(crate) struct FamiliarityCard {
+    /// What is looked at.
+    pub(crate) questions: Vec<Question>,
+    /// Training images behind `look` and `distance`.
+    pub(crate) training_images: u64,
+    /// The smallest `unlike` that the calibration images allow.
+    pub(crate) least: f64,
 }
 
 /// What a class's calibration is based on.
@@ -407,8 +441,13 @@ pub(crate) struct ClassFoundation {
 }
 
 impl CalibrationCard {
-    fn of(bound: &BoundCalibration) -> serde_json::Result<Self> {
+    fn of(bound: &BoundCalibration, known: Option<&Familiarities>) -> serde_json::Result<Self> {
         let content = &bound.content;
+        let familiarity = content.familiarity.as_ref().zip(known).map(|(record, known)| FamiliarityCard {
+            questions: record.questions.iter().map(|asked| asked.question).collect(),
+            training_images: record.training_images,
+            least: known.least(),
+        });
         Ok(Self {
             id: bound.id.clone(),
             rung: serde_json::to_value(content.rung)?,
@@ -421,6 +460,7 @@ impl CalibrationCard {
                 .iter()
                 .map(|c| ClassFoundation { label: c.label.clone(), support: c.support, status: c.status })
                 .collect(),
+            familiarity,
             fit: serde_json::to_value(&content.fit)?,
         })
     }
@@ -438,7 +478,10 @@ impl ModelCard {
             version: model.version.clone(),
             device: model.device.to_string(),
             scale: model.scorer.scale(),
-            calibration: calibration.map(CalibrationCard::of).transpose().map_err(failed)?,
+            calibration: calibration
+                .map(|bound| CalibrationCard::of(bound, model.scorer.familiarities()))
+                .transpose()
+                .map_err(failed)?,
             manifest: serde_json::to_value(&*model.manifest).map_err(failed)?,
             evaluation: model.evaluation.clone(),
         })

@@ -337,7 +337,15 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
     let model = ServedModel::start(shipped(), library(), &model_options(), Arc::new(Budget::new(1))).unwrap();
     let inputs: Vec<_> = inputs.iter().map(|input| input.into()).collect();
     let source = Source::open(&inputs, options, stdin).unwrap();
-    let columns = Columns { top_k: 1, label: false, set: false, probabilities: false, logits: false, features: false };
+    let columns = Columns {
+        top_k: 1,
+        label: false,
+        set: false,
+        familiarity: false,
+        probabilities: false,
+        logits: false,
+        features: false,
+    };
     let (manifest, scorer) = (&model.manifest, &model.scorer);
     let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
     let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
@@ -574,14 +582,13 @@ fn a_run_that_fails_before_its_first_row_leaves_the_files_it_was_to_write() {
     fs::write(at("summary.json"), "counts of yesterday\n").unwrap();
     let before = snapshot(folder.path());
     let (images, gone) = (at("images"), at("gone"));
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 7] = [
         (&["--model", &gone, &images], "gone"),
         (&[&at("gone/*.png")], "no file matches"),
         (&[&at("gone.tar")], "No such file"),
         (&[&at("a.csv")], "name one with --image-column"),
         (&["--labels", "line", &images], "--labels line needs a text list"),
         (&["--prior", &at("gone.json"), &images], "--prior"),
-        (&["--features", &images], "has no output features"),
         (&["--alpha", "7", &images], "alpha"),
     ];
     for (args, words) in cases {

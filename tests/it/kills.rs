@@ -137,6 +137,10 @@ fn a_killed_export_over_a_bundle_leaves_the_old_one_or_the_new_one() {
     assert!(kill_at_every_step(|folder| drop(shipped(folder)), export, check) > 15);
 }
 
+/// What a bundle has.
+const FILES: [&str; 5] =
+    ["model.onnx", "manifest.json", "calibration.json", "evaluation.json", "familiarity.safetensors"];
+
 #[test]
 fn a_killed_calibration_leaves_a_bundle_that_loads_and_no_figures_of_another_calibration() {
     let old = crate::support::shipped().calibration.unwrap().id;
@@ -150,12 +154,41 @@ fn a_killed_calibration_leaves_a_bundle_that_loads_and_no_figures_of_another_cal
         let found = Bundle::load(&bundle(folder)).unwrap_or_else(|error| panic!("step {step}: {error}"));
         let is_old = found.calibration.unwrap().id == old;
         assert_eq!((found.evaluation.is_some(), found.stale_card.is_none()), (is_old, is_old), "step {step}");
-        nothing_but(&bundle(folder), &["model.onnx", "manifest.json", "calibration.json", "evaluation.json"]);
+        nothing_but(&bundle(folder), &FILES);
         let again = done(calibrate(folder));
         assert!(text(&again.stderr).contains("nbn fold evaluate --card"), "{}", text(&again.stderr));
         assert!(Bundle::load(&bundle(folder)).unwrap().stale_card.is_some());
     };
     assert!(kill_at_every_step(|folder| drop(shipped(folder)), calibrate, check) > 3);
+    // With familiarity, whose file is another one: what is there never names a file that is not.
+    let images = |folder: &Path, name: &str, seed: u8| {
+        for (class, label) in ["cat", "ship"].into_iter().enumerate() {
+            let of_class = folder.join(name).join(label);
+            fs::create_dir_all(&of_class).unwrap();
+            for n in 0..3 {
+                let of = |x: u32, y: u32| image::Rgb([(x * y) as u8, seed + 9 * n, (y as u8) << class]);
+                image::RgbImage::from_fn(32, 32, of).save(of_class.join(format!("{n}.png"))).unwrap();
+            }
+        }
+    };
+    let prepare = |folder: &Path| {
+        shipped(folder);
+        images(folder, "held-out", 1);
+        images(folder, "training", 2);
+    };
+    let calibrate = |folder: &Path| {
+        let (held_out, training) = (folder.join("held-out"), folder.join("training"));
+        let sets = ["--data", path(&held_out), "--training-data", path(&training)];
+        fold(&[&["calibrate", path(&bundle(folder)), "--force"], &sets[..]].concat())
+    };
+    let check = |folder: &Path, step| {
+        let found = Bundle::load(&bundle(folder)).unwrap_or_else(|error| panic!("step {step}: {error}"));
+        assert!(found.calibration.is_some(), "step {step}");
+        nothing_but(&bundle(folder), &FILES);
+        done(calibrate(folder));
+        assert!(Bundle::load(&bundle(folder)).unwrap().calibration.unwrap().familiarity.is_some());
+    };
+    assert!(kill_at_every_step(prepare, calibrate, check) > 9);
 }
 
 #[test]

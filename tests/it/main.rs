@@ -13,6 +13,7 @@ mod data;
 mod echoes;
 mod engine;
 mod export;
+mod familiarity;
 mod fold_properties;
 mod hostile;
 mod imports;

@@ -63,7 +63,7 @@ async fn a_broken_version_leaves_the_old_serving_and_says_why() {
     let reply = server.post("/v1/classify", "image/png", png.clone()).await.json();
     assert_eq!(reply["version"], "1");
     // Mended, it takes over, and version 1 is no longer wanted.
-    for name in ["manifest.json", "model.onnx", "calibration.json", "evaluation.json"] {
+    for name in ["manifest.json", "model.onnx", "familiarity.safetensors", "calibration.json", "evaluation.json"] {
         std::fs::copy(repository.join("cifar10-lt/1").join(name), second.join(name)).unwrap();
     }
     server.registry.refresh();

@@ -63,6 +63,8 @@ pub struct Columns {
     pub label: bool,
     /// The prediction set.
     pub set: bool,
+    /// How like the training pictures it is.
+    pub familiarity: bool,
     /// The score of every class, in the order of the logits.
     pub probabilities: bool,
     /// The network's own output.
@@ -150,6 +152,8 @@ pub struct Scores {
     pub top: Vec<(usize, f64)>,
     /// Classes in the prediction set.
     pub set: Option<Vec<usize>>,
+    /// How like the training pictures it is: a p-value.
+    pub familiarity: Option<f64>,
     /// Why the decision is withheld; none when it is not.
     pub abstained: Option<String>,
     /// The score of every class.
@@ -183,10 +187,11 @@ pub struct Scoring<'a> {
 impl Scoring<'_> {
     /// The scores of a prediction, and its best class.
     pub(super) fn score(&self, prediction: &Prediction) -> (Scores, usize) {
-        let scored = self.scorer.score(&prediction.logits, &self.rule);
+        let scored = self.scorer.score(prediction, &self.rule);
         let mut top = scored.probabilities.top(self.columns.top_k.max(1));
         let best = top.first().map_or(0, |(class, _)| *class);
         top.retain(|(_, score)| *score >= self.min_score);
+        let familiarity = scored.familiarity.filter(|_| self.columns.familiarity).map(|found| found.p);
         let abstained = match scored.decision {
             Decision::Accept => None,
             Decision::Abstain(reason) => Some(reason),
@@ -195,7 +200,7 @@ impl Scoring<'_> {
         let probabilities = self.columns.probabilities.then(|| scored.probabilities.values().to_vec());
         let logits = self.columns.logits.then(|| prediction.logits.values().to_vec());
         let features = prediction.features.clone().filter(|_| self.columns.features);
-        (Scores { top, set, abstained, probabilities, logits, features }, best)
+        (Scores { top, set, familiarity, abstained, probabilities, logits, features }, best)
     }
 }
 

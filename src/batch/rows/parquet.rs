@@ -65,6 +65,9 @@ fn schema(columns: Columns) -> String {
     if columns.set {
         fields.push(list("set", "required binary element (STRING);"));
     }
+    if columns.familiarity {
+        fields.push("optional double familiarity;".to_owned());
+    }
     if columns.probabilities {
         fields.push(list("probabilities", "required double element;"));
     }
@@ -137,6 +140,9 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
             let sets = rows.iter().map(|row| scores(row)?.set.as_deref());
             list::<ByteArrayType, _>(out, sets, 2, |&class| Some(text(label(classes, class))))?;
         }
+        if columns.familiarity {
+            optional_of::<DoubleType>(out, rows.iter().map(|row| scores(row)?.familiarity))?;
+        }
         if columns.probabilities {
             let all = rows.iter().map(|row| scores(row)?.probabilities.as_deref());
             list::<DoubleType, _>(out, all, 2, |&p| Some(p))?;
@@ -194,12 +200,19 @@ fn optional(
     out: &mut SerializedRowGroupWriter<'_, impl Write + Send>,
     rows: impl Iterator<Item = Option<ByteArray>>,
 ) -> Result<(), WriteError> {
+    optional_of::<ByteArrayType>(out, rows)
+}
+
+fn optional_of<T: DataType>(
+    out: &mut SerializedRowGroupWriter<'_, impl Write + Send>,
+    rows: impl Iterator<Item = Option<T::T>>,
+) -> Result<(), WriteError> {
     let (mut values, mut definition) = (Vec::new(), Vec::new());
     for row in rows {
         definition.push(i16::from(row.is_some()));
         values.extend(row);
     }
-    column::<ByteArrayType>(out, &values, Some(&definition), None)
+    column::<T>(out, &values, Some(&definition), None)
 }
 
 /// A leaf of an optional list: level 0 is no list, 1 an empty one, 2 an element, 3 an optional leaf of it that is there.

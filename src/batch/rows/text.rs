@@ -22,6 +22,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     set: Option<Vec<&'a str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    familiarity: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     probabilities: Option<&'a [f64]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     logits: Option<&'a [f32]>,
@@ -65,6 +67,7 @@ impl<'a, W: Write> JsonLines<'a, W> {
             label: row.label.as_deref().filter(|_| columns.label),
             predictions: scores.map(|s| s.top.iter().map(of).collect()),
             set: scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect())),
+            familiarity: scores.and_then(|s| s.familiarity),
             probabilities: scores.and_then(|s| s.probabilities.as_deref()),
             logits: scores.and_then(|s| s.logits.as_deref()),
             features: scores.and_then(|s| s.features.as_deref()),
@@ -102,6 +105,7 @@ impl<'a, W: Write> Csv<'a, W> {
         header.extend(optional(columns.label, "label"));
         header.extend(["error", "decision", "reason"].map(str::to_owned));
         header.extend(optional(columns.set, "set"));
+        header.extend(optional(columns.familiarity, "familiarity"));
         header.extend(optional(columns.probabilities, "probabilities"));
         header.extend(optional(columns.logits, "logits"));
         header.extend(optional(columns.features, "features"));
@@ -124,6 +128,9 @@ impl<'a, W: Write> Csv<'a, W> {
         if columns.set {
             let set = scores.and_then(|s| Some(s.set.as_ref()?.iter().map(|&k| label(classes, k)).collect::<Vec<_>>()));
             record.push(json(set)?);
+        }
+        if columns.familiarity {
+            record.push(scores.and_then(|s| s.familiarity).map(|p| p.to_string()).unwrap_or_default());
         }
         if columns.probabilities {
             record.push(json(scores.and_then(|s| s.probabilities.as_ref()))?);

@@ -1,12 +1,16 @@
 //! `nbn fold calibrate`'s command line.
 
+mod familiarity;
 pub(crate) mod target;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nbn::bundle::{BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, is_calibration};
+use nbn::bundle::{
+    BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, FAMILIARITY_FILE, Rung, TrainingOverlap,
+    is_calibration,
+};
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe, divided};
 use nbn::data::{GroupBy, Records};
 
@@ -43,7 +47,11 @@ pub(crate) struct Calibrate {
     /// [default: as the list in --records says]
     #[arg(long, value_name = "folder|COLUMN|REGEX", value_parser = str::parse::<GroupBy>)]
     group_by: Option<GroupBy>,
-    /// File to write [default: calibration.json in the bundle]
+    /// Most training images to learn what is familiar from, classes in turn: the network runs over them all; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    familiarity_images: usize,
+    /// File to write [default: calibration.json in the bundle]. What tells unfamiliar images is written beside it, as
+    /// familiarity.safetensors
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Replace an existing calibration
@@ -88,8 +96,8 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         (Some(by), Some((images, _))) => Some(by.groups(images)?),
         (Some(by), None) => bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves"),
     };
-    let Unseen { logits, groups, compared, .. } = args.training.without(&bundle, logits, groups, images)?;
-    let training_overlap = if compared { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
+    let Unseen { logits, groups, answers, training, .. } = args.training.without(&bundle, logits, groups, images)?;
+    let training_overlap = if training.is_some() { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
     let groups = groups.map(|groups| {
         let (groups, alone) = divided(&logits, &groups);
         if let Some(first) = alone.first() {
@@ -113,7 +121,11 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         training_overlap,
         command: command_line(std::env::args_os().skip(1), &here),
     };
-    let calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
+    let mut calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
+    let seen =
+        familiarity::Source { bundle: &bundle, answers: answers.as_ref(), training, most: args.familiarity_images };
+    let familiar = familiarity::fit(seen, &calibration, &args.runtime)?;
+    calibration.familiarity = familiar.as_ref().map(|(record, _)| record.clone());
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
         eprintln!("warning: these images were not compared with the training images (--training-data SET)");
@@ -123,8 +135,7 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     }
     // A file that no program would load must not take the place of one that loads.
     calibration.check(&bundle.manifest).context("no usable calibration can be fitted to these images")?;
-    let text = serde_json::to_string_pretty(&calibration)? + "\n";
-    replace(&out, text.as_bytes())?;
+    familiarity::write(&out, calibration, familiar.map(|(_, bytes)| bytes).as_deref())?;
     warn_of_a_stale_card(bundle, &out)?;
     println!("{}", out.display());
     Ok(())
@@ -136,11 +147,15 @@ fn check_out(args: &Calibrate, bundle: &Bundle, out: &Path) -> anyhow::Result<()
     let mut read = args.set.files();
     read.extend(args.training.files());
     read.extend(of_bundle(bundle).filter(|file| file.path != own));
+    let beside = out.with_file_name(FAMILIARITY_FILE);
     refuse_same(&[Named { role: "--out", path: out.to_owned() }], &read)?;
     if args.out.is_none() || is_same(out, &own) {
         // The bundle's own calibration may be damaged: that can be the reason for this run.
+        refuse_foreign(&beside, "regular file", Path::is_file)?;
         return refuse_foreign(out, "calibration", Path::is_file);
     }
+    refuse_same(&[Named { role: "the file beside --out", path: beside.clone() }], &read)?;
+    refuse_foreign(&beside, "file of a calibration", familiarity::is_own)?;
     refuse_foreign(out, "calibration", |path| nbn::files::is_special(path) || is_calibration(path))
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use nbn::bundle::{Bundle, Class};
-use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, Purpose, Records, logits_of};
+use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_of};
 use nbn::runtime::{Device, Library, SessionOptions};
 
 use super::calibrate::target::given;
@@ -74,13 +74,13 @@ impl Dataset {
         Ok(self.form.map_or_else(|| Form::guess(&self.data, bundle.manifest.classes.len()), Ok)?)
     }
 
-    /// The bundle's logits of the set, its images with the hash of each one's pixels where it has images, and the list that
-    /// they were chosen by.
+    /// The bundle's logits of the set, its images with all of the answers where it has images, and the list that they were chosen
+    /// by.
     pub(crate) fn logits(
         &self,
         bundle: &Bundle,
         runtime: &RuntimeArgs,
-    ) -> anyhow::Result<(LabelledLogits, Option<HashedImages>, Option<Records>)> {
+    ) -> anyhow::Result<(LabelledLogits, Option<Answered>, Option<Records>)> {
         let classes = &bundle.manifest.classes;
         let form = self.form(bundle)?;
         if form == Form::Logits {
@@ -89,17 +89,25 @@ impl Dataset {
         }
         let records = self.records.as_deref().map(|path| (path, "--records", Purpose::Training));
         let (images, records) = images(&self.data, Some(form), records, classes)?;
-        let library = Library::load(runtime.onnxruntime.as_deref())?;
         let bar = bar(images.len(), "network");
-        let options = SessionOptions { device: runtime.device, threads: 1 };
-        let (logits, hashes) = logits_of(bundle, library, options, &images, &|| bar.inc(1))?;
+        let answers = answers_of(bundle, runtime.library()?, runtime.session(), &images, &|| bar.inc(1))?;
         bar.finish_and_clear();
-        Ok((logits, Some((images, hashes)), records))
+        Ok((answers.logits.clone(), Some((images, answers)), records))
     }
 }
 
-/// Images, with the hash of each one's pixels.
-pub(crate) type HashedImages = (LabelledImages, Vec<PixelHash>);
+impl RuntimeArgs {
+    pub(crate) fn library(&self) -> anyhow::Result<&'static Library> {
+        Ok(Library::load(self.onnxruntime.as_deref())?)
+    }
+
+    pub(crate) fn session(&self) -> SessionOptions {
+        SessionOptions { device: self.device, threads: 1 }
+    }
+}
+
+/// Images, with what a network says of each.
+pub(crate) type Answered = (LabelledImages, Answers);
 
 /// A progress bar on a terminal, nothing elsewhere.
 pub(crate) fn bar(total: usize, what: &'static str) -> ProgressBar {

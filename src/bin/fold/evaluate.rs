@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE, is_json_with};
-use nbn::data::Form;
-use nbn::evaluate::{EvaluateOptions, Evaluation, compare, evaluate, html};
+use nbn::data::{Answers, Form, LabelledImages, answers_of};
+use nbn::evaluate::{EvaluateOptions, Evaluation, compare, evaluate, familiarity, html};
 
 use super::calibrate::replace;
 use super::calibrate::target::{given, is_logits, of_bundle, refuse_foreign};
-use super::dataset::{Dataset, RuntimeArgs, say};
+use super::dataset::{Dataset, RuntimeArgs, bar, say};
 use super::training_set::{TrainingSet, Unseen};
 use nbn::files::{Named, refuse_same};
 
@@ -31,6 +31,10 @@ pub(crate) struct Evaluate {
     /// Folder for report.html and report.json
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
+    /// Folder of images that are unlike the training images, of anything and without classes: measures how many of them
+    /// `unlike` withholds
+    #[arg(long, value_name = "FOLDER")]
+    unlike_data: Option<PathBuf>,
     /// Another bundle with the same classes, to compare with on the same images
     #[arg(long, value_name = "BUNDLE")]
     against: Option<PathBuf>,
@@ -62,17 +66,27 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     if args.against.is_some() && args.set.form(&bundle)? == Form::Logits {
         bail!("--against needs the images themselves: a file of logits belongs to one bundle");
     }
+    check_unlike(&args, &bundle)?;
     let other = args.against.as_ref().map(|path| open_other(path, &bundle, &args)).transpose()?;
     check_targets(&args, &bundle, other.as_ref())?;
     let (logits, images, _) = args.set.logits(&bundle, &args.runtime)?;
     let all = logits.len();
-    let Unseen { logits, kept, .. } = args.training.without(&bundle, logits, None, images)?;
+    let Unseen { logits, kept, answers, .. } = args.training.without(&bundle, logits, None, images)?;
     if let Some(path) = &args.logits {
         logits.save(path)?;
     }
     let data = args.set.data.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut evaluation = evaluate(&bundle, &logits, &data, &options, &say)?;
     evaluation.left_out = all - logits.len();
+    evaluation.familiarity = match &answers {
+        None => None,
+        Some(answers) => {
+            let foreign =
+                args.unlike_data.as_deref().map(|folder| foreign(&bundle, folder, &args.runtime)).transpose()?;
+            let foreign = foreign.as_ref().map(|(name, answers)| (name.as_str(), answers));
+            familiarity(&bundle, answers, foreign)?
+        }
+    };
     let comparison = match &other {
         None => None,
         Some(other) => {
@@ -97,6 +111,33 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     }
     if args.card {
         write_card(&bundle, &evaluation)?;
+    }
+    Ok(())
+}
+
+/// The name of `folder`, and what the bundle's network says of the pictures in it.
+fn foreign(bundle: &Bundle, folder: &Path, runtime: &RuntimeArgs) -> anyhow::Result<(String, Answers)> {
+    let images = LabelledImages::without_classes(folder)?;
+    let bar = bar(images.len(), "unlike");
+    let answers = answers_of(bundle, runtime.library()?, runtime.session(), &images, &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    Ok((folder.file_name().unwrap_or_default().to_string_lossy().into_owned(), answers))
+}
+
+/// Refuses --unlike-data where nothing can be measured with it.
+fn check_unlike(args: &Evaluate, bundle: &Bundle) -> anyhow::Result<()> {
+    let Some(folder) = &args.unlike_data else { return Ok(()) };
+    let folder = folder.display();
+    if args.set.form(bundle)? == Form::Logits {
+        bail!(
+            "--unlike-data {folder} needs images in --data, too: a file of logits says nothing of what images look like"
+        );
+    }
+    if bundle.calibration.as_ref().is_none_or(|calibration| calibration.familiarity.is_none()) {
+        bail!(
+            "--unlike-data {folder}: this calibration does not tell what is unlike training: run `nbn fold calibrate` on the bundle \
+             anew, with --training-data"
+        );
     }
     Ok(())
 }

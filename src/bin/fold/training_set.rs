@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::Args;
 use nbn::bundle::Bundle;
-use nbn::data::{Form, LabelledImages, LabelledLogits, PixelHash, Purpose, pixel_hashes};
+use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, PixelHash, Purpose, pixel_hashes};
 use nbn::files::Named;
 
 use super::calibrate::target::given;
-use super::dataset::{HashedImages, bar, images};
+use super::dataset::{Answered, bar, images};
 
 #[derive(Args)]
 pub(crate) struct TrainingSet {
@@ -35,8 +35,10 @@ pub(crate) struct Unseen {
     pub(crate) groups: Option<Vec<usize>>,
     /// Numbers of the images that are left; all, if nothing.
     pub(crate) kept: Option<Vec<usize>>,
-    /// Whether they were compared with the training images.
-    pub(crate) compared: bool,
+    /// All that the network says of them; none for a file of logits.
+    pub(crate) answers: Option<Answers>,
+    /// The training images, where they were compared with them.
+    pub(crate) training: Option<LabelledImages>,
 }
 
 impl TrainingSet {
@@ -52,12 +54,13 @@ impl TrainingSet {
         bundle: &Bundle,
         logits: LabelledLogits,
         groups: Option<Vec<usize>>,
-        images: Option<HashedImages>,
+        images: Option<Answered>,
     ) -> anyhow::Result<Unseen> {
         let Some(path) = &self.training_data else {
-            return Ok(Unseen { logits, groups, kept: None, compared: false });
+            let answers = images.map(|(_, answers)| answers);
+            return Ok(Unseen { logits, groups, kept: None, answers, training: None });
         };
-        let Some((own, hashes)) = images else {
+        let Some((own, answers)) = images else {
             bail!("--training-data cannot be compared with a file of logits: give --data the images themselves")
         };
         let manifest = &bundle.manifest;
@@ -66,18 +69,20 @@ impl TrainingSet {
         let bar = bar(training.len(), "training images");
         let seen = pixel_hashes(&training, manifest.preprocessing.exif, &|| bar.inc(1))?;
         bar.finish_and_clear();
+        let hashes = &answers.hashes;
         let shared: Vec<usize> = (0..hashes.len()).filter(|&n| seen.contains_key(&hashes[n])).collect();
         if shared.is_empty() {
-            return Ok(Unseen { logits, groups, kept: None, compared: true });
+            return Ok(Unseen { logits, groups, kept: None, answers: Some(answers), training: Some(training) });
         }
         if !self.drop_shared {
-            bail!(refusal(&shared, &own, &hashes, &training, &seen));
+            bail!(refusal(&shared, &own, hashes, &training, &seen));
         }
         eprintln!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
         let kept: Vec<usize> = (0..hashes.len()).filter(|&n| !seen.contains_key(&hashes[n])).collect();
         anyhow::ensure!(!kept.is_empty(), "no image is left: all were trained on");
         let groups = groups.map(|groups| kept.iter().map(|&n| groups[n]).collect());
-        Ok(Unseen { logits: logits.select(&kept), groups, kept: Some(kept), compared: true })
+        let (logits, answers) = (logits.select(&kept), Some(answers.select(&kept)));
+        Ok(Unseen { logits, groups, kept: Some(kept), answers, training: Some(training) })
     }
 }
 

@@ -27,6 +27,11 @@ const DEFAULT_ADDR: &str = "127.0.0.1:8080";
 /// Exit status for a configuration that cannot be used, as sysexits.h numbers it.
 const BAD_CONFIGURATION: u8 = 78;
 
+/// A share of images, or a probability.
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "it must be a number from 0 to 1".into())
+}
+
 /// Serves image classifiers that were trained on long-tailed data.
 #[derive(Parser)]
 #[command(name = "nbn", version, long_version = long_version(), arg_required_else_help = true)]

@@ -26,7 +26,7 @@ use nbn::shutdown;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::EngineArgs;
+use crate::{EngineArgs, share};
 use target::{Rows, SummaryFile};
 
 /// Status after a signal, as shells report an interrupt.
@@ -135,7 +135,7 @@ struct ScoreArgs {
     #[arg(long, requires = "alpha")]
     set_rung: Option<SetRung>,
     /// Leave out classes with a lower score; abstain if none is left
-    #[arg(long, value_parser = probability)]
+    #[arg(long, value_parser = share)]
     min_score: Option<f64>,
     /// Abstain if the prediction set has more classes than this
     #[arg(long, requires = "alpha", value_parser = clap::value_parser!(u32).range(1..))]
@@ -143,6 +143,10 @@ struct ScoreArgs {
     /// Abstain if the best class has no calibration images
     #[arg(long)]
     abstain_prior_only: bool,
+    /// Abstain if the image is unlike the training images: of images like them, at most this share is withheld, such as
+    /// 0.01. Adds the column familiarity; the model must have been calibrated with its training images
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    unlike: Option<f64>,
 }
 
 #[derive(Args)]
@@ -189,10 +193,6 @@ fn shard(text: &str) -> Result<Shard, String> {
     Shard::parse(text, |name| std::env::var(name).ok()).map_err(|error| error.to_string())
 }
 
-fn probability(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "it must be a number from 0 to 1".into())
-}
-
 /// What workers have to end, once everything is written.
 const LAST_MOMENT: Duration = Duration::from_secs(10);
 
@@ -236,6 +236,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         top_k: (args.rows.top_k as usize).min(classes.len()),
         label: source.has_labels(),
         set: args.scores.alpha.is_some(),
+        familiarity: args.scores.unlike.is_some(),
         probabilities: args.rows.probabilities,
         logits: args.rows.logits,
         features: args.rows.features,
@@ -366,7 +367,9 @@ impl ScoreArgs {
             alpha: self.alpha,
             set_score: self.set_score,
             set_rung: self.set_rung,
+            familiarity: self.unlike.is_some(),
             abstention: Abstention {
+                unlike: self.unlike,
                 min_score: self.min_score,
                 max_set_size: self.max_set_size.map(|n| n as usize),
                 prior_only: self.abstain_prior_only,
@@ -397,6 +400,7 @@ fn record(args: &Score, model: &ServedModel, form: Form<'_>) -> RunRecord {
         "min_score": scores.min_score,
         "max_set_size": scores.max_set_size,
         "abstain_prior_only": scores.abstain_prior_only,
+        "unlike": scores.unlike,
         "labels": source.labels,
         "image_column": source.image_column,
         "label_column": source.label_column,

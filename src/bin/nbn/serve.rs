@@ -19,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::address::address;
-use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration};
+use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration, share};
 
 #[derive(Args)]
 #[command(
@@ -53,6 +53,10 @@ pub(crate) struct Serve {
     /// Class prior for requests that do not name one
     #[arg(long, env = "NBN_PRIOR", default_value = "uniform", help_heading = "Models")]
     prior: NamedPrior,
+    /// Withhold decisions on images that are unlike the training images: of those that are like them, at most this share is
+    /// withheld, such as 0.01. For models whose calibration knows it, and requests that do not give `unlike`
+    #[arg(long, env = "NBN_UNLIKE", value_name = "SHARE", value_parser = share, help_heading = "Models")]
+    unlike: Option<f64>,
     /// Maximum number of images that wait for a worker, per model; beyond it, requests are answered with 503
     #[arg(long, env = "NBN_QUEUE", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Load")]
     queue: u32,
@@ -219,6 +223,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
             idle_timeout: Duration::from_secs(args.idle_timeout.into()),
         },
         prior: args.prior.into(),
+        unlike: args.unlike,
         drain_timeout,
         keys,
         control: args.control,

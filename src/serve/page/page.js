@@ -116,6 +116,10 @@ async function loadCard(name) {
   $('prior').disabled = $('alpha').disabled = !calibrated;
   $('prior').hidden = $('alpha').hidden = !calibrated;
   $('uncalibrated').hidden = calibrated;
+  const familiarity = card.calibration?.familiarity;
+  $('unlike').hidden = !familiarity;
+  $('unlike-share').disabled = !familiarity;
+  for (const option of $('unlike-share').options) option.disabled = Number(option.value) > 0 && option.value < familiarity?.least;
   $('top-k').max = card.manifest.classes.length;
   describe($('facts'), [
     ['Network', card.manifest.arch],
@@ -123,6 +127,7 @@ async function loadCard(name) {
     ['Classes', card.manifest.classes.length.toLocaleString('en')],
     ['Scores', calibrated ? 'calibrated probabilities' : 'softmax, not calibrated'],
     ...(card.calibration ? [['Calibration', `${card.calibration.id}: ${fitted(card.calibration)}`]] : []),
+    ...(familiarity ? [['Familiarity', `by ${familiarity.questions.join(', ')}`]] : []),
   ]);
   offerSamples(card.manifest.classes.map((c) => c.label));
   scoreAll();
@@ -237,7 +242,8 @@ async function score(card) {
   card.request = request;
   if (!card.result) state(card, 'Scoring…', 'new');
   const chosen = new FormData(settings); // disabled fields stay out
-  const query = new URLSearchParams({ include: 'uncalibrated,support,timings' });
+  const extras = model.calibration?.familiarity ? ',familiarity' : '';
+  const query = new URLSearchParams({ include: `uncalibrated,support,timings${extras}` });
   chosen.forEach((value, name) => { if (value && name !== 'model') query.set(name, value); });
   const began = performance.now();
   try {
@@ -247,7 +253,8 @@ async function score(card) {
       headers: { 'content-type': 'application/octet-stream' }, // the server looks at the bytes
       signal: request.signal,
     });
-    show(card, reply, query.has('min_score'), performance.now() - began);
+    const limited = query.has('min_score') || Number(query.get('unlike')) > 0;
+    show(card, reply, limited, performance.now() - began);
   } catch (error) {
     if (error.name === 'AbortError') return;
     card.result = null;
@@ -290,8 +297,8 @@ function show(card, reply, limited, roundTrip) {
   const [best] = result.predictions;
   const abstains = result.decision === 'abstain';
   state(card, best ? `${best.label}, ${percent(best.score)}` : 'No class', 'scored');
-  put('.decision', abstains ? `abstain: ${result.reason}` : result.decision);
-  part('.decision').hidden = !limited; // nothing was asked of the best class
+  put('.decision', abstains ? `abstain: ${inWords(result.reason)}` : result.decision);
+  part('.decision').hidden = !limited && !abstains; // nothing was asked of the best class
   part('.decision').classList.toggle('abstain', abstains);
   part('.scores').classList.toggle('plain', !calibrated);
   put('.of-score', calibrated ? `calibrated, ${reply.prior} prior` : 'softmax: ranks classes, not a probability');
@@ -299,6 +306,8 @@ function show(card, reply, limited, roundTrip) {
   part('.legend').hidden = !best;
   const before = new Map(card.result?.predictions.map((p) => [p.class_id, p]));
   part('.rows').replaceChildren(...result.predictions.map((p) => row(p, before.get(p.class_id), calibrated)));
+  part('.familiarity').hidden = !result.familiarity;
+  if (result.familiarity) put('.familiarity', familiar(result.familiarity));
   part('.set').hidden = !result.set;
   if (result.set) {
     const { alpha, labels, holds_for: mix } = result.set;
@@ -311,6 +320,22 @@ function show(card, reply, limited, roundTrip) {
     .map(([stage, time]) => [stage.replace('_ms', ''), millis(time)]);
   describe(part('.timings'), [...timings, ...(batch ? [['batch', plural(batch, 'image')]] : [])]);
   card.result = result;
+}
+
+const inWords = (reason) => reason.replace('unlike_training: ', 'unlike the training images, ');
+
+const STANDS_OUT = {
+  look: 'by its brightness, colours or details',
+  distance: 'by what the network sees in it',
+  confidence: 'because no class is convincing',
+};
+
+/** How like the training images an image is, in words. */
+function familiar({ p, question }) {
+  const share = p < 0.1 ? `${(100 * p).toPrecision(2)} %` : `${Math.round(100 * p)} %`;
+  const rest = `of the images that are like them, ${share} stand out as much`;
+  if (p > 0.05) return `Like the training images: ${rest}.`;
+  return `${p > 0.01 ? 'Perhaps unlike' : 'Unlike'} the training images, ${STANDS_OUT[question]}: ${rest}.`;
 }
 
 function row(prediction, before, calibrated) {
@@ -349,6 +374,8 @@ function hint() {
   const often = `Misses the true class at most ${100 * alpha.value} times in 100.`;
   $('prior-hint').textContent = HINTS[prior.value];
   $('alpha-hint').textContent = alpha.value ? often : 'No set is shown.';
+  const { unlike } = settings.elements;
+  $('unlike-hint').textContent = unlike.value > 0 ? `Of familiar images, ${100 * unlike.value} % are withheld, too.` : '';
   $('min-score-hint').textContent = least.value ? 'Classes that score less are left out.' : '';
 }
 

@@ -46,9 +46,8 @@ pub(super) fn server() -> ServerInfo {
 
 pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
     let [a, b, c] = model.manifest.preprocessing.shape().map(|length| length as i64);
-    let classes = model.manifest.classes.len() as i64;
-    let calibrated = model.scorer.calibration().is_some();
-    let outputs = Output::ALL.into_iter().filter(|output| calibrated || *output != Output::Set);
+    let classes = model.manifest.classes.len();
+    let outputs = Output::ALL.into_iter().filter(|output| output.is_of(model));
     ModelInfo {
         name: model.name.clone(),
         versions,
@@ -58,7 +57,7 @@ pub(super) fn model(model: &ServedModel, versions: Vec<String>) -> ModelInfo {
             TensorInfo { name: "image", datatype: "BYTES", shape: vec![-1, 1] },
         ],
         outputs: outputs
-            .map(|o| TensorInfo { name: o.name(), datatype: o.datatype(), shape: vec![-1, classes] })
+            .map(|o| TensorInfo { name: o.name(), datatype: o.datatype(), shape: vec![-1, o.values(classes) as i64] })
             .collect(),
     }
 }

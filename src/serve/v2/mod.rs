@@ -70,16 +70,18 @@ enum Output {
     Logits,
     Probabilities,
     Set,
+    Familiarity,
 }
 
 impl Output {
-    const ALL: [Self; 3] = [Self::Logits, Self::Probabilities, Self::Set];
+    const ALL: [Self; 4] = [Self::Logits, Self::Probabilities, Self::Set, Self::Familiarity];
 
     fn name(self) -> &'static str {
         match self {
             Self::Logits => "logits",
             Self::Probabilities => "probabilities",
             Self::Set => "set",
+            Self::Familiarity => "familiarity",
         }
     }
 
@@ -87,9 +89,31 @@ impl Output {
         if self == Self::Set { "BOOL" } else { "FP32" }
     }
 
+    /// Whether it has a value for each class, which the best can be told of.
+    fn ranks_classes(self) -> bool {
+        matches!(self, Self::Logits | Self::Probabilities)
+    }
+
+    /// Values for an image, of so many classes.
+    fn values(self, classes: usize) -> usize {
+        if self == Self::Familiarity { 1 } else { classes }
+    }
+
+    /// Whether the model can give it.
+    fn is_of(self, model: &ServedModel) -> bool {
+        match self {
+            Self::Logits | Self::Probabilities => true,
+            Self::Set => model.scorer.calibration().is_some(),
+            Self::Familiarity => model.scorer.familiarities().is_some(),
+        }
+    }
+
     fn of(name: &str) -> Result<Self, Problem> {
         Self::ALL.into_iter().find(|output| output.name() == name).ok_or_else(|| {
-            bad(format!("no output is named {}; the outputs are logits, probabilities and set", quoted(name)))
+            bad(format!(
+                "no output is named {}; the outputs are logits, probabilities, set and familiarity",
+                quoted(name)
+            ))
         })
     }
 }
@@ -169,6 +193,11 @@ impl Call {
             options.alpha =
                 Some(number.ok_or_else(|| bad(format!("nbn_alpha is {}; expected a number", shown(alpha))))?);
         }
+        if let Some(unlike) = self.parameters.get("nbn_unlike") {
+            let number = unlike.as_f64().or_else(|| unlike.as_str()?.parse().ok());
+            options.unlike =
+                Some(number.ok_or_else(|| bad(format!("nbn_unlike is {}; expected a number", shown(unlike))))?);
+        }
         if let Some(prior) = self.parameters.get("nbn_prior") {
             let expected = "expected uniform, train, a list of numbers or an object that maps labels to numbers";
             let fail = |_| bad(format!("nbn_prior is {}; {expected}", shown(prior)));
@@ -239,13 +268,14 @@ async fn answer_with(
     let every = outputs.is_empty();
     let request = ScoreRequest {
         alpha: options.alpha.or_else(|| asked(Output::Set).then_some(DEFAULT_ALPHA)),
+        familiarity: asked(Output::Familiarity) || (every && Output::Familiarity.is_of(model)),
         ..options.score_request(&model.manifest)?
     };
-    let rule = match model.scorer.rule(request.clone(), &app.prior) {
+    let rule = match infer::rule(app, model, request.clone()) {
         // Nobody asked for the set by name: it comes when it can be had.
         Ok(rule) if every && calibrated && request.alpha.is_none() => {
             let with_set = ScoreRequest { alpha: Some(DEFAULT_ALPHA), ..request };
-            model.scorer.rule(with_set, &app.prior).unwrap_or(rule)
+            infer::rule(app, model, with_set).unwrap_or(rule)
         }
         rule => rule?,
     };
@@ -253,12 +283,12 @@ async fn answer_with(
     let mut outputs = match outputs {
         outputs if outputs.is_empty() => Output::ALL
             .into_iter()
-            .filter(|output| *output != Output::Set || has_set)
+            .filter(|output| output.is_of(model) && (*output != Output::Set || has_set))
             .map(|output| Wanted { output, classification: None })
             .collect(),
         outputs => outputs,
     };
-    for wanted in outputs.iter_mut().filter(|wanted| wanted.output != Output::Set) {
+    for wanted in outputs.iter_mut().filter(|wanted| wanted.output.ranks_classes()) {
         wanted.classification = wanted.classification.or(top_k);
     }
     let count = inputs.len();
@@ -297,7 +327,7 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
         }
     };
     let name = output.name();
-    if let (Some(k), true) = (classification, output != Output::Set) {
+    if let (Some(k), true) = (classification, output.ranks_classes()) {
         let k = k.min(classes);
         let mut strings = Vec::with_capacity(seen.len() * k);
         for one in seen {
@@ -312,10 +342,10 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
         }
         return Ok(Tensor { name, datatype: "BYTES", shape: vec![seen.len(), k], data: Data::Bytes(strings) });
     }
-    let shape = vec![seen.len(), classes];
+    let shape = vec![seen.len(), output.values(classes)];
     let data = match output {
         _ if classification.is_some() => {
-            return Err(bad("the output set has no scores, so it takes no classification parameter"));
+            return Err(bad(format!("the output {name} has no scores, so it takes no classification parameter")));
         }
         Output::Set => {
             let mut members = vec![false; seen.len() * classes];
@@ -326,6 +356,13 @@ fn tensor(wanted: &Wanted, seen: &[(Prediction, Option<Scored>)], model: &Served
                 set.members.iter().for_each(|(class, _)| row[*class] = true);
             }
             Data::Bool(members)
+        }
+        Output::Familiarity => {
+            let p = |(_, scored): &(Prediction, Option<Scored>)| Some(scored.as_ref()?.familiarity?.p as f32);
+            let p: Option<Vec<f32>> = seen.iter().map(p).collect();
+            Data::F32(p.ok_or_else(|| {
+                bad("the output familiarity needs a model that knows its training pictures: run `nbn fold calibrate` on it")
+            })?)
         }
         Output::Logits | Output::Probabilities => Data::F32(seen.iter().flat_map(row).collect()),
     };

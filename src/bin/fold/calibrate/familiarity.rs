@@ -1,0 +1,109 @@
+//! What `nbn fold calibrate` learns of pictures that are like the training pictures.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Context;
+use nbn::bundle::{Bundle, Calibration, FAMILIARITY_FILE, Familiarity, FamiliarityRecord};
+use nbn::calibrate::{Training, familiarity};
+use nbn::data::{Answers, LabelledImages, each_answer, in_turn};
+
+use super::super::dataset::{RuntimeArgs, bar};
+use super::replace;
+
+/// Largest file, in bytes, that is looked into before it is replaced: 8,142 classes and a million calibration images fit.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// What there is to learn from.
+pub(super) struct Source<'a> {
+    pub(super) bundle: &'a Bundle,
+    /// Of the calibration images; none for a file of logits.
+    pub(super) answers: Option<&'a Answers>,
+    pub(super) training: Option<LabelledImages>,
+    /// Training images at most.
+    pub(super) most: usize,
+}
+
+/// The calibration's record and the bytes of the file beside it; none where nothing can be learned, which is told.
+pub(super) fn fit(
+    source: Source<'_>,
+    calibration: &Calibration,
+    runtime: &RuntimeArgs,
+) -> anyhow::Result<Option<(FamiliarityRecord, Vec<u8>)>> {
+    let Source { bundle, answers, training, most } = source;
+    if most == 0 {
+        return Ok(None);
+    }
+    let Some(answers) = answers else {
+        eprintln!("familiarity not learned: a file of logits says nothing of what images look like");
+        return Ok(None);
+    };
+    let passed = match training {
+        None => {
+            eprintln!("familiarity from confidence alone: with --training-data, it learns what images look like, too");
+            None
+        }
+        Some(images) => {
+            let counts = |images: &LabelledImages| {
+                let mut counts = vec![0; bundle.manifest.classes.len()];
+                images.labels().iter().for_each(|&label| counts[label as usize] += 1);
+                counts
+            };
+            let images = images.select(&in_turn(images.labels(), most))?;
+            let passed = Mutex::new(Training::new(counts(&images)));
+            let bar = bar(images.len(), "familiarity");
+            each_answer(
+                bundle,
+                runtime.library()?,
+                runtime.session(),
+                &images,
+                &|| bar.inc(1),
+                &|index, answer, _| {
+                    let class = images.labels()[index] as usize;
+                    let mut passed = passed.lock().unwrap_or_else(PoisonError::into_inner);
+                    passed.add(index, class, answer.look.as_deref(), answer.features.as_deref());
+                },
+            )?;
+            bar.finish_and_clear();
+            Some(passed.into_inner().unwrap_or_else(PoisonError::into_inner))
+        }
+    };
+    if passed.is_some() && answers.features.is_none() {
+        eprintln!(
+            "familiarity without distance: this network does not give its features; export it again, without --no-features"
+        );
+    }
+    Ok(Some(familiarity(passed.as_ref(), answers, calibration, &bundle.manifest.classes)?))
+}
+
+/// Writes `calibration` to `out`, and what its familiarity names beside it. Killed between any two steps, there is a calibration
+/// that loads: the old one, the new one, or the new one without familiarity.
+pub(super) fn write(out: &Path, mut calibration: Calibration, beside: Option<&[u8]>) -> anyhow::Result<()> {
+    let text = |calibration: &Calibration| anyhow::Ok(serde_json::to_string_pretty(calibration)? + "\n");
+    let whole = text(&calibration)?;
+    let file = out.with_file_name(FAMILIARITY_FILE);
+    let Some(bytes) = beside else {
+        replace(out, whole.as_bytes())?;
+        if file.exists() && is_own(&file) {
+            // The calibration that named it is gone.
+            std::fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
+        }
+        return Ok(());
+    };
+    if out.exists() && !nbn::files::is_special(out) {
+        calibration.familiarity = None;
+        replace(out, text(&calibration)?.as_bytes())?;
+    }
+    replace(&file, bytes)?;
+    replace(out, whole.as_bytes())
+}
+
+/// Whether `path` is a file that [`write`] has written beside a calibration.
+pub(super) fn is_own(path: &Path) -> bool {
+    let read = || {
+        let found = std::fs::metadata(path).ok().filter(|found| found.is_file() && found.len() <= MOST_BYTES)?;
+        let bytes = std::fs::read(path).ok().filter(|_| found.len() > 0)?;
+        Some(Familiarity::from_bytes(&bytes).is_ok())
+    };
+    read().unwrap_or(false)
+}
