@@ -23,7 +23,7 @@ const AMOUNT: Limit = (0.0, 1e12, "it must lie in 0..=1e12");
 /// Brier scores.
 const BRIER: Limit = (0.0, 2.0, "it must lie in 0..=2");
 /// The metrics, and where each lies.
-const METRICS: [(&str, Limit); 13] = [
+const METRICS: [(&str, Limit); 16] = [
     ("top1", SHARE),
     ("top5", SHARE),
     ("nll", AMOUNT),
@@ -37,6 +37,9 @@ const METRICS: [(&str, Limit); 13] = [
     ("plain_size", AMOUNT),
     ("posterior_coverage", SHARE),
     ("posterior_size", AMOUNT),
+    ("pas_gap", SHARE),
+    ("plain_gap", SHARE),
+    ("posterior_gap", SHARE),
 ];
 
 /// Why the figures in `evaluation.json` are withheld.

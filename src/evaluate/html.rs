@@ -13,7 +13,7 @@ use super::{Comparison, Evaluation, FamiliarityFigures, Figure, PriorFigures, Sc
 pub struct DrawError(String);
 
 /// Rows of the tables: metric, heading, factor, decimals.
-const ROWS: [(&str, &str, f64, usize); 13] = [
+const ROWS: [(&str, &str, f64, usize); 16] = [
     ("top1", "top-1, %", 100.0, 2),
     ("top5", "top-5, %", 100.0, 2),
     ("nll", "NLL", 1.0, 4),
@@ -23,10 +23,13 @@ const ROWS: [(&str, &str, f64, usize); 13] = [
     ("classwise_ece", "classwise ECE, %", 100.0, 3),
     ("posterior_coverage", "coverage, sets by score, %", 100.0, 2),
     ("posterior_size", "size, sets by score", 1.0, 3),
+    ("posterior_gap", "under-coverage gap, sets by score, %", 100.0, 2),
     ("pas_coverage", "coverage, adjusted sets, %", 100.0, 2),
     ("pas_size", "size, adjusted sets", 1.0, 3),
+    ("pas_gap", "under-coverage gap, adjusted sets, %", 100.0, 2),
     ("plain_coverage", "coverage, plain sets, %", 100.0, 2),
     ("plain_size", "size, plain sets", 1.0, 3),
+    ("plain_gap", "under-coverage gap, plain sets, %", 100.0, 2),
 ];
 
 const DOCTYPE: &str = "<!doctype html>\n";
@@ -139,7 +142,7 @@ fn headline(out: &mut String, prior: &PriorFigures) {
     };
     let has = |metric: &str| prior.scorers.iter().any(|s| s.slices.iter().any(|s| s.metrics.contains_key(metric)));
     let sets = if has("posterior_size") { "posterior" } else { "pas" };
-    let is_set = |metric: &str| metric.ends_with("_coverage") || metric.ends_with("_size");
+    let is_set = |metric: &str| ["_coverage", "_size", "_gap"].iter().any(|end| metric.ends_with(end));
     let overall =
         ROWS.iter().filter(|row| !row.0.contains("equal_mass") && (!is_set(row.0) || row.0.starts_with(sets)));
     let _ = write!(
@@ -256,7 +259,8 @@ fn pictures(
     let _ = write!(
         out,
         "<h2>Prediction sets, α = {}</h2>\n<p>Share of each class's images whose set contains the class; the line is the \
-         target of {:.0} %, which is promised on average over the stated class mix, not for every class.</p>\n{key}",
+         target of {:.0} %, which is promised on average over the stated class mix, not for every class. The under-coverage \
+         gap, in the tables, is what classes lack of the target, on average; no class makes up for another.</p>\n{key}",
         evaluation.alpha,
         100.0 * (1.0 - evaluation.alpha)
     );
@@ -287,7 +291,7 @@ fn familiarity(out: &mut String, figures: &FamiliarityFigures) {
     for level in &figures.levels {
         let _ = write!(out, "<th>unlike = {level}</th>");
     }
-    let _ = write!(out, "<th>AUROC</th></tr></thead><tbody>\n");
+    let _ = writeln!(out, "<th>AUROC</th></tr></thead><tbody>");
     let mut row = |name: &str, shares: &[f64], auroc: Option<f64>| {
         let _ = write!(out, "<tr><td>{}</td>", escape(name));
         for share in shares {

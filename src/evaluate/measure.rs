@@ -8,7 +8,7 @@ use crate::bundle::{Class, Group};
 use crate::metrics::{Rows, mean};
 
 /// Metrics in the order of every list of figures.
-pub const METRICS: [&str; 13] = [
+pub const METRICS: [&str; 16] = [
     "top1",
     "top5",
     "nll",
@@ -22,6 +22,9 @@ pub const METRICS: [&str; 13] = [
     "plain_size",
     "posterior_coverage",
     "posterior_size",
+    "pas_gap",
+    "plain_gap",
+    "posterior_gap",
 ];
 /// Positions in [`METRICS`] of those that are computed over bins, and so biased upward on few images.
 pub(super) const BINNED: std::ops::Range<usize> = 4..7;
@@ -99,6 +102,8 @@ pub(super) struct Subject<'a> {
     pub(super) rows: &'a Rows,
     /// PAS, plain and posterior, or none.
     pub(super) sets: Option<&'a [SetHits; 3]>,
+    /// The coverage that they are to have, 1 − α.
+    pub(super) coverage: f64,
 }
 
 /// Row weights under a prior.
@@ -166,6 +171,12 @@ pub(super) fn measure(
             Some(hits) if !hits.is_empty() => mean(hits, &inside),
             _ => f64::NAN,
         };
+        let gap = |n: usize| match subject.sets.map(|s| &s[n].covered) {
+            Some(covered) if !covered.is_empty() => {
+                under_coverage(covered, labels, &inside, slice.classes.len(), subject.coverage)
+            }
+            _ => f64::NAN,
+        };
         vec![
             mean(hits, &inside),
             mean(&rows.top5, &inside),
@@ -180,9 +191,26 @@ pub(super) fn measure(
             set(1, |s| &s.size),
             set(2, |s| &s.covered),
             set(2, |s| &s.size),
+            gap(0),
+            gap(1),
+            gap(2),
         ]
     };
     slices.iter().map(of_slice).collect()
+}
+
+/// The mean over the classes with images of how much less than `goal` of a class's images have sets that hold it; no class makes
+/// up for another. The under-coverage gap of arXiv 2507.06867.
+fn under_coverage(covered: &[f64], labels: &[u32], weights: &[f64], classes: usize, goal: f64) -> f64 {
+    let mut sums = vec![(0.0, 0.0); classes];
+    for ((covered, &label), weight) in covered.iter().zip(labels).zip(weights) {
+        let (hits, all): &mut (f64, f64) = &mut sums[label as usize];
+        *hits += weight * covered;
+        *all += weight;
+    }
+    let gaps: Vec<f64> =
+        sums.iter().filter(|(_, all)| *all > 0.0).map(|(hits, all)| (goal - hits / all).max(0.0)).collect();
+    gaps.iter().sum::<f64>() / gaps.len() as f64
 }
 
 /// Whether resampling classwise ECE is affordable.
@@ -292,7 +320,7 @@ mod tests {
     fn chance_alone_explains_what_a_calibrated_scorer_shows_on_every_slice() {
         let labels: Vec<u32> = (0..2000).map(|n| n % 2).collect();
         let rows = Rows::new(2, [0.9, 0.1].repeat(2000), labels.clone());
-        let (subject, slices) = (Subject { rows: &rows, sets: None }, slices(&[class(900), class(100)]));
+        let (subject, slices) = (Subject { rows: &rows, sets: None, coverage: 0.9 }, slices(&[class(900), class(100)]));
         let weights = Weights::new(&labels, &[0.9, 0.1]);
         let found = measure(&subject, &weights, &slices, None, true);
         let null = null(100, 0, &subject, &weights, &slices, true);
@@ -305,10 +333,19 @@ mod tests {
     }
 
     #[test]
+    fn no_class_makes_up_for_anothers_gap() {
+        let (labels, weights) = ([0, 0, 1, 1, 2, 2], [1.0, 1.0, 5.0, 5.0, 0.0, 0.0]);
+        // The first is covered half of the time, the second always; the third has no weight.
+        let found = under_coverage(&[1.0, 0.0, 1.0, 1.0, 0.0, 0.0], &labels, &weights, 3, 0.9);
+        assert!((found - 0.4 / 2.0).abs() < 1e-12, "{found}");
+        assert!(under_coverage(&[0.0; 6], &labels, &[0.0; 6], 3, 0.9).is_nan());
+    }
+
+    #[test]
     fn a_class_without_images_counts_in_no_figure() {
         let classes = [class(900), class(50), class(5)];
         let rows = Rows::new(3, [0.6, 0.3, 0.1].repeat(10), [0, 1].repeat(5));
-        let subject = Subject { rows: &rows, sets: None };
+        let subject = Subject { rows: &rows, sets: None, coverage: 0.9 };
         let weights = Weights::new(rows.labels(), &[1.0 / 3.0; 3]);
         let found = measure(&subject, &weights, &slices(&classes), None, true);
         // Class 0 has scores of .6 and is half of the images, class 1 .3 and half.

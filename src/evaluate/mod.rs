@@ -86,7 +86,7 @@ pub fn evaluate(
         progress(&format!("figures under the {} prior", scored.name()));
         let scored = score(bundle, logits, scored, options)?;
         let scorers = scored.subjects.iter().map(|(name, rows, sets)| {
-            let subject = Subject { rows, sets: sets.as_ref() };
+            let subject = Subject { rows, sets: sets.as_ref(), coverage: 1.0 - options.alpha };
             ScorerFigures { scorer: name, slices: of_subject(&subject, &scored.weights, &slices, options) }
         });
         priors.push(PriorFigures { prior: scored.prior.name(), scorers: scorers.collect() });
@@ -140,8 +140,10 @@ pub fn compare(
             let Some((_, other_rows, other_sets)) = two.subjects.iter().find(|(other, ..)| other == name) else {
                 continue;
             };
-            let (a, b) =
-                (Subject { rows, sets: sets.as_ref() }, Subject { rows: other_rows, sets: other_sets.as_ref() });
+            let (a, b) = (
+                Subject { rows, sets: sets.as_ref(), coverage: 1.0 - options.alpha },
+                Subject { rows: other_rows, sets: other_sets.as_ref(), coverage: 1.0 - options.alpha },
+            );
             let classwise = measure::classwise_affordable(rows, options.resamples);
             let difference = |weights: &Weights, classwise: bool| {
                 let mut table = measure::measure(&a, weights, &slices, None, classwise);

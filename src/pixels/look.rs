@@ -75,10 +75,17 @@ impl Plane {
     fn moments(&self) -> [f64; 2] {
         let mut sums = [0.0f64; 2];
         for row in self.values.chunks(self.width.max(1)) {
-            // Rows are short enough for f32, and picture-sized sums are not.
-            let (sum, square) = row.iter().fold((0.0f32, 0.0f32), |(sum, square), v| (sum + v, square + v * v));
-            sums[0] += f64::from(sum);
-            sums[1] += f64::from(square);
+            // Rows are short enough for f32, and picture-sized sums are not. Lanes become one instruction.
+            let (lanes, rest) = row.as_chunks::<8>();
+            let (mut sum, mut square) = ([0.0f32; 8], [0.0f32; 8]);
+            for values in lanes {
+                for n in 0..8 {
+                    sum[n] += values[n];
+                    square[n] += values[n] * values[n];
+                }
+            }
+            sums[0] += f64::from(sum.iter().chain(rest).sum::<f32>());
+            sums[1] += f64::from(square.iter().sum::<f32>() + rest.iter().map(|v| v * v).sum::<f32>());
         }
         sums.map(|sum| sum / self.values.len() as f64)
     }
@@ -88,22 +95,25 @@ impl Plane {
     fn halve(&mut self) -> [f64; 3] {
         let (height, width) = (self.height / 2, self.width / 2);
         let mut squares = [0.0f64; 3];
+        let mut sums = vec![0.0f32; width];
         for y in 0..height {
             let (above, below) = self.values[2 * y * self.width..].split_at(self.width);
-            let (above, below) = (above.as_chunks::<2>().0, below.as_chunks::<2>().0);
-            let mut row = [0.0f32; 3];
-            let pairs: Vec<f32> = above[..width]
-                .iter()
-                .zip(below)
-                .map(|(&[a, b], &[c, d])| {
-                    let differences = [(a + c - b - d) / 2.0, (a + b - c - d) / 2.0, (a + d - b - c) / 2.0];
-                    row.iter_mut().zip(differences).for_each(|(sum, value)| *sum += value * value);
-                    (a + b + c + d) / 2.0
-                })
-                .collect();
-            squares.iter_mut().zip(row).for_each(|(sum, row)| *sum += f64::from(row));
+            let (above, below) = (&above[..2 * width], &below[..2 * width]);
+            let mut of_row = [[0.0f32; 8]; 3];
+            let mut add = |n: usize, [a, b]: [f32; 2], [c, d]: [f32; 2]| {
+                let differences = [(a + c - b - d) / 2.0, (a + b - c - d) / 2.0, (a + d - b - c) / 2.0];
+                of_row.iter_mut().zip(differences).for_each(|(lanes, value)| lanes[n] += value * value);
+                (a + b + c + d) / 2.0
+            };
+            let pairs = above.as_chunks::<2>().0.chunks(8).zip(below.as_chunks::<2>().0.chunks(8));
+            for (out, (above, below)) in sums.chunks_mut(8).zip(pairs) {
+                for (n, (out, (above, below))) in out.iter_mut().zip(above.iter().zip(below)).enumerate() {
+                    *out = add(n, *above, *below);
+                }
+            }
+            squares.iter_mut().zip(of_row).for_each(|(sum, lanes)| *sum += f64::from(lanes.iter().sum::<f32>()));
             // What is overwritten was read.
-            self.values[y * width..(y + 1) * width].copy_from_slice(&pairs);
+            self.values[y * width..(y + 1) * width].copy_from_slice(&sums);
         }
         self.values.truncate(height * width);
         (self.height, self.width) = (height, width);

@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from common import Report, encoded, picture
 
-OUTPUTS = ["logits", "probabilities", "set"]
+OUTPUTS = ["logits", "probabilities", "set", "familiarity"]
 EXTENSIONS = {"binary_tensor_data", "classification", "statistics", "model_repository"}
 STAGES = ["queue", "compute_input", "compute_infer", "compute_output"]
 # What InferenceServerException.status() says.
@@ -99,6 +99,13 @@ class Native:
         members = np.zeros((1, len(self.classes)), bool)
         members[0, result.get("set", {}).get("class_ids", [])] = True
         return np.array([result["logits"]], np.float32), scores, members
+
+    def familiarity(self, image):
+        """How like the training images one image is, as an array [1, 1]."""
+        url = f"{self.base}/v1/models/{self.model}/classify?include=familiarity"
+        status, _, body = http_call(url, image, {"content-type": "application/octet-stream"})
+        expect(status, 200, f"status of the native API, which says {body[:200]!r}")
+        return np.array([[json.loads(body)["results"][0]["familiarity"]["p"]]])
 
     def normalised(self, image):
         """A picture of the network's size as its input [1, 3, H, W]."""
@@ -189,6 +196,7 @@ def check_server(report, protocol, native, version):
         expect(shapes["logits"], ("FP32", [-1, k]), "logits")
         expect(shapes["probabilities"], ("FP32", [-1, k]), "probabilities")
         expect(shapes["set"], ("BOOL", [-1, k]), "set")
+        expect(shapes["familiarity"], ("FP32", [-1, 1]), "familiarity")
         expect(protocol.dictionary(client.get_model_metadata(model, version)), metadata, f"version {version}'s")
     with report.check(f"{name}: model configuration"):
         config = protocol.dictionary(client.get_model_config(model))
@@ -203,6 +211,7 @@ def check_server(report, protocol, native, version):
         expect(tensors["images"], ("TYPE_FP32", [3, side, side]), "images")
         expect(tensors["image"], ("TYPE_STRING", [1]), "image")
         expect(tensors["set"], ("TYPE_BOOL", [k]), "set")
+        expect(tensors["familiarity"], ("TYPE_FP32", [1]), "familiarity")
     with report.check(f"{name}: model is ready, an unknown name or version is not"):
         assert client.is_model_ready(model) is True
         assert client.is_model_ready(model, version) is True
@@ -229,7 +238,7 @@ def check_inference(report, protocol, native, tensor, png, jpeg, reference):
         answer = protocol.dictionary(result.get_response())
         expect((answer["model_name"], answer["model_version"]), (protocol.model, reference["version"]), "the model")
         expect([output["name"] for output in answer["outputs"]], OUTPUTS, "the list of outputs")
-        expect([output["datatype"] for output in answer["outputs"]], ["FP32", "FP32", "BOOL"], "the list of types")
+        expect([output["datatype"] for output in answer["outputs"]], ["FP32", "FP32", "BOOL", "FP32"], "the list of types")
         same_bits(result.as_numpy("logits"), reference["tensor"], "logits")
         close(result.as_numpy("probabilities").sum(axis=1), np.ones(1), "the sum of probabilities", 1e-5)
         expect(result.as_numpy("set").dtype, np.dtype(bool), "the set's type")
@@ -243,6 +252,7 @@ def check_inference(report, protocol, native, tensor, png, jpeg, reference):
             same_bits(result.as_numpy("logits"), logits, "logits")
             close(result.as_numpy("probabilities"), scores, "probabilities", 1e-6)
             expect(result.as_numpy("set").tolist(), members.tolist(), "the set")
+            close(result.as_numpy("familiarity"), native.familiarity(image), "familiarity", 1e-6)
     with report.check(f"{name}: several images in one request, each as alone") as figures:
         images = of_bytes(png, jpeg, png, jpeg, jpeg)
         logits = protocol.infer([protocol.input("image", images)]).as_numpy("logits")

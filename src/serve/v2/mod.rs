@@ -193,11 +193,6 @@ impl Call {
             options.alpha =
                 Some(number.ok_or_else(|| bad(format!("nbn_alpha is {}; expected a number", shown(alpha))))?);
         }
-        if let Some(unlike) = self.parameters.get("nbn_unlike") {
-            let number = unlike.as_f64().or_else(|| unlike.as_str()?.parse().ok());
-            options.unlike =
-                Some(number.ok_or_else(|| bad(format!("nbn_unlike is {}; expected a number", shown(unlike))))?);
-        }
         if let Some(prior) = self.parameters.get("nbn_prior") {
             let expected = "expected uniform, train, a list of numbers or an object that maps labels to numbers";
             let fail = |_| bad(format!("nbn_prior is {}; {expected}", shown(prior)));
