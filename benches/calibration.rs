@@ -84,7 +84,7 @@ fn serving(shipped: &Manifest, classes: usize) -> anyhow::Result<()> {
         training.add(n, n % classes, Some(&answers.looks[row]), answers.features.as_ref().map(|f| f[row].as_slice()));
     }
     let began = Instant::now();
-    let (record, bytes) = familiarity(Some(&training), &answers, &content, &manifest.classes)?;
+    let (record, bytes) = familiarity(Some(training), &answers, &content, &manifest.classes)?;
     let (took, size) = (began.elapsed().as_secs_f64(), bytes.len() as f64 / 1e6);
     println!(
         "{classes} classes: fitting familiarity {took:.1} s after the images have passed; its file has {size:.1} MB"

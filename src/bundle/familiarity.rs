@@ -1,7 +1,7 @@
 //! `familiarity.safetensors`: what tells pictures that are like the training pictures from others. `calibration.json` names it
 //! and has its digest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
@@ -12,6 +12,16 @@ use super::{BundleError, Group, read, sha256_hex};
 
 /// File name of what the questions are answered by.
 pub const FAMILIARITY_FILE: &str = "familiarity.safetensors";
+
+/// The file that belongs to the calibration at `path`: beside `calibration.json`, [`FAMILIARITY_FILE`]; beside one of another
+/// name, `NAME.familiarity.safetensors`, so that calibrations in one folder have one each.
+pub fn familiarity_file(path: &Path) -> PathBuf {
+    if path.file_name().is_some_and(|name| name == super::CALIBRATION_FILE) {
+        path.with_file_name(FAMILIARITY_FILE)
+    } else {
+        path.with_extension(FAMILIARITY_FILE)
+    }
+}
 
 /// A question about a picture.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
@@ -251,7 +261,11 @@ impl Familiarity {
                 basis: values(&of("basis"))?,
                 spread: values(&of("spread"))?,
                 centres: values(&of("centres"))?,
-                residual: residual.and_then(|values| values.first().copied()),
+                residual: match residual.as_deref() {
+                    None => None,
+                    Some(&[residual]) => Some(residual),
+                    Some(_) => return Err(form("a residual is not one number")),
+                },
             };
             clouds.check().map_err(form)?;
             Ok(Some(clouds))

@@ -29,6 +29,7 @@ pub use calibration::{
 pub use card::StaleCard;
 pub use familiarity::{
     Clouds, FAMILIARITY_FILE, Familiarity, FamiliarityError, FamiliarityRecord, Question, QuestionRecord, Ranking,
+    familiarity_file,
 };
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
@@ -74,7 +75,7 @@ impl BoundCalibration {
         let content: Calibration = serde_json::from_slice(&bytes)
             .map_err(|cause| BundleError::ParseCalibration { path: path.to_owned(), cause })?;
         content.check(manifest).map_err(|cause| BundleError::Calibration { path: path.to_owned(), cause })?;
-        let beside = |record| Familiarity::load(&path.with_file_name(FAMILIARITY_FILE), record).map(Arc::new);
+        let beside = |record| Familiarity::load(&familiarity_file(path), record).map(Arc::new);
         let familiarity = content.familiarity.as_ref().map(beside).transpose()?;
         Ok(Self { id: sha256_hex(&bytes)[..12].to_owned(), content, familiarity })
     }

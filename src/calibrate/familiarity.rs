@@ -20,6 +20,10 @@ const FEATURE_RIDGE: f64 = 0.1;
 const LOOK_RIDGE: f64 = 0.01;
 /// The least standard deviation of a value of the look: logarithms and normalised brightness differ by as much for no reason.
 const LEAST_DEVIATION: f64 = 0.05;
+/// Features at most: the squares of more take gigabytes.
+pub const MOST_FEATURES: usize = 4096;
+/// Training pictures at least, for looks and features.
+pub const LEAST_TRAINING: u64 = 100;
 /// Calibration pictures that a group needs for a ranking of its own: p goes down to a hundredth there.
 const LEAST_RANKED: usize = 99;
 
@@ -28,8 +32,8 @@ const LEAST_RANKED: usize = 99;
 pub enum FamiliarityFitError {
     /// The network gives values that are not finite.
     #[error(
-        "the network's features of {of} image {index} are not finite: the network is damaged, or its weights are too large \
-         for f32"
+        "what the network sees in {of} image {index}, or what it is given, is not finite in 32 bits: is the preprocessing right, \
+         and the network whole?"
     )]
     NotFinite {
         /// `training` or `calibration`.
@@ -115,11 +119,16 @@ impl Training {
             let sums = self.looks.get_or_insert_with(|| Sums::new(classes, look.len()));
             sums.add(class, 1.0 / (present * n), look);
         }
-        if let Some(features) = features {
+        if let Some(features) = features.filter(|features| features.len() <= MOST_FEATURES) {
             let sums = self.features.get_or_insert_with(|| Sums::new(classes, features.len()));
             // As the unbiased estimate has it, all classes counting the same.
             sums.add(class, if n > 1.0 { 1.0 / (several * (n - 1.0)) } else { 0.0 }, features);
         }
+    }
+
+    /// The first picture whose values are not finite.
+    pub fn wrong(&self) -> Option<usize> {
+        self.wrong
     }
 
     /// Pictures that were taken in.
@@ -133,8 +142,8 @@ impl Training {
     }
 
     /// One cloud of all looks.
-    fn look(&self) -> Option<Clouds> {
-        let sums = self.looks.clone()?;
+    fn look(&mut self) -> Option<Clouds> {
+        let sums = self.looks.take()?;
         let mean = average(&self.means(&sums));
         let covariance = sums.symmetric() - &mean * mean.transpose();
         let deviation = covariance.diagonal().map(|variance| variance.max(0.0).sqrt().max(LEAST_DEVIATION));
@@ -153,8 +162,8 @@ impl Training {
     }
 
     /// A cloud for each class's features, all of one shape, of at most `rank` dimensions; none where features do not vary.
-    fn distance(&self, rank: usize) -> Option<Clouds> {
-        let sums = self.features.clone()?;
+    fn distance(&mut self, rank: usize) -> Option<Clouds> {
+        let sums = self.features.take()?;
         let d = sums.dimensions;
         let centres = self.means(&sums);
         let mean = average(&centres);
@@ -240,17 +249,18 @@ fn largest(matrix: &DMatrix<f64>, rank: usize) -> DMatrix<f64> {
 /// # Errors
 /// When the network gave values that are not finite.
 pub fn familiarity(
-    training: Option<&Training>,
+    training: Option<Training>,
     held_out: &Answers,
     calibration: &Calibration,
     classes: &[Class],
 ) -> Result<(FamiliarityRecord, Vec<u8>), FamiliarityFitError> {
-    if let Some(index) = training.and_then(|training| training.wrong) {
+    if let Some(index) = training.as_ref().and_then(Training::wrong) {
         return Err(FamiliarityFitError::NotFinite { of: "training", index });
     }
+    let mut training = training.filter(|training| training.images() >= LEAST_TRAINING);
     let mut content = Familiarity {
-        look: training.and_then(Training::look),
-        distance: training.and_then(|training| training.distance(RANK)),
+        look: training.as_mut().and_then(Training::look),
+        distance: training.as_mut().and_then(|training| training.distance(RANK)),
         rankings: Vec::new(),
     };
     let calibrator = Calibrator::of(calibration);
@@ -294,7 +304,7 @@ pub fn familiarity(
         content.rankings.push(Ranking { group, scores });
     }
     let bytes = content.to_bytes()?;
-    let training_images = training.map_or(0, Training::images);
+    let training_images = training.as_ref().map_or(0, Training::images);
     Ok((FamiliarityRecord { sha256: sha256_hex(&bytes), training_images, questions }, bytes))
 }
 
@@ -321,7 +331,7 @@ mod tests {
 
     #[test]
     fn clouds_have_the_spread_of_what_they_are_made_from() {
-        let training = training(20_000);
+        let mut training = training(20_000);
         let clouds = training.distance(RANK).unwrap();
         assert_eq!((clouds.dimensions(), clouds.rank(), clouds.residual), (4, 4, None));
         let ridge = FEATURE_RIDGE * (1.0 + 0.01) / 4.0;
@@ -338,7 +348,7 @@ mod tests {
     #[test]
     fn fewer_dimensions_say_nearly_the_same() {
         let training = training(2_000);
-        let (whole, few) = (training.distance(RANK).unwrap(), training.distance(2).unwrap());
+        let (whole, few) = (training.clone().distance(RANK).unwrap(), training.clone().distance(2).unwrap());
         assert_eq!((few.rank(), few.residual.is_some()), (2, true));
         for x in [[0.0, 0.0, 3.0, 0.0], [5.0, 0.1, 3.0, 0.0], [-2.0, 0.5, 3.0, 0.0], [0.0, 0.0, 4.0, 1.0]] {
             let (a, b) = (whole.squared_distance(&x), few.squared_distance(&x));

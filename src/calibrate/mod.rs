@@ -24,7 +24,7 @@ pub use command::command_line;
 pub use conformal::{threshold, weighted_threshold};
 pub use cross_validate::divided;
 pub use describe::describe;
-pub use familiarity::{FamiliarityFitError, Training, familiarity};
+pub use familiarity::{FamiliarityFitError, LEAST_TRAINING, MOST_FEATURES, Training, familiarity};
 pub use ladder::{Kappa, Parameters, Problem, TOWARDS_UNIFORM, temperature_alone};
 
 /// Fewer images than this allow the prior shift only.
@@ -79,6 +79,12 @@ pub enum CalibrateError {
         /// The most that they allow.
         highest: &'static str,
     },
+    /// Images that are too good to be true.
+    #[error(
+        "all {0} calibration images are classified right: were they held out of training? Give the training images with \
+         --training-data, to make sure"
+    )]
+    AllRight(usize),
     /// T runs away.
     #[error("the fitted temperature reached its limit, {temperature} (accepted: above 0.05, below 20): {hint}")]
     Temperature {
@@ -169,9 +175,11 @@ pub fn calibrate(
     };
     let report = report(logits, options, &validation, chosen);
     if rung >= Rung::Temperature {
-        // Without any error, every smaller temperature fits better.
-        let temperature = fit.inverse_temperature.recip();
-        check_temperature(if report.before.accuracy < 1.0 { temperature } else { ladder::TEMPERATURE[0] })?;
+        // That all are right says how easy they are, or that they were trained on.
+        if report.before.accuracy == 1.0 && options.training_overlap == TrainingOverlap::NotChecked {
+            return Err(CalibrateError::AllRight(logits.len()));
+        }
+        check_temperature(fit.inverse_temperature.recip())?;
     }
     progress("prediction sets");
     let own = validation.own_class_probabilities(logits, chosen, &log_train, false);

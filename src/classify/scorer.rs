@@ -170,7 +170,7 @@ pub enum ScoreError {
     NotFamiliar(&'static str),
     /// A share of false alarms that is none, or cannot be had.
     #[error(
-        "unlike is {unlike}; it must be 0, for none, or from {least:.5} to 1: with this model's calibration images, a picture's \
+        "unlike is {unlike}; it must be 0, for none, or from {least} to 1: with this model's calibration images, a picture's \
          familiarity is never below that"
     )]
     Unlike {
@@ -260,7 +260,8 @@ impl Scorer {
             (None, Some(_)) => Err(ScoreError::NotFamiliar("unlike")),
             (None, None) if wanted => Err(ScoreError::NotFamiliar("familiarity")),
             (Some(known), Some(unlike)) if !(known.least()..=1.0).contains(&unlike) => {
-                Err(ScoreError::Unlike { unlike, least: known.least() })
+                // Rounded up: what is shown is accepted.
+                Err(ScoreError::Unlike { unlike, least: (known.least() * 1e6).ceil() / 1e6 })
             }
             _ => Ok(()),
         }
@@ -304,7 +305,7 @@ impl Scorer {
         {
             let (p, told) = (found.p, found.question.told());
             return Decision::Abstain(format!(
-                "{UNLIKE_TRAINING}: familiarity {p:.4}, not above unlike {limit}: {told}"
+                "{UNLIKE_TRAINING}: familiarity {p:.6}, not above unlike {limit}: {told}"
             ));
         }
         if let Some(limit) = rule.min_score.filter(|limit| score < *limit) {

@@ -8,9 +8,9 @@ use super::measure::{self, Weights};
 use crate::bundle::Bundle;
 use crate::classify::{Scorer, Seen};
 use crate::data::Answers;
-use crate::scores::LogitsError;
+use crate::scores::{Familiarities, LogitsError};
 
-/// Values of `unlike` that are reported.
+/// Values of `unlike` that are reported, of those that the calibration images allow.
 pub const UNLIKE_LEVELS: [f64; 3] = [0.01, 0.05, 0.1];
 
 /// What `unlike` does.
@@ -72,6 +72,9 @@ pub fn familiarity(
     foreign: Option<(&str, &Answers)>,
 ) -> Result<Option<FamiliarityFigures>, LogitsError> {
     let Some(own) = ranked(bundle, test)? else { return Ok(None) };
+    let scorer = Scorer::new(Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
+    let least = scorer.familiarities().map_or(1.0, Familiarities::least);
+    let levels: Vec<f64> = UNLIKE_LEVELS.into_iter().filter(|level| *level >= least).collect();
     let classes = &bundle.manifest.classes;
     let labels = test.logits.labels();
     let even = vec![1.0 / classes.len() as f64; classes.len()];
@@ -86,10 +89,10 @@ pub fn familiarity(
     let withheld = slices.iter().filter(|slice| slice.name != "overall").filter_map(|slice| {
         let weights = slice.weights(&weights, labels);
         let has_some = weights.iter().any(|weight| *weight > 0.0);
-        let shares = UNLIKE_LEVELS.iter().map(|&level| share_of(&own, &weights, level)).collect();
+        let shares = levels.iter().map(|&level| share_of(&own, &weights, level)).collect();
         has_some.then_some(Withheld { slice: slice.name, shares })
     });
-    let withheld = withheld.collect();
+    let withheld: Vec<Withheld> = withheld.collect();
     let foreign = match foreign {
         None => None,
         Some((data, answers)) => ranked(bundle, answers)?.map(|theirs| {
@@ -98,11 +101,11 @@ pub fn familiarity(
                 data: data.to_owned(),
                 images: theirs.len(),
                 auroc: auroc(&own, &theirs),
-                shares: UNLIKE_LEVELS.iter().map(|&level| share_of(&theirs, &even, level)).collect(),
+                shares: levels.iter().map(|&level| share_of(&theirs, &even, level)).collect(),
             }
         }),
     };
-    Ok(Some(FamiliarityFigures { levels: UNLIKE_LEVELS.to_vec(), withheld, foreign }))
+    Ok(Some(FamiliarityFigures { levels, withheld, foreign }))
 }
 
 /// Share of pairs in which the `foreign` value is below the `own`; ties count half. Mann & Whitney 1947.

@@ -74,10 +74,15 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     // Refused before the work begins.
     let input = ends::input(&network).map_err(fail)?;
     let size = input_size(&input, options).map_err(fail)?;
-    let known = bundle_of(path)?;
+    // Of another output than the bundle's, its manifest says nothing.
+    let known = if options.logits.is_none() { bundle_of(path)? } else { None };
     let (preprocessing, from) = match &known {
-        Some(known) if options.preprocessing.is_none() && options.changes == PreprocessingChanges::default() => {
-            (known.preprocessing.clone(), format!("{} beside it", MANIFEST_FILE))
+        Some(known) if options.preprocessing.is_none() => {
+            let changed =
+                if options.changes == PreprocessingChanges::default() { "" } else { ", but for what was given" };
+            let settings = options.changes.apply(known.preprocessing.clone())?;
+            settings.check().map_err(|error| FoldError::Input(error.to_string()))?;
+            (settings, format!("{MANIFEST_FILE} beside it{changed}"))
         }
         _ => prepared(&input, size, options)?,
     };
@@ -89,7 +94,7 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     let subject = Subject { options, library, draft, original, shape, size, pictures };
     let (network, ends, proof, one_by_one) = subject.proved(network)?;
     let classes = match &known {
-        Some(known) if options.classes.is_none() => known.classes.clone(),
+        Some(known) if options.classes.is_none() && known.classes.len() == proof.classes => known.classes.clone(),
         _ => classes(options.classes.as_deref(), proof.classes)?,
     };
     let nodes = (folded.nodes.0, network.nodes());

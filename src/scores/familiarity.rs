@@ -27,8 +27,11 @@ impl Clouds {
         let away: Vec<f32> = x.iter().zip(&self.mean).map(|(x, mean)| x - mean).collect();
         let along: Vec<f32> = self.basis.chunks_exact(self.dimensions()).map(|row| dot(row, &away)).collect();
         let residual = self.residual.map_or(0.0, |residual| {
-            let left = (f64::from(dot(&away, &away)) - f64::from(dot(&along, &along))).max(0.0);
-            left / f64::from(residual).powi(2)
+            // Squares of large values are beyond f32.
+            let square = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            let left = square(&away) - square(&along);
+            // A NaN stays one.
+            if left < 0.0 { 0.0 } else { left / f64::from(residual).powi(2) }
         });
         let whitened: Vec<f32> = along.iter().zip(&self.spread).map(|(along, spread)| along / spread).collect();
         let squares = self.centres.chunks_exact(self.rank()).map(|centre| square_between(&whitened, centre));
@@ -122,9 +125,10 @@ impl Familiarities {
         &self.content
     }
 
-    /// The smallest p that there is for pictures that are ranked among all.
+    /// The smallest p that every picture can have, whatever its best class.
     pub fn least(&self) -> f64 {
-        self.content.rankings.first().map_or(1.0, |ranking| 1.0 / (ranking.scores.len() + 1) as f64)
+        let fewest = self.content.rankings.iter().map(|ranking| ranking.scores.len()).min();
+        fewest.map_or(1.0, |fewest| 1.0 / (fewest + 1) as f64)
     }
 
     /// Ranks a picture.

@@ -13,7 +13,7 @@ use super::notes::Notes;
 use super::problem::{self, Problem};
 use crate::classify::{ClassifyError, Input, Prediction, ScoreError, ScoreRequest, ScoreRule, Scored};
 use crate::registry::ServedModel;
-use crate::scores::LogitsError;
+use crate::scores::{Familiarities, LogitsError};
 
 /// A model, for as long as one request needs it: a swap meanwhile does not take it away.
 pub(crate) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<ServedModel>, Problem> {
@@ -123,9 +123,12 @@ pub(crate) async fn predict(
 
 /// What `request` asks of `model`, with the server's own where it leaves something open.
 pub(crate) fn rule(app: &App, model: &ServedModel, mut request: ScoreRequest) -> Result<ScoreRule, ScoreError> {
-    if let (None, Some(known)) = (request.abstention.unlike, model.scorer.familiarities()) {
+    if let (None, Some(unlike)) = (request.abstention.unlike, app.unlike) {
         // A request is not refused for what it has not asked for.
-        request.abstention.unlike = app.unlike.filter(|unlike| *unlike >= known.least());
+        match model.scorer.familiarities().map(Familiarities::least) {
+            Some(least) if unlike >= least => request.abstention.unlike = Some(unlike),
+            least => app.without_unlike(model, least),
+        }
     }
     model.scorer.rule(request, &app.prior)
 }

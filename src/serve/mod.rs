@@ -29,9 +29,10 @@ mod unread;
 mod v2;
 mod wire;
 
+use std::collections::HashSet;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -47,7 +48,7 @@ use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
-use crate::registry::Registry;
+use crate::registry::{Registry, ServedModel};
 use crate::scores::Prior;
 
 pub use document::{OPENAPI_JSON, OPENAPI_YAML};
@@ -157,6 +158,8 @@ pub(crate) struct Shared {
     pub(crate) limits: RequestLimits,
     pub(crate) prior: Prior,
     pub(crate) unlike: Option<f64>,
+    /// Models, by name and version, of which it was told that this does not hold for them.
+    pub(crate) told: Mutex<HashSet<(String, String)>>,
     pub(crate) draining: AtomicBool,
     pub(crate) memory: BodyMemory,
     pub(crate) parsers: Parsers,
@@ -185,6 +188,19 @@ impl std::ops::Deref for App {
 }
 
 impl App {
+    /// Says, once for each version of a model, that the server's `unlike` does not hold for it: it knows nothing of that, or not
+    /// below `least`.
+    pub(crate) fn without_unlike(&self, model: &ServedModel, least: Option<f64>) {
+        let name = (model.name.clone(), model.version.clone());
+        if self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(name) {
+            let reason = least.map_or_else(
+                || "it was not calibrated with its training images".to_owned(),
+                |least| format!("its calibration images allow no share below {least:.5}"),
+            );
+            tracing::warn!(model = %model.name, version = %model.version, reason, "--unlike does not hold for this model");
+        }
+    }
+
     /// Whether requests should be sent here.
     pub(crate) fn ready(&self) -> Result<(), Problem> {
         if self.is_draining() {
@@ -326,6 +342,7 @@ async fn serve(
         limits,
         prior,
         unlike,
+        told: Mutex::default(),
         draining: AtomicBool::new(false),
         memory: BodyMemory::of(limits.max_buffered_bytes),
         parsers: Parsers::default(),

@@ -87,7 +87,7 @@ async fn noise_is_withheld_in_every_interface() {
     for (query, words) in [
         ("?unlike=2", "unlike is 2; it must be from 0 to 1"),
         ("?unlike=x", "unlike=\"x\": expected a number from 0 to 1"),
-        ("?unlike=1e-9", "it must be 0, for none, or from 0.00080 to 1"),
+        ("?unlike=1e-9", "it must be 0, for none, or from 0.000829 to 1"),
     ] {
         let answer = server.post(&format!("/v1/classify{query}"), "image/png", noise(1)).await;
         assert_eq!(answer.status, 400, "{query}");
@@ -208,7 +208,7 @@ fn what_is_learned_depends_on_what_there_is() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = copied(folder.path());
     let held_out = set(&folder.path().join("held-out"), 12, 1);
-    let training = set(&folder.path().join("training"), 20, 2);
+    let training = set(&folder.path().join("training"), 40, 2);
     let run = |more: &[&str]| {
         let words = ["calibrate", bundle.to_str().unwrap(), "--force", "--rung", "temperature"];
         let out = fold(&[&words, more].concat());
@@ -220,10 +220,13 @@ fn what_is_learned_depends_on_what_there_is() {
     };
     let (held_out, training) = (held_out.to_str().unwrap(), training.to_str().unwrap());
     let (asked, said) = run(&["--data", held_out, "--training-data", training]);
-    assert_eq!(asked, Some((60, Question::ALL.to_vec())), "{said}");
-    assert!(said.contains("familiarity by look, distance, confidence; 60 training images"), "{said}");
-    let (asked, _) = run(&["--data", held_out, "--training-data", training, "--familiarity-images", "10"]);
-    assert_eq!(asked, Some((10, Question::ALL.to_vec())));
+    assert_eq!(asked, Some((120, Question::ALL.to_vec())), "{said}");
+    assert!(said.contains("familiarity by look, distance, confidence; 120 training images"), "{said}");
+    let (asked, _) = run(&["--data", held_out, "--training-data", training, "--familiarity-images", "110"]);
+    assert_eq!(asked, Some((110, Question::ALL.to_vec())));
+    let (asked, said) = run(&["--data", held_out, "--training-data", training, "--familiarity-images", "99"]);
+    assert_eq!(asked, Some((0, vec![Question::Confidence])));
+    assert!(said.contains("from confidence alone: there are fewer than 100 training images"), "{said}");
     let (asked, said) = run(&["--data", held_out]);
     assert_eq!(asked, Some((0, vec![Question::Confidence])));
     assert!(said.contains("familiarity from confidence alone: with --training-data"), "{said}");
@@ -236,8 +239,28 @@ fn what_is_learned_depends_on_what_there_is() {
     let (asked, said) = run(&["--data", logits.to_str().unwrap()]);
     assert_eq!(asked, None);
     assert!(said.contains("familiarity not learned: a file of logits says nothing"), "{said}");
+    // Each calibration of a folder has a file of its own, and none takes another's.
+    let elsewhere = folder.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let named = |name: &str| elsewhere.join(name).to_str().unwrap().to_owned();
+    let words = ["calibrate", bundle.to_str().unwrap(), "--rung", "temperature", "--data", held_out, "--out"];
+    for (name, images) in [("a.json", "20000"), ("b.json", "110"), ("c.json", "0")] {
+        let sets = ["--training-data", training, "--familiarity-images", images];
+        let out = fold(&[&words[..], &[named(name).as_str()], &sets].concat());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+    }
+    let manifest = shipped().manifest;
+    for (name, images) in [("a.json", 120), ("b.json", 110)] {
+        let loaded = nbn::bundle::BoundCalibration::load(&elsewhere.join(name), &manifest).unwrap();
+        assert_eq!(loaded.content.familiarity.unwrap().training_images, images);
+    }
+    assert!(!elsewhere.join("c.familiarity.safetensors").exists());
+    // A pipe has no place beside it.
+    let out = fold(&[&words[..], &["/dev/stdout", "--training-data", training, "--force"]].concat());
+    assert!(text(&out.stdout).contains("\"model_sha256\""), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("/dev/stdout is not a file"), "{}", text(&out.stderr));
     // Another file of that name is not written over.
-    let out = folder.path().join("elsewhere");
+    let out = folder.path().join("of-others");
     fs::create_dir(&out).unwrap();
     fs::write(out.join(FAMILIARITY_FILE), "mine").unwrap();
     let out = out.join("calibration.json");

@@ -161,20 +161,20 @@ fn a_killed_calibration_leaves_a_bundle_that_loads_and_no_figures_of_another_cal
     };
     assert!(kill_at_every_step(|folder| drop(shipped(folder)), calibrate, check) > 3);
     // With familiarity, whose file is another one: what is there never names a file that is not.
-    let images = |folder: &Path, name: &str, seed: u8| {
+    let images = |folder: &Path, name: &str, seed: u8, count: u8| {
         for (class, label) in ["cat", "ship"].into_iter().enumerate() {
             let of_class = folder.join(name).join(label);
             fs::create_dir_all(&of_class).unwrap();
-            for n in 0..3 {
-                let of = |x: u32, y: u32| image::Rgb([(x * y) as u8, seed + 9 * n, (y as u8) << class]);
+            for n in 0..count {
+                let of = |x: u32, y: u32| image::Rgb([(x * y) as u8, seed + 3 * n, (y as u8) << class]);
                 image::RgbImage::from_fn(32, 32, of).save(of_class.join(format!("{n}.png"))).unwrap();
             }
         }
     };
     let prepare = |folder: &Path| {
         shipped(folder);
-        images(folder, "held-out", 1);
-        images(folder, "training", 2);
+        images(folder, "held-out", 1, 3);
+        images(folder, "training", 2, 50);
     };
     let calibrate = |folder: &Path| {
         let (held_out, training) = (folder.join("held-out"), folder.join("training"));

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{
-    BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, FAMILIARITY_FILE, Rung, TrainingOverlap,
+    BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, familiarity_file,
     is_calibration,
 };
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe, divided};
@@ -51,7 +51,7 @@ pub(crate) struct Calibrate {
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     familiarity_images: usize,
     /// File to write [default: calibration.json in the bundle]. What tells unfamiliar images is written beside it, as
-    /// familiarity.safetensors
+    /// NAME.familiarity.safetensors
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Replace an existing calibration
@@ -124,7 +124,12 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     let mut calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
     let seen =
         familiarity::Source { bundle: &bundle, answers: answers.as_ref(), training, most: args.familiarity_images };
-    let familiar = familiarity::fit(seen, &calibration, &args.runtime)?;
+    let familiar = if nbn::files::is_special(&out) {
+        eprintln!("familiarity not learned: {} is not a file, and has no place beside it", out.display());
+        None
+    } else {
+        familiarity::fit(seen, &calibration, &args.runtime)?
+    };
     calibration.familiarity = familiar.as_ref().map(|(record, _)| record.clone());
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
@@ -147,15 +152,17 @@ fn check_out(args: &Calibrate, bundle: &Bundle, out: &Path) -> anyhow::Result<()
     let mut read = args.set.files();
     read.extend(args.training.files());
     read.extend(of_bundle(bundle).filter(|file| file.path != own));
-    let beside = out.with_file_name(FAMILIARITY_FILE);
+    let beside = familiarity_file(out);
     refuse_same(&[Named { role: "--out", path: out.to_owned() }], &read)?;
     if args.out.is_none() || is_same(out, &own) {
         // The bundle's own calibration may be damaged: that can be the reason for this run.
         refuse_foreign(&beside, "regular file", Path::is_file)?;
         return refuse_foreign(out, "calibration", Path::is_file);
     }
-    refuse_same(&[Named { role: "the file beside --out", path: beside.clone() }], &read)?;
-    refuse_foreign(&beside, "file of a calibration", familiarity::is_own)?;
+    if !nbn::files::is_special(out) {
+        refuse_same(&[Named { role: "the file beside --out", path: beside.clone() }], &read)?;
+        refuse_foreign(&beside, "file of a calibration", familiarity::is_own)?;
+    }
     refuse_foreign(out, "calibration", |path| nbn::files::is_special(path) || is_calibration(path))
 }
 

@@ -236,7 +236,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         top_k: (args.rows.top_k as usize).min(classes.len()),
         label: source.has_labels(),
         set: args.scores.alpha.is_some(),
-        familiarity: args.scores.unlike.is_some(),
+        familiarity: args.scores.asks_for_familiarity(),
         probabilities: args.rows.probabilities,
         logits: args.rows.logits,
         features: args.rows.features,
@@ -361,13 +361,18 @@ fn start(args: &Score, bundle: Bundle, budget: &Arc<Budget>) -> anyhow::Result<S
 }
 
 impl ScoreArgs {
+    /// 0 withholds nothing.
+    fn asks_for_familiarity(&self) -> bool {
+        self.unlike.is_some_and(|unlike| unlike > 0.0)
+    }
+
     fn request(&self, classes: &[Class]) -> anyhow::Result<ScoreRequest> {
         Ok(ScoreRequest {
             prior: self.prior.as_deref().map(|text| prior(text, classes)).transpose()?,
             alpha: self.alpha,
             set_score: self.set_score,
             set_rung: self.set_rung,
-            familiarity: self.unlike.is_some(),
+            familiarity: self.asks_for_familiarity(),
             abstention: Abstention {
                 unlike: self.unlike,
                 min_score: self.min_score,

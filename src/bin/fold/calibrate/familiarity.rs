@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::Context;
-use nbn::bundle::{Bundle, Calibration, FAMILIARITY_FILE, Familiarity, FamiliarityRecord};
-use nbn::calibrate::{Training, familiarity};
+use anyhow::{Context, bail};
+use nbn::bundle::{Bundle, Calibration, Familiarity, FamiliarityRecord, Question, familiarity_file};
+use nbn::calibrate::{FamiliarityFitError, LEAST_TRAINING, MOST_FEATURES, Training, familiarity};
 use nbn::data::{Answers, LabelledImages, each_answer, in_turn};
 
 use super::super::dataset::{RuntimeArgs, bar};
@@ -65,15 +65,31 @@ pub(super) fn fit(
                 },
             )?;
             bar.finish_and_clear();
-            Some(passed.into_inner().unwrap_or_else(PoisonError::into_inner))
+            let passed = passed.into_inner().unwrap_or_else(PoisonError::into_inner);
+            if let Some(index) = passed.wrong() {
+                bail!("{}: {}", images.name(index), FamiliarityFitError::NotFinite { of: "training", index });
+            }
+            Some(passed)
         }
     };
-    if passed.is_some() && answers.features.is_none() {
+    let learned = passed.is_some();
+    let found = familiarity(passed, answers, calibration, &bundle.manifest.classes)?;
+    let asks = |question| found.0.questions.iter().any(|asked| asked.question == question);
+    if learned && !asks(Question::Look) {
         eprintln!(
-            "familiarity without distance: this network does not give its features; export it again, without --no-features"
+            "familiarity from confidence alone: there are fewer than {LEAST_TRAINING} training images to learn from"
         );
+    } else if learned && !asks(Question::Distance) {
+        let reason = match answers.features.as_ref().and_then(|features| features.first()).map(Vec::len) {
+            None => "this network does not give its features; export it again, without --no-features".to_owned(),
+            Some(n) if n > MOST_FEATURES => {
+                format!("this network gives {n} features, and at most {MOST_FEATURES} are used")
+            }
+            Some(_) => "its features do not vary within any class of the training images".to_owned(),
+        };
+        eprintln!("familiarity without distance: {reason}");
     }
-    Ok(Some(familiarity(passed.as_ref(), answers, calibration, &bundle.manifest.classes)?))
+    Ok(Some(found))
 }
 
 /// Writes `calibration` to `out`, and what its familiarity names beside it. Killed between any two steps, there is a calibration
@@ -81,7 +97,7 @@ pub(super) fn fit(
 pub(super) fn write(out: &Path, mut calibration: Calibration, beside: Option<&[u8]>) -> anyhow::Result<()> {
     let text = |calibration: &Calibration| anyhow::Ok(serde_json::to_string_pretty(calibration)? + "\n");
     let whole = text(&calibration)?;
-    let file = out.with_file_name(FAMILIARITY_FILE);
+    let file = familiarity_file(out);
     let Some(bytes) = beside else {
         replace(out, whole.as_bytes())?;
         if file.exists() && is_own(&file) {
@@ -90,7 +106,7 @@ pub(super) fn write(out: &Path, mut calibration: Calibration, beside: Option<&[u
         }
         return Ok(());
     };
-    if out.exists() && !nbn::files::is_special(out) {
+    if out.exists() {
         calibration.familiarity = None;
         replace(out, text(&calibration)?.as_bytes())?;
     }
