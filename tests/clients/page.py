@@ -346,6 +346,33 @@ def samples(checks, page):
         card.get_by_role("button", name="Remove").click()
 
 
+def static(x, y):
+    """Colours without any order."""
+    seed = int(1e4 * x) * 7919 + int(1e4 * y) * 104729
+    return tuple((seed * factor % 1009) / 1009 for factor in (17, 71, 239))
+
+
+def unfamiliar(checks, page, api):
+    """A picture of nothing: what is told of it, and what is withheld on request."""
+    fresh(page)
+    noise = png(32, static)
+    send(page, ("noise.png", noise))
+    card = page.get_by_role("article", name="noise.png")
+    line = card.locator(".familiarity").inner_text()
+    checks.that("noise is unlike", line.startswith("Unlike the training images, by its brightness"), line)
+    checks.that("nothing is withheld", not card.locator(".decision").is_visible())
+    page.locator("#unlike-share").select_option("0.01")
+    settled(page)
+    decision = card.locator(".decision").inner_text()
+    checks.equal("noise is withheld", decision, "abstain: unlike the training images")
+    reason = api.classify(noise, unlike=0.01)["results"][0]["reason"]
+    checks.that("the reason", reason.startswith("unlike_training: "), reason)
+    page.locator("#unlike-share").select_option("")
+    settled(page)
+    checks.that("nothing is withheld again", not card.locator(".decision").is_visible())
+    card.get_by_role("button", name="Remove").click()
+
+
 def several(checks, page, api, pictures):
     """Several files at once, one of them no picture; paste, drop, and removal."""
     fresh(page)
@@ -572,6 +599,7 @@ def run(base, folder):
         for step, arguments in ((start, (page, base, api)), (by_keyboard, (page, api, pictures[0])),
                                 (several, (page, api, pictures)), (refusals, (page, pictures[0])),
                                 (model_choice, (page, api, pictures[0])), (samples, (page,)),
+                                (unfamiliar, (page, api)),
                                 (look, (browser, base, pictures, folder)),
                                 (from_elsewhere, (browser, base, api, pictures[0]))):
             try:

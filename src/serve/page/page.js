@@ -322,7 +322,8 @@ function show(card, reply, limited, roundTrip) {
   card.result = result;
 }
 
-const inWords = (reason) => reason.replace('unlike_training: ', 'unlike the training images, ');
+/** A reason, without what the line on familiarity says. */
+const inWords = (reason) => (reason.startsWith('unlike_training') ? 'unlike the training images' : reason);
 
 const STANDS_OUT = {
   look: 'by its brightness, colours or details',
