@@ -11,6 +11,7 @@ pub mod network;
 pub mod objective;
 pub mod optimizer;
 pub mod recipe;
+mod resume;
 pub mod run;
 pub mod state;
 

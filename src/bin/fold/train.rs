@@ -1,6 +1,8 @@
 //! `nbn fold train`'s command line.
 
 #[cfg(feature = "train")]
+mod pictures;
+#[cfg(feature = "train")]
 mod view;
 
 #[cfg(feature = "train")]
@@ -39,8 +41,8 @@ mod with {
     use clap::{Args, ValueEnum};
     use nbn::bundle::{Class, Exif, Size};
     use nbn::data::{
-        Checked, Form, GroupBy, LabelledImages, PixelHash, Purpose, Records, Split, TrainingSet, check_pictures,
-        hold_out, hold_out_groups, long_tail,
+        Checked, Form, GroupBy, LabelledImages, PixelHash, Purpose, Records, Split, TrainingSet, hold_out,
+        hold_out_groups, long_tail,
     };
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
@@ -51,7 +53,7 @@ mod with {
     use nbn::train::run::{End, Job, run as train};
     use nbn::train::state::{Files, recipe as begun_recipe};
 
-    use super::super::dataset::bar;
+    use super::pictures::{checked, list_of, warn_of_shared};
     use super::view::View;
 
     /// Epochs, if nothing is said.
@@ -410,73 +412,6 @@ mod with {
         anyhow::anyhow!("--augment: {step:?} is unknown; expected none, or steps from {}", known.join(", "))
     }
 
-    /// Images that an error names.
-    const NAMED: usize = 20;
-
-    /// Decodes all images of a set, which `what` calls it. Of those that cannot be decoded it gives the records, and the hashes of
-    /// the others' pixels.
-    ///
-    /// # Errors
-    /// When there are some that cannot be decoded and they are not to be left out; names them.
-    fn checked(args: &Train, images: &LabelledImages, what: &str, exif: Exif) -> anyhow::Result<Checked> {
-        let bar = bar(images.len(), "checking");
-        let checked = check_pictures(images, exif, &|| bar.inc(1))?;
-        bar.finish_and_clear();
-        let broken = &checked.broken;
-        let listed = |of: &[&(usize, String)]| {
-            let one = |(record, reason): &&(usize, String)| format!("  {}: {reason}", images.name(*record));
-            let more = (of.len() > NAMED).then(|| format!("  and {} more", of.len() - NAMED));
-            of.iter().take(NAMED).map(one).chain(more).collect::<Vec<_>>().join("\n")
-        };
-        if broken.is_empty() {
-            return Ok(checked);
-        }
-        let (count, total) = (broken.len(), images.len());
-        // Another day they may be there: a run without them would not be the one that was asked for.
-        let missing: Vec<&(usize, String)> = broken.iter().filter(|(record, _)| !images.is_readable(*record)).collect();
-        ensure!(
-            missing.is_empty(),
-            "{} of {total} {what} are missing or may not be read, which --skip-broken does not pass over: is a disk \
-             mounted, do links lead somewhere?\n{}",
-            missing.len(),
-            listed(&missing)
-        );
-        ensure!(
-            args.skip_broken,
-            "{count} of {total} {what} cannot be decoded: repair or remove them, or go on without them by --skip-broken\n{}",
-            listed(&broken.iter().collect::<Vec<_>>())
-        );
-        eprintln!("left out    {count} of {total} {what}, which cannot be decoded");
-        Ok(checked)
-    }
-
-    /// What is left out, for the run's list.
-    fn list_of(broken: &[(usize, String)], images: &LabelledImages) -> Vec<serde_json::Value> {
-        let one = |(record, reason): &(usize, String)| serde_json::json!({"record": record, "image": images.name(*record), "reason": reason});
-        broken.iter().map(one).collect()
-    }
-
-    /// Warns of images, which `what` calls, that have the pixels of one that is trained on.
-    fn warn_of_shared(
-        what: &str,
-        (images, hashes): (&LabelledImages, &[Option<PixelHash>]),
-        (training, seen): (&LabelledImages, &HashMap<PixelHash, usize>),
-        advice: &str,
-    ) {
-        let same = |hash: &Option<PixelHash>| seen.get(hash.as_ref()?).copied();
-        let shared: Vec<(usize, usize)> =
-            hashes.iter().enumerate().filter_map(|(n, hash)| Some((n, same(hash)?))).collect();
-        if let Some((first, of)) = shared.first() {
-            eprintln!(
-                "warning: {} of {} {what} have the pixels of one that is trained on, such as {} those of {}: {advice}",
-                shared.len(),
-                hashes.len(),
-                images.name(*first),
-                training.name(*of)
-            );
-        }
-    }
-
     fn job(args: &Train, recipe: Recipe, files: Files, resume: bool, device: Device) -> anyhow::Result<Job> {
         let set = TrainingSet::open(&args.data, args.dataset, args.classes.as_deref())?;
         ensure!(
@@ -487,7 +422,7 @@ mod with {
         );
         let refuse = |reason: String| anyhow::anyhow!("{}: {reason}", set.path.display());
         let exif = recipe.preprocessing.exif;
-        let Checked { broken, hashes } = checked(args, &set.images, "images", exif)?;
+        let Checked { broken, hashes } = checked(args.skip_broken, &set.images, "images", exif)?;
         let mut left_out = list_of(&broken, &set.images);
         let broken: BTreeSet<usize> = broken.into_iter().map(|(record, _)| record).collect();
         let whole: Vec<usize> = (0..set.images.len()).filter(|record| !broken.contains(record)).collect();
@@ -558,7 +493,7 @@ mod with {
                 let form = args.dataset.filter(|_| alike);
                 let form = form.map_or_else(|| Form::guess(path, set.labels.len()), Ok)?;
                 let images = LabelledImages::open(path, form, &set.labels)?;
-                let Checked { broken, hashes } = checked(args, &images, "test images", exif)?;
+                let Checked { broken, hashes } = checked(args.skip_broken, &images, "test images", exif)?;
                 left_out.extend(list_of(&broken, &images));
                 let advice = "accuracy on them says little. Remove the copies from one of the sets";
                 warn_of_shared("test images", (&images, &hashes), trained, advice);
