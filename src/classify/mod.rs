@@ -20,9 +20,7 @@ use crate::scores::{Logits, LogitsError};
 use crate::stop::Stop;
 
 pub use prepare::{Prepare, StageTimes};
-pub use scorer::{
-    Abstention, Decision, Scale, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer, Seen, UNLIKE_TRAINING,
-};
+pub use scorer::{Abstention, Decision, Scale, ScoreError, ScoreRequest, ScoreRule, Scored, Scorer, Seen};
 
 /// A batch that takes longer than this alone is not worth measuring.
 const LONGEST_BATCH: Duration = Duration::from_millis(250);

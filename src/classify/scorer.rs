@@ -13,7 +13,7 @@ use crate::scores::{
 };
 
 /// The word that reasons begin with where a picture is unlike the training pictures.
-pub const UNLIKE_TRAINING: &str = "unlike_training";
+const UNLIKE_TRAINING: &str = "unlike_training";
 
 /// What a score is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -141,15 +141,10 @@ pub struct Scored {
     pub set: Option<PredictionSet>,
     /// How like the training pictures it is, when asked for.
     pub familiarity: Option<Familiar>,
+    /// Whether the decision is withheld because it is unlike them.
+    pub is_unlike_training: bool,
     /// Whether to act on the best class.
     pub decision: Decision,
-}
-
-impl Scored {
-    /// Whether the decision is withheld because the picture is unlike the training pictures.
-    pub fn is_unlike_training(&self) -> bool {
-        matches!(&self.decision, Decision::Abstain(reason) if reason.starts_with(UNLIKE_TRAINING))
-    }
 }
 
 /// Why a request's scores cannot be given.
@@ -281,8 +276,16 @@ impl Scorer {
             _ => (logits.softmax(), None),
         };
         let familiarity = if rule.familiarity { self.familiarity(&seen) } else { None };
-        let decision = self.decide(&probabilities, set.as_ref(), familiarity.as_ref(), &rule.abstention);
-        Scored { probabilities, set, familiarity, decision }
+        let unlike = rule.abstention.unlike.zip(familiarity).filter(|(limit, found)| found.p <= *limit);
+        let decision = match unlike {
+            Some((limit, found)) => Decision::Abstain(format!(
+                "{UNLIKE_TRAINING}: familiarity {:.6}, not above unlike {limit}: {}",
+                found.p,
+                found.question.told()
+            )),
+            None => self.decide(&probabilities, set.as_ref(), &rule.abstention),
+        };
+        Scored { probabilities, set, familiarity, is_unlike_training: unlike.is_some(), decision }
     }
 
     /// How like the training pictures a picture is; none where the calibration has nothing of it.
@@ -292,22 +295,8 @@ impl Scorer {
         Some(familiarities.rank(&Evidence { look: seen.look, features: seen.features, best }))
     }
 
-    fn decide(
-        &self,
-        probabilities: &Probabilities,
-        set: Option<&PredictionSet>,
-        familiarity: Option<&Familiar>,
-        rule: &Abstention,
-    ) -> Decision {
+    fn decide(&self, probabilities: &Probabilities, set: Option<&PredictionSet>, rule: &Abstention) -> Decision {
         let Some(&(best, score)) = probabilities.top(1).first() else { return Decision::Accept };
-        if let (Some(limit), Some(found)) = (rule.unlike, familiarity)
-            && found.p <= limit
-        {
-            let (p, told) = (found.p, found.question.told());
-            return Decision::Abstain(format!(
-                "{UNLIKE_TRAINING}: familiarity {p:.6}, not above unlike {limit}: {told}"
-            ));
-        }
         if let Some(limit) = rule.min_score.filter(|limit| score < *limit) {
             return Decision::Abstain(format!("the best score is {score:.4}, below min_score {limit}"));
         }

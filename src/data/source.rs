@@ -129,19 +129,8 @@ impl LabelledImages {
     /// # Errors
     /// When a folder cannot be read, or there is no picture.
     pub fn without_classes(path: &Path) -> Result<Self, DataError> {
-        let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
-        let (mut files, mut shut, mut passed) = (Vec::new(), None, PassedOver::default());
-        let walked = walk(path, &mut |found| match found {
-            Found::Picture(path) => files.push(path),
-            Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
-            Found::Hidden(path) => passed.hidden.push(path),
-            Found::Link(path) => passed.links.push(path),
-            Found::Other(path) => passed.others.push(path),
-        });
-        walked.map_err(|cause| read(path, cause))?;
-        if let Some(error) = shut {
-            return Err(error);
-        }
+        let mut passed = PassedOver::default();
+        let files = pictures_below(path, &mut passed)?;
         if files.is_empty() {
             let others = endings(&passed.others);
             let has = if others.is_empty() { String::new() } else { format!(", only files {others}") };
@@ -294,6 +283,24 @@ impl Store {
     }
 }
 
+/// The pictures in `folder` and below; what else is there is added to `passed`.
+///
+/// # Errors
+/// When a folder cannot be read.
+fn pictures_below(folder: &Path, passed: &mut PassedOver) -> Result<Vec<PathBuf>, DataError> {
+    let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
+    let (mut pictures, mut shut) = (Vec::new(), None);
+    let walked = walk(folder, &mut |found| match found {
+        Found::Picture(path) => pictures.push(path),
+        Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
+        Found::Hidden(path) => passed.hidden.push(path),
+        Found::Link(path) => passed.links.push(path),
+        Found::Other(path) => passed.others.push(path),
+    });
+    walked.map_err(|cause| read(folder, cause))?;
+    shut.map_or(Ok(pictures), Err)
+}
+
 fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
     let mut set = LabelledImages::of_files(Vec::new(), Vec::new(), path, None)?;
     let (mut unknown, mut loose, mut passed) = (Vec::new(), Vec::new(), PassedOver::default());
@@ -315,19 +322,7 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
             unknown.push(name);
             continue;
         };
-        let read = |path: &Path, cause| DataError::Read { path: path.to_owned(), cause };
-        let mut shut = None;
-        walk(&class, &mut |found| match found {
-            Found::Picture(path) => set.items.push(Item::File(path)),
-            Found::Shut(path, cause) => shut = shut.take().or(Some(read(&path, cause))),
-            Found::Hidden(path) => passed.hidden.push(path),
-            Found::Link(path) => passed.links.push(path),
-            Found::Other(path) => passed.others.push(path),
-        })
-        .map_err(|cause| read(&class, cause))?;
-        if let Some(error) = shut {
-            return Err(error);
-        }
+        set.items.extend(pictures_below(&class, &mut passed)?.into_iter().map(Item::File));
         set.labels.resize(set.items.len(), label as u32);
     }
     passed.tell(path);

@@ -47,9 +47,8 @@ pub struct ForeignFigures {
     pub shares: Vec<f64>,
 }
 
-/// p of each of the pictures; none where the bundle's calibration knows nothing of familiarity.
-fn ranked(bundle: &Bundle, answers: &Answers) -> Result<Option<Vec<f64>>, LogitsError> {
-    let scorer = Scorer::new(Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
+/// p of each of the pictures; none where the calibration knows nothing of familiarity.
+fn ranked(scorer: &Scorer, answers: &Answers) -> Result<Option<Vec<f64>>, LogitsError> {
     let mut found = Vec::with_capacity(answers.logits.len());
     for row in 0..answers.logits.len() {
         let logits = answers.logits.logits(row)?;
@@ -71,8 +70,8 @@ pub fn familiarity(
     test: &Answers,
     foreign: Option<(&str, &Answers)>,
 ) -> Result<Option<FamiliarityFigures>, LogitsError> {
-    let Some(own) = ranked(bundle, test)? else { return Ok(None) };
     let scorer = Scorer::new(Arc::new(bundle.manifest.clone()), bundle.calibration.clone());
+    let Some(own) = ranked(&scorer, test)? else { return Ok(None) };
     let least = scorer.familiarities().map_or(1.0, Familiarities::least);
     let levels: Vec<f64> = UNLIKE_LEVELS.into_iter().filter(|level| *level >= least).collect();
     let classes = &bundle.manifest.classes;
@@ -95,7 +94,7 @@ pub fn familiarity(
     let withheld: Vec<Withheld> = withheld.collect();
     let foreign = match foreign {
         None => None,
-        Some((data, answers)) => ranked(bundle, answers)?.map(|theirs| {
+        Some((data, answers)) => ranked(&scorer, answers)?.map(|theirs| {
             let even = vec![1.0; theirs.len()];
             ForeignFigures {
                 data: data.to_owned(),

@@ -8,8 +8,6 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
-
 use super::SetRung;
 use crate::bundle::{Class, Clouds, Familiarity, FamiliarityRecord, Group, Question, QuestionRecord};
 
@@ -95,7 +93,7 @@ impl Evidence<'_> {
 }
 
 /// How like the training pictures a picture is.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Familiar {
     /// Of pictures like the training pictures, as large a share scores as high or higher: small for what is unlike them.
     pub p: f64,
@@ -118,11 +116,6 @@ impl Familiarities {
     pub fn new(content: Arc<Familiarity>, record: &FamiliarityRecord, classes: &[Class]) -> Self {
         let groups = classes.iter().map(Class::group).collect();
         Self { questions: record.questions.clone(), groups, content }
-    }
-
-    /// What the questions ask for.
-    pub fn content(&self) -> &Familiarity {
-        &self.content
     }
 
     /// The smallest p that every picture can have, whatever its best class.

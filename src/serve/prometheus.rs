@@ -275,7 +275,7 @@ impl Telemetry {
         let labels = GroupLabels { model: model.name.clone(), group };
         self.predictions.get_or_create(&labels).inc();
         self.scores.get_or_create(&labels).observe(score);
-        if scored.is_unlike_training() {
+        if scored.is_unlike_training {
             self.unlike.get_or_create(&labels).inc();
         }
         if let Some(set) = &scored.set {

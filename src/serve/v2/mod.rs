@@ -266,11 +266,12 @@ async fn answer_with(
         familiarity: asked(Output::Familiarity) || (every && Output::Familiarity.is_of(model)),
         ..options.score_request(&model.manifest)?
     };
-    let rule = match infer::rule(app, model, request.clone()) {
+    // There is no decision in an answer: the server's own `unlike` has nothing to withhold.
+    let rule = match model.scorer.rule(request.clone(), &app.prior) {
         // Nobody asked for the set by name: it comes when it can be had.
         Ok(rule) if every && calibrated && request.alpha.is_none() => {
             let with_set = ScoreRequest { alpha: Some(DEFAULT_ALPHA), ..request };
-            infer::rule(app, model, with_set).unwrap_or(rule)
+            model.scorer.rule(with_set, &app.prior).unwrap_or(rule)
         }
         rule => rule?,
     };

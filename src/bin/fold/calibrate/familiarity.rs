@@ -44,13 +44,10 @@ pub(super) fn fit(
             None
         }
         Some(images) => {
-            let counts = |images: &LabelledImages| {
-                let mut counts = vec![0; bundle.manifest.classes.len()];
-                images.labels().iter().for_each(|&label| counts[label as usize] += 1);
-                counts
-            };
             let images = images.select(&in_turn(images.labels(), most))?;
-            let passed = Mutex::new(Training::new(counts(&images)));
+            let mut counts = vec![0; bundle.manifest.classes.len()];
+            images.labels().iter().for_each(|&label| counts[label as usize] += 1);
+            let passed = Mutex::new(Training::new(counts));
             let bar = bar(images.len(), "familiarity");
             each_answer(
                 bundle,
