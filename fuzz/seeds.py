@@ -6,6 +6,7 @@ writes fuzz/seeds/TARGET/NAME anew, the same bytes each time. Findings are kept 
 """
 
 import base64
+import collections
 import gzip
 import io
 import json
@@ -536,8 +537,8 @@ class Storage:
         self.name, self.kind, self.size = name, kind, size
 
 
-def torch_file(content, storages, protocol=2):
-    """What torch.save writes: a pickle whose tensors name their storages, and a file for each of these."""
+def torch_pickle(content, protocol=2):
+    """A pickle whose tensors name their storages."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, thing):
@@ -547,9 +548,14 @@ def torch_file(content, storages, protocol=2):
 
     text = io.BytesIO()
     Pickler(text, protocol).dump(content)
+    return text.getvalue()
+
+
+def torch_file(content, storages, protocol=2):
+    """What torch.save writes: a pickle, and a file for each storage."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        files = {"data.pkl": text.getvalue(), "byteorder": b"little", "version": b"3\n"} | storages
+        files = {"data.pkl": torch_pickle(content, protocol), "byteorder": b"little", "version": b"3\n"} | storages
         for name, bytes_of in files.items():
             archive.writestr(zipfile.ZipInfo("archive/" + name, (1980, 1, 1, 0, 0, 0)), bytes_of)
     return out.getvalue()
@@ -560,6 +566,43 @@ def networks():
     for path in sorted((DATA.parent / "onnx").glob("*.onnx")):
         if path.stat().st_size <= LARGEST:
             seed("onnx", path.name, path.read_bytes())
+
+
+def pickles(torch, tensor):
+    """What stands in checkpoints beside weights, of which nothing is to be made."""
+    stage = {f"layer{n}.0.conv1.weight": tensor("FloatStorage", str(n), 4, 4, 3, 3) for n in (1, 2, 3)}
+    network = {"conv1.weight": tensor("FloatStorage", "0", 4, 3, 3, 3), **stage}
+    head = {"fc.weight": tensor("FloatStorage", "9", 4, 5), "queue_ptr": tensor("LongStorage", "8", 1)}
+
+    class EasyDict(dict):
+        __module__ = "easydict"
+
+    class Loss:
+        __module__ = "loss"
+
+    setattr(sys.modules.setdefault("easydict", types.ModuleType("easydict")), "EasyDict", EasyDict)
+    setattr(sys.modules.setdefault("loss", types.ModuleType("loss")), "Loss", Loss)
+    EasyDict.__qualname__, Loss.__qualname__ = "EasyDict", "Loss"
+    loss = Loss()
+    loss.margin, loss.weights = 0.5, [1, 2.5, None, True, -7, 1 << 40, 1 << 80, "é", b"bytes", {3}, frozenset([4])]
+    easy = EasyDict(a=1, b=EasyDict(c=[EasyDict()]))
+    easy.again = easy
+    many = collections.defaultdict(list, x=[1, (2, 3)])
+    cases = {
+        "beside": {"state_dict": network | head, "easy": easy, "many": many, "loss": loss},
+        "two": {"model": network, "model_ema": {f"module.{name}": value for name, value in network.items()}},
+        "prefixes": network | {f"module.{name}": value for name, value in network.items()},
+        "parts": {"feat_model": {f"module.{name}": value for name, value in network.items()}, "classifier": head},
+        "copies": {f"encoder_{which}.{name}": value for which in "qk" for name, value in network.items()},
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "object": loss,
+    }
+    for name, case in cases.items():
+        for protocol in (1, 2, 4, 5) if name == "beside" else (2,):
+            seed("pickle", f"{name}-{protocol}", torch_pickle(case, protocol))
+    # Calls, an old-style object, and numbers and texts as lines.
+    seed("pickle", "calls", b"(iposix\nsystem\np0\n(S'true'\nI01\nL12L\nF1.5\nd0cos\nsystem\n(S'true'\ntR.")
+    seed("pickle", "itself", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
 
 
 def checkpoints():
@@ -615,6 +658,13 @@ def checkpoints():
     for part in [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}]:
         pickle.dump(part, old, 2)
     seed("checkpoint", "old-form.pth", old.getvalue() + pickle.dumps({"a": 1}, 2) + pickle.dumps(["0"], 2))
+
+    # The older form, whose storages lie behind their keys.
+    values = {"0": struct.pack("<6f", *range(6)), "1": struct.pack("<4f", *range(4))}
+    storages = b"".join(struct.pack("<q", len(data) // 4) + data for data in values.values())
+    row = old.getvalue() + torch_pickle(weights) + pickle.dumps(list(values), 2) + storages
+    seed("checkpoint", "row.pth", row)
+    pickles(torch, tensor)
 
     def safetensors(header, data=b"", length=None):
         text = json.dumps(header).encode()

@@ -19,6 +19,7 @@ use crate::batch::{Source, SourceOptions};
 use crate::bundle::{BoundCalibration, Calibration, Manifest, inputs_sha256, train_prior};
 use crate::classify::{Classifier, ClassifyError, Input, ScoreRequest, Scorer};
 use crate::fold::Checkpoint;
+use crate::fold::architecture::{self, Extras, Overrides};
 use crate::fold::onnx::Network;
 use crate::fold::onnx::passes::{self, ends};
 use crate::scores::{Logits, Prior};
@@ -32,7 +33,7 @@ static ALLOCATOR: crate::memory::Counting = crate::memory::Counting;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
     ("picture_jpeg", picture_jpeg),
     ("picture_png", picture_png),
     ("picture_gif", picture_gif),
@@ -45,6 +46,7 @@ pub const TARGETS: [Target; 17] = [
     ("multipart", multipart),
     ("grpc_message", grpc_message),
     ("checkpoint", checkpoint),
+    ("pickle", pickle),
     ("onnx", onnx),
     ("manifest", manifest),
     ("calibration", calibration),
@@ -127,10 +129,18 @@ pub fn grpc_message(data: &[u8]) {
     http::post("/inference.GRPCInferenceService/ModelInfer", &headers, &framed).check();
 }
 
+/// The pickle of a checkpoint, as the older form has it, without checksums.
+pub fn pickle(data: &[u8]) {
+    const BEGIN: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.\x80\x02}.";
+    checkpoint(&[BEGIN, data, b"\x80\x02]."].concat());
+}
+
 /// A checkpoint, of either form.
 pub fn checkpoint(data: &[u8]) {
     let file = Scratch::of("pth", data);
     let Ok(checkpoint) = Checkpoint::load(&file.0) else { return };
+    let side = architecture::family(&checkpoint).map_or(32, |family| family.default_side());
+    let _ = architecture::build(&checkpoint, side, Extras::default(), &Overrides::default());
     for (name, tensor) in &checkpoint.tensors {
         assert_eq!(tensor.shape.iter().product::<usize>(), tensor.values.len(), "{name} is not as its shape says");
         assert!(tensor.values.iter().all(|value| value.is_finite()), "{name} is not finite");

@@ -125,6 +125,9 @@ pub struct FoldReport {
     /// BatchNorm layers that could not be merged, and stay in the network.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub batch_norms_left: Vec<LeftNorm>,
+    /// Where the preprocessing comes from, and what of it was guessed, unless it is the checkpoint's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preprocessing_from: Option<String>,
     /// Of a network that came as ONNX: what its file was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub onnx: Option<OnnxReport>,
@@ -192,6 +195,8 @@ pub enum Head {
     LrAffine,
     /// Logit rectification without weight and bias.
     LrPlain,
+    /// The cosine between features and the weights of each class, times a scale.
+    Cosine,
 }
 
 impl fmt::Display for Head {
@@ -200,6 +205,7 @@ impl fmt::Display for Head {
             Self::Linear => "linear",
             Self::LrAffine => "lr-affine",
             Self::LrPlain => "lr-plain",
+            Self::Cosine => "cosine",
         })
     }
 }
@@ -230,6 +236,28 @@ pub struct Proof {
     pub seed: u64,
     /// One entry per output of the network.
     pub outputs: Vec<OutputProof>,
+    /// What a checkpoint's names and shapes do not tell, and was taken: the proof is relative to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assumed: Vec<String>,
+    /// The comparison with outputs that the user's own network gave, which rests on nothing that was taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<ExpectedProof>,
+}
+
+/// A bundle's logits beside those that the network itself gave, as `nbn fold export --expect` has them.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct ExpectedProof {
+    /// The file with inputs and outputs.
+    pub file: FileDigest,
+    /// Number of inputs.
+    pub images: usize,
+    /// Largest difference of a logit.
+    pub max_absolute: f64,
+    /// `max_absolute` divided by the standard deviation of the logits expected.
+    pub max_relative: f64,
+    /// The largest `max_relative` that would have been accepted.
+    pub tolerance: f64,
 }
 
 /// What a folded network was compared with.
@@ -344,7 +372,12 @@ impl Manifest {
             && fold.onnx.is_none()
             && fold.batch_norms_left.is_empty()
             && self.model_data.is_empty();
-        let proved = fold.proof.reference == Reference::Checkpoint && fold.proof.pictures == 0;
+        let proof = &fold.proof;
+        let proved = proof.reference == Reference::Checkpoint
+            && proof.pictures == 0
+            && proof.assumed.is_empty()
+            && proof.expected.is_none();
+        let plain = plain && fold.head != Some(Head::Cosine) && fold.preprocessing_from.is_none();
         if plain && proved && self.preprocessing.is_of_first_schema() { OLDEST_SCHEMA_VERSION } else { SCHEMA_VERSION }
     }
 
@@ -479,6 +512,7 @@ pub(super) fn cut(text: &str) -> String {
 impl FoldReport {
     fn check(&self) -> Result<(), ManifestError> {
         check_name("fold.by", &self.by)?;
+        check_name("fold.preprocessing_from", self.preprocessing_from.as_deref().unwrap_or_default())?;
         self.normalized_layers.iter().try_for_each(|layer| check_name("a name in fold.normalized_layers", layer))?;
         for left in &self.batch_norms_left {
             check_name("a name in fold.batch_norms_left", &left.name)?;
@@ -499,6 +533,11 @@ impl FoldReport {
             let what = format!("the value of magnitude {} in fold.alphas", alpha.index);
             return Err(value(what, &alpha.value, "it must fit in a 32-bit float"));
         }
+        self.proof.assumed.iter().try_for_each(|what| check_name("a text in fold.proof.assumed", what))?;
+        if let Some(expected) = &self.proof.expected {
+            expected.file.check("fold.proof.expected.file")?;
+            check_numbers("fold.proof.expected", [expected.max_absolute, expected.max_relative, expected.tolerance])?;
+        }
         self.proof.outputs.iter().try_for_each(OutputProof::check)
     }
 }
@@ -506,15 +545,17 @@ impl FoldReport {
 impl OutputProof {
     fn check(&self) -> Result<(), ManifestError> {
         check_name("a name in fold.proof.outputs", &self.output)?;
-        let numbers =
-            [("max_absolute", self.max_absolute), ("max_relative", self.max_relative), ("tolerance", self.tolerance)];
-        match numbers.into_iter().find(|(_, number)| !(number.is_finite() && *number >= 0.0)) {
-            Some((what, number)) => {
-                let what = format!("{what} of output {:?} in fold.proof", cut(&self.output));
-                Err(value(what, &number, "it must be finite and at least 0"))
-            }
-            None => Ok(()),
-        }
+        let of = format!("output {:?} in fold.proof", cut(&self.output));
+        check_numbers(&of, [self.max_absolute, self.max_relative, self.tolerance])
+    }
+}
+
+/// Checks `max_absolute`, `max_relative` and `tolerance`.
+fn check_numbers(of: &str, numbers: [f64; 3]) -> Result<(), ManifestError> {
+    let mut named = ["max_absolute", "max_relative", "tolerance"].into_iter().zip(numbers);
+    match named.find(|(_, number)| !(number.is_finite() && *number >= 0.0)) {
+        Some((what, number)) => Err(value(format!("{what} of {of}"), &number, "it must be finite and at least 0")),
+        None => Ok(()),
     }
 }
 

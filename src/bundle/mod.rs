@@ -33,8 +33,8 @@ pub use familiarity::{
 };
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, DATA_FILE, Ending, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest, ManifestError,
-    OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
+    Alpha, Class, DATA_FILE, Ending, ExpectedProof, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest,
+    ManifestError, OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
 };
 pub use preprocessing::{Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Preprocessing, Resize, Scale, Size};
 pub use repository::{Repository, VersionFolder, VersionPolicy};

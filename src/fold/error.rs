@@ -2,6 +2,19 @@
 
 use std::path::PathBuf;
 
+/// Names that an error lists.
+const LISTED: usize = 6;
+
+/// `a, b and c`, cut where there are many.
+fn listed(names: &[String]) -> String {
+    let shown: Vec<&str> = names.iter().take(LISTED).map(String::as_str).collect();
+    match (names.len().saturating_sub(LISTED), shown.as_slice()) {
+        (0, [rest @ .., last]) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        (0, _) => shown.join(", "),
+        (more, _) => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
 /// Why a checkpoint was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum FoldError {
@@ -37,6 +50,62 @@ pub enum FoldError {
         /// What the reader said.
         reason: String,
     },
+    /// An intact file of another kind.
+    #[error("{path} is {what}: {instead}")]
+    Foreign {
+        /// Which file.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+        /// What to do.
+        instead: &'static str,
+    },
+    /// The file holds several networks.
+    #[error("the file holds weights of several networks, {}: choose with --weights", listed(sets))]
+    SeveralWeights {
+        /// Where each begins; `.` is the one whose names have no prefix.
+        sets: Vec<String>,
+    },
+    /// `--weights` names a network that the file does not hold.
+    #[error("--weights {asked}: the file holds {}", if sets.is_empty() { "no network that is known".into() } else { listed(sets) })]
+    NoSuchWeights {
+        /// What was asked for, cut where it is long.
+        asked: String,
+        /// What there is.
+        sets: Vec<String>,
+    },
+    /// Several layers may give the logits.
+    #[error("several layers may be the classifier, {}: choose with --classifier", listed(names))]
+    SeveralClassifiers {
+        /// The layers.
+        names: Vec<String>,
+    },
+    /// `--classifier` names a layer that the network does not have.
+    #[error("--classifier {asked}: no linear layer has that name; there {}", match there.len() {
+        0 => "is none".into(),
+        1 => format!("is {}", there[0]),
+        _ => format!("are {}", listed(there)),
+    })]
+    NoSuchClassifier {
+        /// What was asked for, cut where it is long.
+        asked: String,
+        /// The linear layers that there are.
+        there: Vec<String>,
+    },
+    /// Two tensors are the same one of the network by their names.
+    #[error("{first} and {second} are the same tensor of the network by their names: leave one out with --ignore")]
+    OnePlace {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// Weights of whole numbers.
+    #[error("{name} is quantized, and the rest of the network with it: export the network before quantization")]
+    Quantized {
+        /// A tensor.
+        name: String,
+    },
     /// A name that no network's tensor has.
     #[error("tensor {name:?}: {reason}: the file is damaged, or is not the checkpoint of a network")]
     Name {
@@ -57,7 +126,7 @@ pub enum FoldError {
     #[error(
         "the checkpoint's {keys} keys are not those of a known network (e.g. {example}): expected torchvision-named \
          ResNet/ResNeXt (layer1 … layer4), CIFAR ResNet (layer1 … layer3) or the multi-expert layout (layer3s.0, \
-         layer4s.0, linears.0)"
+         layer4s.0, linears.0); export any other network as ONNX"
     )]
     UnknownArchitecture {
         /// Number of keys.
@@ -66,15 +135,20 @@ pub enum FoldError {
         example: String,
     },
     /// A tensor that the network needs is not there.
-    #[error("missing key {name}, which {arch} needs")]
+    #[error("missing key {name}, which {arch} needs{}", likely.as_ref().map_or_else(String::new, |l| format!(": is it {l}?")))]
     Missing {
         /// The key.
         name: String,
         /// The network.
         arch: String,
+        /// The key that it most likely is.
+        likely: Option<String>,
     },
     /// Tensors that the network has no place for.
-    #[error("unexpected keys, which {arch} has no place for: {names}")]
+    #[error(
+        "unexpected keys, which {arch} has no place for: {names} (--ignore NAME leaves out what the network's outputs do not \
+         depend on)"
+    )]
     Unexpected {
         /// The keys.
         names: String,
@@ -130,6 +204,27 @@ pub enum FoldError {
         asked: String,
         /// What the names and shapes say.
         found: String,
+    },
+    /// What the values of `scale_factor` act on cannot be told.
+    #[error(
+        "{name} has {values} values, of which more than {acting} were trained: that is no network of the authors, and whether \
+         it has a magnitude for each stage or for each layer cannot be told: say which with --magnitude expert, stage or layer"
+    )]
+    Magnitudes {
+        /// The key.
+        name: String,
+        /// How many values it has.
+        values: usize,
+        /// How many of them act in the authors' networks.
+        acting: usize,
+    },
+    /// The bundle's logits are not those that the user's own network gave.
+    #[error("{path}: {reason}: nothing was written")]
+    Expectation {
+        /// The file with them.
+        path: PathBuf,
+        /// By how much they differ, and what may be the cause.
+        reason: String,
     },
     /// `--nbn-layers` cannot be followed.
     #[error("--nbn-layers: {0}")]

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::architecture::{self, Extras, Family, Overrides};
 use super::draft::{Draft, own_files};
+use super::expect::Expected;
 use super::ingest::{from_onnx, is_onnx};
 use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
-use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, verify};
+use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, reference, verify};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError, Preprocessing,
     SCHEMA_VERSION, Size, check_classes, check_kappa, is_manifest, sha256_hex,
@@ -15,6 +16,11 @@ use crate::bundle::{
 use crate::files::foreign;
 use crate::runtime::Library;
 
+/// Where preprocessing comes from that a checkpoint has itself.
+const OWN_PREPROCESSING: &str = "the checkpoint";
+/// Flags for what names and shapes do not tell.
+const UNTOLD_FLAGS: &str =
+    "--batch-norm-epsilon, --activation, --stride-in, --stem-pool, --global-pool, --classifier-form, --magnitude";
 /// Files of others that an error names.
 const NAMED: usize = 3;
 
@@ -81,6 +87,8 @@ pub struct ExportOptions {
     pub logits: Option<String>,
     /// Of an ONNX file: a folder of pictures that the proof looks at besides seeded inputs.
     pub images: Option<PathBuf>,
+    /// Inputs, and the logits that the user's own network gave for them, that the bundle is held to.
+    pub expect: Option<PathBuf>,
     /// How much of the training prior the loss took out of the logits, where the file does not say.
     pub kappa: Option<f64>,
     /// Puts weights into files of their own; without it only those that one file cannot hold.
@@ -94,6 +102,10 @@ pub struct Exported {
     pub manifest: Manifest,
     /// Where its preprocessing comes from, and what of it was guessed; a sentence.
     pub preprocessing_from: String,
+    /// Where in the checkpoint the network was found, if not at its top.
+    pub root: Option<String>,
+    /// What the checkpoint holds besides.
+    pub left_out: Vec<String>,
 }
 
 /// A bundle that was proved, not written yet.
@@ -126,11 +138,12 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, Fo
         check_replaceable(&options.out, options.force)?;
         refuse_inputs_inside(options)?;
     }
+    let expected = options.expect.as_deref().map(Expected::load).transpose()?;
     let mut draft = Draft::of(&options.out, options.external_data, options.force);
     let Proved { mut exported, model } = if is_onnx(&options.checkpoint) {
-        from_onnx(options, library, &mut draft)?
+        from_onnx(options, library, &mut draft, expected.as_ref())?
     } else {
-        from_checkpoint(options, library, &mut draft)?
+        from_checkpoint(options, library, &mut draft, expected.as_ref())?
     };
     let manifest = &mut exported.manifest;
     if let Some(path) = options.evaluation.as_deref() {
@@ -141,13 +154,18 @@ pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, Fo
     Ok(exported)
 }
 
-fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<Proved, FoldError> {
+fn from_checkpoint(
+    options: &ExportOptions,
+    library: &Library,
+    draft: &mut Draft,
+    expected: Option<&Expected>,
+) -> Result<Proved, FoldError> {
     for (given, flag) in [(options.logits.is_some(), "--logits"), (options.images.is_some(), "--images")] {
         if given {
             return Err(FoldError::Input(format!("{flag} is for ONNX files: leave it out for a checkpoint")));
         }
     }
-    let checkpoint = Checkpoint::load(&options.checkpoint)?;
+    let checkpoint = Checkpoint::choose(&options.checkpoint, &options.overrides.choice)?;
     // What the checkpoint was trained with holds unless the command line says otherwise.
     let stored = match &options.preprocessing {
         Some(PreprocessingSource::File(path)) => Some(from_file(path, options.exif, options.input_size)?),
@@ -162,6 +180,7 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
         (Some(size), ..) => size,
         (None, Some(preset), _) => preset.preprocessing(None, options.exif).crop,
         (None, None, Some(stored)) => stored.crop,
+        (None, None, None) if expected.is_some() => expected.map_or(Size::square(224), Expected::size),
         (None, None, None) => Size::square(architecture::family(&checkpoint)?.default_side() as u32),
     };
     if size.height != size.width {
@@ -185,10 +204,9 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
         None => classes(options.classes.as_deref(), network.classes)?,
     };
     let kappa = metadata(&checkpoint, KAPPA_KEY, |kappa: &f64| check_kappa(*kappa), "another checkpoint")?;
-    drop(checkpoint);
     let (preprocessing, from) = match (stored, &options.preprocessing) {
         (Some(stored), source) => {
-            let from = source.as_ref().map_or("the checkpoint".into(), PreprocessingSource::to_string);
+            let from = source.as_ref().map_or(OWN_PREPROCESSING.into(), PreprocessingSource::to_string);
             (Preprocessing { exif: options.exif, ..at_size(stored, size) }, from)
         }
         (None, source) => {
@@ -220,7 +238,27 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
     let mut folded = super::fold(&network.graph)?;
     draft.hold(&mut folded)?;
     let model = folded.encode();
-    let proof = verify::prove(&network.graph, draft.source(&model), library)?;
+    let mut proof = verify::prove(&network.graph, draft.source(&model), library)?;
+    if let Some(expected) = expected {
+        let side = size.height as usize;
+        let tolerance = proof.outputs.first().map_or(0.0, |logits| logits.tolerance);
+        let cause = || {
+            let fits = fitting_flag(&checkpoint, side, &options.overrides, expected)?;
+            Ok(match fits {
+                Some(flag) => format!("with {flag} it agrees"),
+                None => format!(
+                    "names and shapes do not tell the network's own arithmetic, and what was taken is not it ({}): say what \
+                     differs ({UNTOLD_FLAGS}), or export the network itself as ONNX",
+                    network.assumed.join("; ")
+                ),
+            })
+        };
+        let held = expected.hold(draft.source(&model), [3, side, side], tolerance, library, cause)?;
+        proof.expected = Some(held);
+    }
+    proof.assumed = network.assumed;
+    let (root, left_out) = (checkpoint.root.clone(), checkpoint.left_out.clone());
+    drop(checkpoint);
     let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         arch: network.arch,
@@ -230,6 +268,7 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
             by: format!("fold {}", env!("CARGO_PKG_VERSION")),
             head: Some(network.head),
             kappa: options.kappa.or(kappa),
+            preprocessing_from: (from != OWN_PREPROCESSING).then(|| from.clone()),
             experts: network.experts,
             normalized_layers: network.normalized_layers,
             alphas: network.alphas,
@@ -247,7 +286,24 @@ fn from_checkpoint(options: &ExportOptions, library: &Library, draft: &mut Draft
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
-    Ok(Proved { exported: Exported { manifest, preprocessing_from: from }, model })
+    Ok(Proved { exported: Exported { manifest, preprocessing_from: from, root, left_out }, model })
+}
+
+/// The flag that makes the checkpoint the network that gave what is expected, if one alone does.
+fn fitting_flag(
+    checkpoint: &Checkpoint,
+    side: usize,
+    overrides: &Overrides,
+    expected: &Expected,
+) -> Result<Option<String>, FoldError> {
+    for (flag, other) in overrides.others() {
+        let Ok(network) = architecture::build(checkpoint, side, Extras::default(), &other) else { continue };
+        let outputs = reference::evaluate::<f64>(&network.graph, expected.first())?;
+        if outputs.first().is_some_and(|logits| expected.agrees_on_first(logits)) {
+            return Ok(Some(flag));
+        }
+    }
+    Ok(None)
 }
 
 /// Refuses a link at `out`: what it leads to has another name, and may belong to somebody else.
@@ -268,7 +324,8 @@ fn refuse_inputs_inside(options: &ExportOptions) -> Result<(), FoldError> {
         (Ok(path), Ok(out)) => path.starts_with(out),
         _ => false,
     };
-    let inputs = [Some(&options.checkpoint), options.classes.as_ref(), options.evaluation.as_ref()];
+    let inputs =
+        [Some(&options.checkpoint), options.classes.as_ref(), options.evaluation.as_ref(), options.expect.as_ref()];
     match inputs.into_iter().flatten().find(|path| inside(path)) {
         None => Ok(()),
         Some(path) => Err(FoldError::Input(format!(

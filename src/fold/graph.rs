@@ -4,7 +4,7 @@ use ndarray::{Array2, Array4};
 
 use super::FoldError;
 
-/// Epsilon inside a BatchNorm's square root.
+/// Epsilon inside a BatchNorm's square root, unless the network has another.
 pub const BATCH_NORM_EPSILON: f64 = 1e-5;
 
 /// Index of a node, whose single output it stands for. Node 0 is the input.
@@ -55,6 +55,13 @@ pub enum Op {
     },
     /// max(x, 0).
     Relu,
+    /// x, or `slope` · x below 0.
+    LeakyRelu {
+        /// Its slope below 0.
+        slope: f64,
+    },
+    /// x · sigmoid(x).
+    Silu,
     /// 3×3 maximum, stride 2, padding 1.
     MaxPool,
     /// Sum of two inputs of one shape.
@@ -70,6 +77,13 @@ pub enum Op {
     },
     /// `[N, C, H, W]` → `[N, C]`.
     GlobalAveragePool,
+    /// `[N, C, H, W]` → `[N, C]`.
+    GlobalMaxPool,
+    /// `[N, F]`: x / max(‖x‖₂, 1e-12) for each row, or x / (1 + ‖x‖₂).
+    Normalize {
+        /// The second.
+        squashed: bool,
+    },
     /// `x · weightᵀ + bias`; weight `[K, F]`.
     Gemm {
         /// Weight.
@@ -101,6 +115,8 @@ pub struct Node {
 pub struct Graph {
     /// Height and width of the input in pixels.
     pub side: usize,
+    /// Epsilon inside the square root of every BatchNorm.
+    pub batch_norm_epsilon: f64,
     /// Nodes in order of execution; the first is the input.
     pub nodes: Vec<Node>,
     /// Output names and the nodes that give them; the first is `logits`.
@@ -111,7 +127,7 @@ impl Graph {
     /// A graph that only has its input.
     pub fn new(side: usize) -> Self {
         let input = Node { name: "images".into(), op: Op::Input { channels: 3 }, inputs: Vec::new() };
-        Self { side, nodes: vec![input], outputs: Vec::new() }
+        Self { side, batch_norm_epsilon: BATCH_NORM_EPSILON, nodes: vec![input], outputs: Vec::new() }
     }
 
     /// Appends a node and returns its id.
@@ -172,13 +188,14 @@ fn output_shape(op: &Op, inputs: &[&[usize]], side: usize) -> Result<Vec<usize>,
             }
             Ok(shape.to_vec())
         }
-        (Op::Relu, [shape]) => Ok(shape.to_vec()),
+        (Op::Relu | Op::LeakyRelu { .. } | Op::Silu, [shape]) => Ok(shape.to_vec()),
+        (Op::Normalize { .. }, [shape @ [_]]) => Ok(shape.to_vec()),
         (Op::MaxPool, [[c, h, w]]) => Ok(vec![*c, halved(*h, 3, 2, 1)?, halved(*w, 3, 2, 1)?]),
         (Op::Add, [a, b]) if a == b => Ok(a.to_vec()),
         (Op::SubsamplePad { stride, before, after }, [[c, h, w]]) => {
             Ok(vec![c + before + after, h.div_ceil(*stride), w.div_ceil(*stride)])
         }
-        (Op::GlobalAveragePool, [[c, _, _]]) => Ok(vec![*c]),
+        (Op::GlobalAveragePool | Op::GlobalMaxPool, [[c, _, _]]) => Ok(vec![*c]),
         (Op::Gemm { weight, bias }, [[f]]) if weight.ncols() == *f && weight.nrows() == bias.len() => {
             Ok(vec![bias.len()])
         }

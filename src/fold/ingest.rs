@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ndarray::{ArrayD, IxDyn};
 
 use super::draft::Draft;
+use super::expect::Expected;
 use super::export::{self, ExportOptions, Exported, Preset, classes, file_name, read};
 use super::onnx::passes::ends::{self, Ends};
 use super::onnx::passes::{self, Folded};
@@ -41,10 +42,11 @@ pub(super) fn from_onnx(
     options: &ExportOptions,
     library: &Library,
     draft: &mut Draft,
+    expected: Option<&Expected>,
 ) -> Result<export::Proved, FoldError> {
     let path = &options.checkpoint;
     // What the runtime says names no file.
-    folded(options, library, draft).map_err(|error| match error {
+    folded(options, library, draft, expected).map_err(|error| match error {
         FoldError::Runtime(cause) => {
             FoldError::Onnx { path: path.clone(), cause: OnnxError::Refused(cause.to_string()) }
         }
@@ -52,17 +54,16 @@ pub(super) fn from_onnx(
     })
 }
 
-fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Result<export::Proved, FoldError> {
+fn folded(
+    options: &ExportOptions,
+    library: &Library,
+    draft: &mut Draft,
+    expected: Option<&Expected>,
+) -> Result<export::Proved, FoldError> {
     let path = &options.checkpoint;
-    let overrides = &options.overrides;
-    for (given, flag) in [
-        (overrides.arch.is_some(), "--arch"),
-        (overrides.nbn_layers.is_some(), "--nbn-layers"),
-        (options.extras.expert_logits, "--expert-logits"),
-    ] {
-        if given {
-            return Err(FoldError::Input(format!("{flag} is for checkpoints: leave it out for an ONNX file")));
-        }
+    let expert_logits = options.extras.expert_logits.then_some("--expert-logits");
+    if let Some(flag) = options.overrides.given().or(expert_logits) {
+        return Err(FoldError::Input(format!("{flag} is for checkpoints: leave it out for an ONNX file")));
     }
     let fail = |cause: OnnxError| match cause {
         OnnxError::Read { path, cause } => FoldError::File { path, cause },
@@ -99,6 +100,15 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
     };
     let nodes = (folded.nodes.0, network.nodes());
     let model = network.encode();
+    let mut proof = proof;
+    if let Some(expected) = expected {
+        let tolerance = proof.proof.outputs.first().map_or(0.0, |logits| logits.tolerance);
+        let cause = || {
+            Ok("either x and y are of another network, or of the same in training mode or with other weights than the file has"
+                .into())
+        };
+        proof.proof.expected = Some(expected.hold(draft.source(&model), shape, tolerance, library, cause)?);
+    }
     let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         arch: stem(path),
@@ -108,6 +118,7 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
             by: format!("fold {}", env!("CARGO_PKG_VERSION")),
             head: None,
             kappa: options.kappa,
+            preprocessing_from: Some(from.clone()),
             experts: 1,
             normalized_layers: folded.normalized.iter().map(|layer| layer.name.clone()).collect(),
             alphas: alphas(&folded),
@@ -140,7 +151,10 @@ fn folded(options: &ExportOptions, library: &Library, draft: &mut Draft) -> Resu
         remember(&mut manifest, known);
     }
     manifest.schema_version = manifest.lowest_schema_version();
-    Ok(export::Proved { exported: Exported { manifest, preprocessing_from: from }, model })
+    Ok(export::Proved {
+        exported: Exported { manifest, preprocessing_from: from, root: None, left_out: Vec::new() },
+        model,
+    })
 }
 
 /// The manifest beside the file at `path`, if that is a bundle's network: a bundle is exported again.
@@ -153,7 +167,7 @@ fn bundle_of(path: &Path) -> Result<Option<Manifest>, FoldError> {
 
 /// Adds to `manifest` what an earlier export knew of the same network, and what its file no longer tells.
 fn remember(manifest: &mut Manifest, known: Manifest) {
-    let FoldReport { head, kappa, experts, normalized_layers, alphas, batch_norms_merged, .. } = known.fold;
+    let FoldReport { head, kappa, experts, normalized_layers, alphas, batch_norms_merged, proof, .. } = known.fold;
     let fold = &mut manifest.fold;
     fold.head = head;
     fold.kappa = fold.kappa.or(kappa);
@@ -162,6 +176,9 @@ fn remember(manifest: &mut Manifest, known: Manifest) {
     if fold.normalized_layers.is_empty() {
         (fold.normalized_layers, fold.alphas) = (normalized_layers, alphas);
     }
+    // What is proved now is that nothing changed since.
+    fold.proof.assumed = proof.assumed;
+    fold.proof.expected = fold.proof.expected.take().or(proof.expected);
     manifest.arch = known.arch;
     manifest.checkpoint = known.checkpoint;
     manifest.evaluation = known.evaluation;
@@ -397,6 +414,8 @@ impl Subject<'_> {
             pictures: self.pictures.len(),
             seed: verify::SEED,
             outputs,
+            assumed: Vec::new(),
+            expected: None,
         };
         Ok(Proved { proof, classes })
     }

@@ -4,11 +4,11 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::architecture::{self, Extras, Overrides};
-use super::export::Exported;
+use super::export::{Exported, Preset};
 use super::graph::{BatchNorm, Op};
 use super::onnx::{Network, OnnxError, passes};
 use super::{Checkpoint, FoldError};
-use crate::bundle::{Ending, Group, Manifest, Reference};
+use crate::bundle::{Ending, Exif, Group, Manifest, Reference};
 
 /// Longer metadata, such as a hundred classes, is for programs.
 const LONGEST_VALUE: usize = 80;
@@ -22,7 +22,8 @@ const DEAD_WEIGHT: f64 = 1e-8;
 /// # Errors
 /// When the checkpoint is of no known network.
 pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<String, FoldError> {
-    let side = architecture::family(checkpoint)?.default_side();
+    let family = architecture::family(checkpoint)?;
+    let side = family.default_side();
     let network = architecture::build(checkpoint, side, Extras::default(), overrides)?;
     let parameters: usize = checkpoint.tensors.values().map(|t| t.values.len()).sum();
     let mut out = String::new();
@@ -34,6 +35,24 @@ pub fn checkpoint(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<Stri
         network.arch, network.classes, network.head, network.experts
     );
     let _ = writeln!(out, "tensors     {} with {parameters} values", checkpoint.tensors.len());
+    if let Some(root) = &checkpoint.root {
+        let _ = writeln!(out, "weights     {root}");
+    }
+    for what in &checkpoint.left_out {
+        let _ = writeln!(out, "left out    {what}");
+    }
+    for what in &network.assumed {
+        let _ = writeln!(out, "taken for   {what}");
+    }
+    if !checkpoint.metadata.contains_key(super::PREPROCESSING_KEY) {
+        let preset = Preset::guess(family, network.classes);
+        let p = preset.preprocessing(None, Exif::Apply);
+        let _ = writeln!(
+            out,
+            "guessed     {}, centre crop {}, mean {:?}, std {:?} (--preprocessing, --mean and --std of export say otherwise)",
+            p.resize, p.crop, p.mean, p.std
+        );
+    }
     for (key, value) in checkpoint.metadata.iter().filter(|(_, value)| value.len() <= LONGEST_VALUE) {
         let _ = writeln!(out, "{key:<11} {value}");
     }
@@ -118,11 +137,19 @@ pub fn manifest(manifest: &Manifest) -> String {
 
 /// As [`manifest`], and where the preprocessing comes from: what `nbn fold export` prints.
 pub fn exported(exported: &Exported) -> String {
-    described(&exported.manifest, Some(&exported.preprocessing_from))
+    let mut out = described(&exported.manifest, Some(&exported.preprocessing_from));
+    if let Some(root) = &exported.root {
+        let _ = writeln!(out, "weights     {root}");
+    }
+    for what in &exported.left_out {
+        let _ = writeln!(out, "left out    {what}");
+    }
+    out
 }
 
 fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
     let mut out = String::new();
+    let preprocessing_from = preprocessing_from.or(manifest.fold.preprocessing_from.as_deref());
     let fold = &manifest.fold;
     let p = &manifest.preprocessing;
     let _ = writeln!(
@@ -209,6 +236,27 @@ fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
                 Reference::Original => "the original in ONNX Runtime",
             }
         );
+    }
+    let proof = &fold.proof;
+    if let Some(expected) = &proof.expected {
+        let _ = writeln!(
+            out,
+            "expected    max difference {:.2e}, {:.2e} of the standard deviation (tolerance {:.2e}; {} inputs with the network's \
+             own logits, {})",
+            expected.max_absolute, expected.max_relative, expected.tolerance, expected.images, expected.file.file
+        );
+    }
+    if !proof.assumed.is_empty() {
+        let caveat = match proof.expected {
+            Some(_) => "taken for what names do not tell, and right by what was expected:",
+            None => {
+                "the proof is relative to what names do not tell and was taken (--expect holds it to your network):"
+            }
+        };
+        let _ = writeln!(out, "taken for   {caveat}");
+        for what in &proof.assumed {
+            let _ = writeln!(out, "            {what}");
+        }
     }
     let _ = writeln!(out, "model       sha256 {}", manifest.model.sha256);
     out

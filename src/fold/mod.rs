@@ -7,6 +7,7 @@ pub mod architecture;
 pub mod checkpoint;
 mod draft;
 mod error;
+mod expect;
 pub mod export;
 pub mod graph;
 mod ingest;

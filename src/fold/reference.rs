@@ -4,9 +4,12 @@
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, LinalgScalar};
 
-use super::graph::{BATCH_NORM_EPSILON, BatchNorm, Op};
+use super::graph::{BatchNorm, Op};
 use super::onnx::NORM_EPSILON;
 use super::{FoldError, Graph};
+
+/// The least length that PyTorch's `normalize` divides by.
+pub(super) const LEAST_LENGTH: f64 = 1e-12;
 
 /// The precision of an evaluation.
 pub trait Precision: LinalgScalar + PartialOrd + Send + Sync {
@@ -16,6 +19,8 @@ pub trait Precision: LinalgScalar + PartialOrd + Send + Sync {
     fn wide(self) -> f64;
     /// √.
     fn root(self) -> Self;
+    /// eˣ.
+    fn power(self) -> Self;
 }
 
 impl Precision for f64 {
@@ -28,6 +33,9 @@ impl Precision for f64 {
     fn root(self) -> Self {
         self.sqrt()
     }
+    fn power(self) -> Self {
+        self.exp()
+    }
 }
 
 impl Precision for f32 {
@@ -39,6 +47,9 @@ impl Precision for f32 {
     }
     fn root(self) -> Self {
         self.sqrt()
+    }
+    fn power(self) -> Self {
+        self.exp()
     }
 }
 
@@ -67,15 +78,30 @@ pub fn evaluate<T: Precision>(graph: &Graph, image: &[f32]) -> Result<Vec<Vec<f6
                 let weight: Vec<T> = weight.iter().map(|&w| T::of(w.into())).collect();
                 convolve(&geometry, input(0), &weight, bias.as_deref())
             }
-            Op::BatchNorm(norm) => batch_norm(input(0), norm, &norm.weight, &norm.bias),
+            Op::BatchNorm(norm) => batch_norm(input(0), norm, &norm.weight, &norm.bias, graph.batch_norm_epsilon),
             Op::NormalizedBatchNorm { directions, alpha } => {
                 let scale = |v: &[f64]| {
                     let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt() + NORM_EPSILON;
                     v.iter().map(|x| alpha * x / norm).collect::<Vec<_>>()
                 };
-                batch_norm(input(0), directions, &scale(&directions.weight), &scale(&directions.bias))
+                let (weight, bias) = (scale(&directions.weight), scale(&directions.bias));
+                batch_norm(input(0), directions, &weight, &bias, graph.batch_norm_epsilon)
             }
             Op::Relu => input(0).iter().map(|&v| if v > T::zero() { v } else { T::zero() }).collect(),
+            Op::LeakyRelu { slope } => {
+                input(0).iter().map(|&v| if v > T::zero() { v } else { T::of(*slope) * v }).collect()
+            }
+            Op::Silu => input(0).iter().map(|&v| v / (T::one() + (T::zero() - v).power())).collect(),
+            Op::Normalize { squashed } => {
+                let length = input(0).iter().fold(T::zero(), |sum, &v| sum + v * v).root();
+                let least = T::of(LEAST_LENGTH);
+                let divisor = match squashed {
+                    true => T::one() + length,
+                    false if length < least => least,
+                    false => length,
+                };
+                input(0).iter().map(|&v| v / divisor).collect()
+            }
             Op::MaxPool => max_pool(input(0), shape_of(0), &shapes[id]),
             Op::Add => input(0).iter().zip(input(1)).map(|(&a, &b)| a + b).collect(),
             Op::SubsamplePad { stride, before, .. } => subsample(input(0), shape_of(0), &shapes[id], *stride, *before),
@@ -85,6 +111,11 @@ pub fn evaluate<T: Precision>(graph: &Graph, image: &[f32]) -> Result<Vec<Vec<f6
                     .chunks_exact(area)
                     .map(|plane| plane.iter().fold(T::zero(), |sum, &v| sum + v) / T::of(area as f64))
                     .collect()
+            }
+            Op::GlobalMaxPool => {
+                let area = shape_of(0)[1] * shape_of(0)[2];
+                let largest = |plane: &[T]| plane.iter().fold(plane[0], |most, &v| if v > most { v } else { most });
+                input(0).chunks_exact(area).map(largest).collect()
             }
             Op::Gemm { weight, bias } => weight
                 .rows()
@@ -111,11 +142,11 @@ pub fn evaluate<T: Precision>(graph: &Graph, image: &[f32]) -> Result<Vec<Vec<f6
     Ok(graph.outputs.iter().map(|(_, id)| values[*id].iter().map(|v| v.wide()).collect()).collect())
 }
 
-fn batch_norm<T: Precision>(x: &[T], norm: &BatchNorm, weight: &[f64], bias: &[f64]) -> Vec<T> {
+fn batch_norm<T: Precision>(x: &[T], norm: &BatchNorm, weight: &[f64], bias: &[f64], epsilon: f64) -> Vec<T> {
     let area = x.len() / weight.len();
     let mut out = Vec::with_capacity(x.len());
     for (c, plane) in x.chunks_exact(area).enumerate() {
-        let deviation = (T::of(norm.variance[c]) + T::of(BATCH_NORM_EPSILON)).root();
+        let deviation = (T::of(norm.variance[c]) + T::of(epsilon)).root();
         let (g, b, mean) = (T::of(weight[c]), T::of(bias[c]), T::of(norm.mean[c]));
         out.extend(plane.iter().map(|&v| g * ((v - mean) / deviation) + b));
     }

@@ -57,7 +57,15 @@ pub fn prove<'a>(unfolded: &Graph, model: impl Into<NetworkSource<'a>>, library:
         }
         outputs.push(OutputProof { output: output.clone(), max_absolute, max_relative, tolerance });
     }
-    Ok(Proof { reference: Reference::Checkpoint, images, pictures: 0, seed: SEED, outputs })
+    Ok(Proof {
+        reference: Reference::Checkpoint,
+        images,
+        pictures: 0,
+        seed: SEED,
+        outputs,
+        assumed: Vec::new(),
+        expected: None,
+    })
 }
 
 /// The seeded inputs for networks of `side` pixels: few large ones, more small ones.

@@ -139,7 +139,12 @@ impl Network {
                 },
                 // Every expert learns from its own logits; their mean is taken by whoever reads them.
                 Op::Mean | Op::Stack => break,
-                Op::Conv { .. } | Op::Concat => {
+                Op::Conv { .. }
+                | Op::Concat
+                | Op::LeakyRelu { .. }
+                | Op::Silu
+                | Op::GlobalMaxPool
+                | Op::Normalize { .. } => {
                     return Err(TrainError::Fold(FoldError::Graph {
                         pass: "train",
                         node: node.name.clone(),
@@ -191,10 +196,11 @@ impl Network {
     /// Names a tensor that is missing.
     pub fn load(&mut self, checkpoint: &Checkpoint, device: &Device) -> Result<State, TrainError> {
         let tensor = |name: &str| -> Result<(Tensor<1>, Vec<usize>), TrainError> {
-            let found = checkpoint
-                .tensors
-                .get(name)
-                .ok_or_else(|| FoldError::Missing { name: name.into(), arch: "the network".into() })?;
+            let found = checkpoint.tensors.get(name).ok_or_else(|| FoldError::Missing {
+                name: name.into(),
+                arch: "the network".into(),
+                likely: None,
+            })?;
             let data = TensorData::new(found.values.clone(), [found.values.len()]);
             Ok((Tensor::from_data(data, device), found.shape.clone()))
         };

@@ -406,7 +406,7 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             (architecture::LAYERS_KEY, recipe.normalized().to_string()),
             (architecture::MAGNITUDE_KEY, recipe.magnitude.to_string()),
             ("nbn.norm_epsilon", crate::fold::onnx::NORM_EPSILON.to_string()),
-            ("nbn.batch_norm_epsilon", crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
+            (architecture::EPSILON_KEY, crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
             ("nbn.epoch", run.progress.epoch.to_string()),
             ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
             (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),

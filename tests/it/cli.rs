@@ -105,7 +105,7 @@ fn what_cannot_start_says_what_was_tried() {
             &["serve", "--addr", "127.0.0.1:0", "--models", version],
             "models/cifar10-lt/1 is a bundle: give the folder above",
         ),
-        (&["fold", "export", version, "--out", "x/1"], "models/cifar10-lt/1: is a bundle already"),
+        (&["fold", "export", version, "--out", "x/1"], "models/cifar10-lt/1 is a bundle already"),
         (&["fold", "evaluate", model, "--data", picture_path], "a.png: is one image: give a folder"),
         (
             &["fold", "evaluate", model, "--data", "tests", "--report", picture_path],

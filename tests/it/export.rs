@@ -31,6 +31,7 @@ fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
         overrides: Overrides::default(),
         logits: None,
         images: None,
+        expect: None,
         kappa: None,
         external_data: false,
     }
@@ -183,7 +184,7 @@ fn refusal(name: &str, change: impl FnOnce(&mut Checkpoint)) -> FoldError {
 fn a_wrong_checkpoint_is_refused_by_name() {
     let said = |name, change: fn(&mut Checkpoint)| refusal(name, change).to_string();
     let missing = said("resnet50_nbn", |c| drop(c.tensors.remove("layer3.0.bn2.running_mean")));
-    assert!(missing.contains("missing key layer3.0.bn2.running_mean"), "{missing}");
+    assert!(missing.contains("missing key state_dict.layer3.0.bn2.running_mean"), "{missing}");
     let extra = said("resnet50_nbn", |c| {
         let tensor = c.tensors["fc.bias"].clone();
         c.tensors.insert("layer9.bias".into(), tensor);
@@ -221,7 +222,7 @@ fn a_zero_bias_direction_folds_to_zero_and_only_the_acting_alpha_counts() {
 fn nbn_layers_can_be_overruled_and_are_held_to_the_checkpoint() {
     let load = |name: &str| Checkpoint::load(&data(&format!("checkpoints/{name}.pth.tar"))).unwrap();
     let build = |name, layers: NbnLayers| {
-        let overrides = Overrides { nbn_layers: Some(layers), arch: None };
+        let overrides = Overrides { nbn_layers: Some(layers), ..Overrides::default() };
         architecture::build(&load(name), 64, Extras::default(), &overrides)
     };
     assert_eq!(build("resnet50_nbn", NbnLayers::LastStageAll).unwrap().normalized_layers.len(), 7);
@@ -232,7 +233,7 @@ fn nbn_layers_can_be_overruled_and_are_held_to_the_checkpoint() {
     assert!(build("resnet50_nbn", NbnLayers::None).unwrap().normalized_layers.is_empty());
     assert!(build("resnet50_nbn", "layer7.bn1".parse().unwrap()).unwrap_err().to_string().contains("layer7.bn1"));
     assert!(build("resnet50", NbnLayers::All).unwrap_err().to_string().contains("scale_factor"));
-    let overrides = Overrides { arch: Some("resnet50".into()), nbn_layers: None };
+    let overrides = Overrides { arch: Some("resnet50".into()), ..Overrides::default() };
     let error = architecture::build(&load("resnext50"), 64, Extras::default(), &overrides).unwrap_err().to_string();
     assert!(error.contains("resnext17_2x1d"), "{error}");
 }
@@ -261,11 +262,11 @@ fn the_command_writes_nothing_on_an_error_and_says_why() {
     let good = good.to_str().unwrap();
     let cases: BTreeMap<String, &str> = BTreeMap::from([
         (path("words.pth.tar"), "not a checkpoint"),
-        (path("empty.pt"), "it is empty"),
+        (path("empty.pt"), "an empty file"),
         (path("page.pth"), "web page"),
         (path("pointer.pth"), "git lfs pull"),
         (path("cut.pth"), "damaged or truncated"),
-        (path("list.pth"), "it holds a list, not a dictionary"),
+        (path("list.pth"), "a pickle, and torch.save did not write it"),
         (path("cut.safetensors"), "damaged or truncated"),
         (path("nan.safetensors"), "NaN"),
         (path("absent.pt"), "absent.pt"),

@@ -14,6 +14,7 @@ mod echoes;
 mod engine;
 mod export;
 mod familiarity;
+mod field;
 mod fold_properties;
 mod hostile;
 mod imports;

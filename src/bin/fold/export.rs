@@ -5,21 +5,58 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use nbn::bundle::{Color, CropOffset, Exif, Filter, Scale, Size};
-use nbn::fold::architecture::{Extras, NbnLayers, Overrides};
+use nbn::fold::architecture::{
+    Activation, ClassifierForm, Extras, GlobalPool, Magnitude, NbnLayers, Overrides, StemPool, StrideIn,
+};
+use nbn::fold::checkpoint::Choice;
 use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource, ResizeMode};
 use nbn::fold::{inspect, remove_drafts_and_exit};
 use nbn::runtime::Library;
 
 #[derive(Args)]
+#[command(next_help_heading = "Of checkpoints")]
 pub(crate) struct OverrideArgs {
     /// Refuse the checkpoint unless it is of this network, such as resnet50 or cifar_resnet20
     #[arg(long)]
-    pub(crate) arch: Option<String>,
+    arch: Option<String>,
+    /// Weights to take of a file with several, such as model_ema, by their dictionary or the prefix of their names ("." for
+    /// names without)
+    #[arg(long, value_name = "KEY")]
+    weights: Option<String>,
+    /// Layer that gives the logits, if it has none of the usual names
+    #[arg(long, value_name = "NAME")]
+    classifier: Option<String>,
+    /// Tensors that the network's outputs do not depend on, by the beginning of their names; may be repeated
+    #[arg(long, value_name = "NAME")]
+    ignore: Vec<String>,
     /// Normalised layers, if not the usual ones: last-stage-outputs, last-stage-all, all, none, or names separated by
     /// commas
     #[arg(long)]
-    pub(crate) nbn_layers: Option<NbnLayers>,
+    nbn_layers: Option<NbnLayers>,
+    /// What has a magnitude of its own in scale_factor: expert (one for all layers of a network, as in the authors' code),
+    /// stage or layer
+    #[arg(long)]
+    magnitude: Option<Magnitude>,
+    /// Form of the classifier: linear, cosine:SCALE, or squashed-cosine:SCALE (features over 1 + their length) [default: as
+    /// its tensors' shapes say; 30 and 16]
+    #[arg(long, value_name = "FORM")]
+    classifier_form: Option<ClassifierForm>,
+    /// Epsilon of every BatchNorm [default: 1e-5]
+    #[arg(long, value_name = "NUMBER", value_parser = epsilon)]
+    batch_norm_epsilon: Option<f64>,
+    /// Activation: relu, leaky-relu:SLOPE or silu [default: relu]
+    #[arg(long)]
+    activation: Option<Activation>,
+    /// Convolution of a bottleneck block that has its stride [default: conv2]
+    #[arg(long)]
+    stride_in: Option<StrideIn>,
+    /// Pooling behind the stem [default: max for a stem of 7x7, none for one of 3x3]
+    #[arg(long)]
+    stem_pool: Option<StemPool>,
+    /// Pooling of the last map [default: average]
+    #[arg(long)]
+    global_pool: Option<GlobalPool>,
 }
 
 #[derive(Args)]
@@ -99,6 +136,10 @@ pub(crate) struct Export {
     /// Folder of pictures that the proof of an ONNX file looks at, up to 64, besides seeded inputs
     #[arg(long, value_name = "FOLDER")]
     images: Option<PathBuf>,
+    /// File of numpy.savez or safetensors with inputs x and the logits y that your own network gives for them, which the
+    /// bundle is held to
+    #[arg(long, value_name = "FILE")]
+    expect: Option<PathBuf>,
     /// How much of the training prior the loss took out of the logits, from 0 (none, as cross-entropy) to 1 (all, as
     /// Balanced Softmax), if the file does not say
     #[arg(long)]
@@ -162,11 +203,6 @@ fn input_size(text: &str) -> Result<Size, String> {
 }
 
 pub(crate) fn run(args: Export) -> anyhow::Result<()> {
-    if args.checkpoint.is_dir() {
-        let is_bundle = args.checkpoint.join("manifest.json").exists();
-        let what = if is_bundle { "is a bundle already: use it as it is" } else { "is a folder: give a file in it" };
-        anyhow::bail!("{}: {what}; export reads a checkpoint or an ONNX file", args.checkpoint.display());
-    }
     let library = Library::load(args.onnxruntime.as_deref())?;
     let options = ExportOptions {
         checkpoint: args.checkpoint,
@@ -196,6 +232,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         overrides: args.overrides.into(),
         logits: args.logits,
         images: args.images,
+        expect: args.expect,
         kappa: args.kappa,
         external_data: args.external_data,
     };
@@ -207,8 +244,24 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn epsilon(text: &str) -> Result<f64, String> {
+    let found = text.parse().ok().filter(|epsilon| (0.0..=1.0).contains(epsilon));
+    found.ok_or_else(|| "expected a number from 0 to 1, such as 1e-3".into())
+}
+
 impl From<OverrideArgs> for Overrides {
     fn from(args: OverrideArgs) -> Self {
-        Self { arch: args.arch, nbn_layers: args.nbn_layers }
+        Self {
+            choice: Choice { weights: args.weights, classifier: args.classifier, ignore: args.ignore },
+            arch: args.arch,
+            nbn_layers: args.nbn_layers,
+            magnitude: args.magnitude,
+            classifier: args.classifier_form,
+            batch_norm_epsilon: args.batch_norm_epsilon,
+            activation: args.activation,
+            stride_in: args.stride_in,
+            stem_pool: args.stem_pool,
+            global_pool: args.global_pool,
+        }
     }
 }

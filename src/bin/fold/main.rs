@@ -7,12 +7,13 @@ mod export;
 mod train;
 mod training_set;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use nbn::bundle::Bundle;
 use nbn::features::long_version;
+use nbn::fold::architecture::Overrides;
 use nbn::fold::{Checkpoint, inspect};
 use nbn::memory::Counting;
 use nbn::runtime::disable_telemetry;
@@ -35,7 +36,7 @@ enum Command {
     Train(Box<train::Train>),
     /// Merges the NBN and BatchNorm layers of a checkpoint or an ONNX file, writes a bundle, and proves that its network
     /// computes the same
-    Export(export::Export),
+    Export(Box<export::Export>),
     /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
     Calibrate(calibrate::Calibrate),
     /// Measures a bundle on a test set: accuracy, likelihood, calibration and prediction sets, with confidence
@@ -67,15 +68,11 @@ pub(crate) fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => train::run(*args),
-        Command::Export(args) => export::run(args),
+        Command::Export(args) => export::run(*args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Evaluate(args) => evaluate::run(args),
-        Command::Inspect { path, overrides } if path.is_dir() => {
-            anyhow::ensure!(
-                overrides.arch.is_none() && overrides.nbn_layers.is_none(),
-                "--arch and --nbn-layers are for checkpoints; {} is a folder",
-                path.display()
-            );
+        Command::Inspect { path, overrides } if path.join("manifest.json").exists() => {
+            refuse_flags(overrides, &path, "a folder")?;
             let bundle = Bundle::load(&path)?;
             println!("bundle      {}/{}", bundle.name, bundle.version);
             print!("{}", inspect::manifest(&bundle.manifest));
@@ -86,11 +83,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Inspect { path, overrides } if nbn::fold::is_onnx(&path) => {
-            anyhow::ensure!(
-                overrides.arch.is_none() && overrides.nbn_layers.is_none(),
-                "--arch and --nbn-layers are for checkpoints; {} is an ONNX file",
-                path.display()
-            );
+            refuse_flags(overrides, &path, "an ONNX file")?;
             print!("{}", inspect::onnx(&path)?);
             Ok(())
         }
@@ -103,8 +96,16 @@ fn run(command: Command) -> anyhow::Result<()> {
             )
         }
         Command::Inspect { path, overrides } => {
-            print!("{}", inspect::checkpoint(&Checkpoint::load(&path)?, &overrides.into())?);
+            let overrides: Overrides = overrides.into();
+            print!("{}", inspect::checkpoint(&Checkpoint::choose(&path, &overrides.choice)?, &overrides)?);
             Ok(())
         }
+    }
+}
+
+fn refuse_flags(overrides: export::OverrideArgs, path: &Path, what: &str) -> anyhow::Result<()> {
+    match Overrides::from(overrides).given() {
+        Some(flag) => anyhow::bail!("{flag} is for checkpoints; {} is {what}", path.display()),
+        None => Ok(()),
     }
 }

@@ -3,12 +3,16 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-use ndarray::{Array2, Array4};
+use ndarray::Array4;
 
 use super::super::checkpoint::Tensor;
 use super::super::graph::{BatchNorm, NodeId, Op};
 use super::super::{Checkpoint, FoldError, Graph};
-use super::{Extras, Family, Magnitude, NbnLayers, SCALE_FACTOR, count};
+use super::classifier::Weights;
+use super::{
+    Activation, Extras, Family, GlobalPool, Layout, Magnitude, NbnLayers, Overrides, SCALE_FACTOR, StemPool, StrideIn,
+    count,
+};
 use crate::bundle::{Alpha, Head};
 use crate::runtime::FEATURES;
 
@@ -27,6 +31,7 @@ pub(super) struct Built {
     pub(super) normalized: Vec<String>,
     pub(super) magnitude_indices: Vec<usize>,
     pub(super) alphas: Vec<Alpha>,
+    pub(super) assumed: Vec<String>,
 }
 
 pub(super) struct Builder<'a> {
@@ -34,6 +39,7 @@ pub(super) struct Builder<'a> {
     arch: &'a str,
     layers: &'a NbnLayers,
     magnitude: Magnitude,
+    overrides: &'a Overrides,
     used: RefCell<BTreeSet<String>>,
     /// The groups of layers met so far that share a magnitude: expert, stage, and the layer's number.
     groups: Vec<(usize, usize, usize)>,
@@ -46,37 +52,40 @@ impl<'a> Builder<'a> {
         arch: &'a str,
         layers: &'a NbnLayers,
         magnitude: Magnitude,
+        overrides: &'a Overrides,
         side: usize,
     ) -> Self {
-        let graph = Graph::new(side);
-        let built = Built { graph, normalized: Vec::new(), magnitude_indices: Vec::new(), alphas: Vec::new() };
-        Self { checkpoint, arch, layers, magnitude, used: RefCell::default(), groups: Vec::new(), built }
+        let mut graph = Graph::new(side);
+        graph.batch_norm_epsilon = overrides.batch_norm_epsilon.unwrap_or(graph.batch_norm_epsilon);
+        let built = Built {
+            graph,
+            normalized: Vec::new(),
+            magnitude_indices: Vec::new(),
+            alphas: Vec::new(),
+            assumed: Vec::new(),
+        };
+        Self { checkpoint, arch, layers, magnitude, overrides, used: RefCell::default(), groups: Vec::new(), built }
     }
 
     /// Returns the head and the number of classes.
-    pub(super) fn network(
-        &mut self,
-        family: Family,
-        experts: usize,
-        extras: Extras,
-    ) -> Result<(Head, usize), FoldError> {
+    pub(super) fn network(&mut self, layout: &Layout, extras: Extras) -> Result<(Head, usize), FoldError> {
         let stem = Site { last_stage: false, stage: 0, residual_output: false, expert: 0 };
-        let kernel = if family == Family::Cifar { 3 } else { 7 };
-        let stride = if family == Family::Cifar { 1 } else { 2 };
+        let small = layout.family == Family::Cifar;
+        let (kernel, stride) = if small { (3, 1) } else { (7, 2) };
         let (mut x, mut channels) = self.conv("conv1", 0, 3, kernel, stride, 1)?;
         x = self.norm("bn1", x, channels, stem)?;
-        x = self.built.graph.push("relu1", Op::Relu, &[x]);
-        if family != Family::Cifar {
+        x = self.activation("relu1", x);
+        let pool = self.overrides.stem_pool.unwrap_or(if small { StemPool::None } else { StemPool::Max });
+        if pool == StemPool::Max {
             x = self.built.graph.push("maxpool", Op::MaxPool, &[x]);
         }
-        let stages = if family == Family::Cifar { 3 } else { 4 };
-        let shared = if family == Family::MultiExpert { 2 } else { stages };
-        for stage in 1..=shared {
-            let place = Site { last_stage: stage == stages, stage, ..stem };
-            (x, channels) = self.stage(&format!("layer{stage}."), x, channels, stage, family, place)?;
+        self.assume(layout, pool);
+        let place = |stage: usize, expert| Site { last_stage: stage == layout.stages, stage, expert, ..stem };
+        for stage in 1..layout.split {
+            (x, channels) = self.stage(&layout.prefix(stage, 0), x, channels, layout, place(stage, 0))?;
         }
-        if family != Family::MultiExpert {
-            x = self.built.graph.push("avgpool", Op::GlobalAveragePool, &[x]);
+        if !layout.has_experts {
+            x = self.global_pool("avgpool".into(), x);
             let (logits, head, classes) = self.head("fc", x, channels)?;
             self.built.graph.outputs.push(("logits".into(), logits));
             if extras.features {
@@ -86,13 +95,13 @@ impl<'a> Builder<'a> {
         }
         let (mut logits, mut features) = (Vec::new(), Vec::new());
         let mut kind = None;
-        for expert in 0..experts {
+        for expert in 0..layout.experts {
             let (mut y, mut width) = (x, channels);
-            for stage in 3..=4 {
-                let place = Site { last_stage: stage == 4, stage, residual_output: false, expert };
-                (y, width) = self.stage(&format!("layer{stage}s.{expert}."), y, width, stage, family, place)?;
+            for stage in layout.split..=layout.stages {
+                let place = place(stage, expert);
+                (y, width) = self.stage(&layout.prefix(stage, expert), y, width, layout, place)?;
             }
-            y = self.built.graph.push(format!("avgpool.{expert}"), Op::GlobalAveragePool, &[y]);
+            y = self.global_pool(format!("avgpool.{expert}"), y);
             let (z, head, classes) = self.head(&format!("linears.{expert}"), y, width)?;
             let kind = kind.get_or_insert((head, classes));
             if *kind != (head, classes) {
@@ -108,6 +117,7 @@ impl<'a> Builder<'a> {
             logits.push(z);
             features.push(y);
         }
+        self.suppose(format!("the mean of the logits of {} experts", layout.experts));
         let mean = self.built.graph.push("experts.mean", Op::Mean, &logits);
         self.built.graph.outputs.push(("logits".into(), mean));
         if extras.expert_logits {
@@ -121,19 +131,64 @@ impl<'a> Builder<'a> {
         Ok(kind.unwrap_or((Head::Linear, 0)))
     }
 
+    /// Notes what the network is taken to do that no name tells.
+    fn suppose(&mut self, what: String) {
+        if !self.built.assumed.contains(&what) {
+            self.built.assumed.push(what);
+        }
+    }
+
+    fn assume(&mut self, layout: &Layout, pool: StemPool) {
+        self.suppose(match pool {
+            StemPool::Max => "a max-pool behind the stem".into(),
+            StemPool::None => "no pooling behind the stem".into(),
+        });
+        let activation = self.overrides.activation.unwrap_or_default();
+        self.suppose(format!("{activation} behind norms and sums"));
+        if self.has("layer1.0.conv3.weight") {
+            let stride_in = match self.overrides.stride_in.unwrap_or_default() {
+                StrideIn::Conv1 => "conv1",
+                StrideIn::Conv2 => "conv2",
+            };
+            self.suppose(format!("stride in {stride_in} of the first block of a stage"));
+        }
+        self.suppose(format!("stride 2 in stages 2 to {}, no dilation, no blur", layout.stages));
+        self.suppose(format!("BatchNorm's epsilon {:e}", self.built.graph.batch_norm_epsilon));
+        self.suppose(match self.overrides.global_pool.unwrap_or_default() {
+            GlobalPool::Average => "the average over the last map".into(),
+            GlobalPool::Max => "the maximum over the last map".into(),
+        });
+    }
+
+    fn activation(&mut self, name: impl Into<String>, x: NodeId) -> NodeId {
+        let op = match self.overrides.activation.unwrap_or_default() {
+            Activation::Relu => Op::Relu,
+            Activation::LeakyRelu { slope } => Op::LeakyRelu { slope },
+            Activation::Silu => Op::Silu,
+        };
+        self.built.graph.push(name, op, &[x])
+    }
+
+    fn global_pool(&mut self, name: String, x: NodeId) -> NodeId {
+        let op = match self.overrides.global_pool.unwrap_or_default() {
+            GlobalPool::Average => Op::GlobalAveragePool,
+            GlobalPool::Max => Op::GlobalMaxPool,
+        };
+        self.built.graph.push(name, op, &[x])
+    }
+
     fn stage(
         &mut self,
         prefix: &str,
         mut x: NodeId,
         mut channels: usize,
-        stage: usize,
-        family: Family,
+        layout: &Layout,
         place: Site,
     ) -> Result<(NodeId, usize), FoldError> {
         for block in 0..count(self.checkpoint, prefix).max(1) {
-            let stride = if stage > 1 && block == 0 { 2 } else { 1 };
+            let stride = if place.stage > 1 && block == 0 { 2 } else { 1 };
             let name = format!("{prefix}{block}");
-            (x, channels) = self.block(&name, x, channels, stride, family, place)?;
+            (x, channels) = self.block(&name, x, channels, stride, layout, place)?;
         }
         Ok((x, channels))
     }
@@ -144,23 +199,25 @@ impl<'a> Builder<'a> {
         x: NodeId,
         channels: usize,
         stride: usize,
-        family: Family,
+        layout: &Layout,
         place: Site,
     ) -> Result<(NodeId, usize), FoldError> {
         let output = Site { residual_output: true, ..place };
         let bottleneck = self.has(&format!("{name}.conv3.weight"));
-        let (kernel, first_stride) = if bottleneck { (1, 1) } else { (3, stride) };
+        let first = !bottleneck || self.overrides.stride_in == Some(StrideIn::Conv1);
+        let (first_stride, second_stride) = if first { (stride, 1) } else { (1, stride) };
+        let kernel = if bottleneck { 1 } else { 3 };
         let (mut y, width) = self.conv(&format!("{name}.conv1"), x, channels, kernel, first_stride, 1)?;
         y = self.norm(&format!("{name}.bn1"), y, width, place)?;
-        y = self.built.graph.push(format!("{name}.relu1"), Op::Relu, &[y]);
+        y = self.activation(format!("{name}.relu1"), y);
         let mut out;
         if bottleneck {
             let key = format!("{name}.conv2.weight");
             let per_group = self.checkpoint.tensors.get(&key).and_then(|t| t.shape.get(1)).copied().unwrap_or(width);
             let groups = if per_group > 0 && width % per_group == 0 { width / per_group } else { 1 };
-            (y, out) = self.conv(&format!("{name}.conv2"), y, width, 3, stride, groups)?;
+            (y, out) = self.conv(&format!("{name}.conv2"), y, width, 3, second_stride, groups)?;
             y = self.norm(&format!("{name}.bn2"), y, out, place)?;
-            y = self.built.graph.push(format!("{name}.relu2"), Op::Relu, &[y]);
+            y = self.activation(format!("{name}.relu2"), y);
             (y, out) = self.conv(&format!("{name}.conv3"), y, out, 1, 1, 1)?;
             y = self.norm(&format!("{name}.bn3"), y, out, output)?;
         } else {
@@ -169,18 +226,19 @@ impl<'a> Builder<'a> {
         }
         let changes = stride != 1 || out != channels;
         let has_projection = self.has(&format!("{name}.downsample.0.weight"));
-        let shortcut = if has_projection || (changes && family != Family::Cifar) {
+        let shortcut = if has_projection || (changes && layout.stages != 3) {
             let (z, width) = self.conv(&format!("{name}.downsample.0"), x, channels, 1, stride, 1)?;
             self.norm(&format!("{name}.downsample.1"), z, width, output)?
         } else if changes {
             let added = out.saturating_sub(channels);
             let op = Op::SubsamplePad { stride, before: added / 2, after: added - added / 2 };
+            self.suppose("shortcuts without weights (option A), half of the new channels on either side".into());
             self.built.graph.push(format!("{name}.shortcut"), op, &[x])
         } else {
             x
         };
         let sum = self.built.graph.push(format!("{name}.add"), Op::Add, &[y, shortcut]);
-        Ok((self.built.graph.push(format!("{name}.relu"), Op::Relu, &[sum]), out))
+        Ok((self.activation(format!("{name}.relu"), sum), out))
     }
 
     /// A convolution without bias and its number of output channels.
@@ -196,11 +254,7 @@ impl<'a> Builder<'a> {
         let key = format!("{name}.weight");
         let tensor = self.take(&key)?;
         let per_group = channels / groups;
-        let unfit = || FoldError::Shape {
-            name: key.clone(),
-            found: tensor.shape.clone(),
-            expected: format!("[n, {per_group}, {kernel}, {kernel}]"),
-        };
+        let unfit = || self.unfit(&key, tensor, format!("[n, {per_group}, {kernel}, {kernel}]"));
         let [out, c, h, w] = tensor.shape[..] else { return Err(unfit()) };
         if out == 0 || c != per_group || h != kernel || w != kernel || out % groups != 0 {
             return Err(unfit());
@@ -222,7 +276,7 @@ impl<'a> Builder<'a> {
             NbnLayers::LastStageAll => place.last_stage,
             NbnLayers::All => true,
             NbnLayers::None => false,
-            NbnLayers::Named(names) => names.iter().any(|n| n == name),
+            NbnLayers::Named(names) => names.iter().any(|n| n == name || self.is_own_name(n, name)),
         };
         if !normalized {
             return Ok(self.built.graph.push(name, Op::BatchNorm(norm), &[x]));
@@ -264,24 +318,19 @@ impl<'a> Builder<'a> {
 
     /// The classifier, with the BatchNorm over its logits where there is one.
     fn head(&mut self, name: &str, x: NodeId, features: usize) -> Result<(NodeId, Head, usize), FoldError> {
-        let key = format!("{name}.weight");
-        let tensor = self.take(&key)?;
-        let unfit = || FoldError::Shape {
-            name: key.clone(),
-            found: tensor.shape.clone(),
-            expected: format!("[classes, {features}] with at least 2 classes"),
-        };
-        let [classes, f] = tensor.shape[..] else { return Err(unfit()) };
-        if f != features || classes < 2 {
-            return Err(unfit());
+        let Weights { weight, bias, squashed, assumed } = self.classifier(name, features)?;
+        let classes = bias.len();
+        self.suppose(assumed);
+        let mut y = x;
+        let mut head = Head::Linear;
+        if let Some(squashed) = squashed {
+            y = self.built.graph.push(format!("{name}.direction"), Op::Normalize { squashed }, &[x]);
+            head = Head::Cosine;
         }
-        let values = tensor.values.iter().map(|&w| f64::from(w)).collect();
-        let weight = Array2::from_shape_vec((classes, f), values).map_err(|_| unfit())?;
-        let bias = self.vector(&format!("{name}.bias"), classes)?;
-        let logits = self.built.graph.push(name, Op::Gemm { weight, bias }, &[x]);
+        let logits = self.built.graph.push(name, Op::Gemm { weight, bias }, &[y]);
         let bn = format!("{name}.bn");
         if !self.has(&format!("{bn}.running_mean")) {
-            return Ok((logits, Head::Linear, classes));
+            return Ok((logits, head, classes));
         }
         let affine = self.has(&format!("{bn}.weight"));
         let norm = BatchNorm {
@@ -298,51 +347,116 @@ impl<'a> Builder<'a> {
         let key = format!("{name}.running_var");
         let variance = self.vector(&key, channels)?;
         match variance.iter().position(|&v| v < 0.0) {
-            Some(channel) => Err(FoldError::NegativeVariance { name: key, channel, value: variance[channel] }),
+            Some(channel) => {
+                let name = self.checkpoint.own_name(&key).to_owned();
+                Err(FoldError::NegativeVariance { name, channel, value: variance[channel] })
+            }
             None => Ok(variance),
         }
     }
 
-    fn vector(&self, key: &str, length: usize) -> Result<Vec<f64>, FoldError> {
+    pub(super) fn vector(&self, key: &str, length: usize) -> Result<Vec<f64>, FoldError> {
         let tensor = self.take(key)?;
         if tensor.shape != [length] {
-            let (found, expected) = (tensor.shape.clone(), format!("[{length}]"));
-            return Err(FoldError::Shape { name: key.into(), found, expected });
+            return Err(self.unfit(key, tensor, format!("[{length}]")));
         }
         Ok(tensor.values.iter().map(|&v| f64::from(v)).collect())
     }
 
-    fn has(&self, key: &str) -> bool {
+    pub(super) fn unfit(&self, key: &str, tensor: &Tensor, expected: String) -> FoldError {
+        FoldError::Shape { name: self.checkpoint.own_name(key).to_owned(), found: tensor.shape.clone(), expected }
+    }
+
+    pub(super) fn has(&self, key: &str) -> bool {
         self.checkpoint.tensors.contains_key(key)
     }
 
-    fn take(&self, key: &str) -> Result<&'a Tensor, FoldError> {
+    pub(super) fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    pub(super) fn overrides(&self) -> &'a Overrides {
+        self.overrides
+    }
+
+    pub(super) fn take(&self, key: &str) -> Result<&'a Tensor, FoldError> {
         self.used.borrow_mut().insert(key.to_owned());
-        self.checkpoint.tensors.get(key).ok_or_else(|| FoldError::Missing { name: key.into(), arch: self.arch.into() })
+        self.checkpoint.tensors.get(key).ok_or_else(|| match self.checkpoint.unread.get(key) {
+            Some(kind) => FoldError::ElementType { name: key.into(), dtype: kind.clone() },
+            None => {
+                let likely = likely(self.checkpoint, key);
+                let name = match &self.checkpoint.root {
+                    Some(root) if root != "." => format!("{root}.{key}"),
+                    _ => key.to_owned(),
+                };
+                FoldError::Missing { name, arch: self.arch.into(), likely }
+            }
+        })
+    }
+
+    /// Whether `asked` is how the file itself calls the layer `name`.
+    fn is_own_name(&self, asked: &str, name: &str) -> bool {
+        let own = self.checkpoint.own_name(&format!("{name}.weight")).trim_end_matches(".weight").to_owned();
+        let root = self.checkpoint.root.as_deref().filter(|root| *root != ".").unwrap_or_default();
+        own == asked || own.strip_prefix(root).map(|own| own.trim_start_matches('.')) == Some(asked)
     }
 
     /// The graph, when every tensor has been used, and every named layer met.
     pub(super) fn finish(self) -> Result<Built, FoldError> {
-        let used = self.used.into_inner();
+        let used = self.used.borrow();
         let left: Vec<&str> = self
             .checkpoint
             .tensors
             .keys()
-            .map(String::as_str)
             .filter(|key| !used.contains(*key) && *key != SCALE_FACTOR)
+            .map(|key| self.checkpoint.own_name(key))
             .collect();
         if !left.is_empty() {
             let mut names = left.iter().take(5).copied().collect::<Vec<_>>().join(", ");
             if left.len() > 5 {
                 names += &format!(" and {} more", left.len() - 5);
             }
+            if left.iter().any(|name| name.contains("expert_help_pred")) {
+                names += "; they choose how many experts look at a picture: with --ignore expert_help_pred all do, and their \
+                          mean is served";
+            }
             return Err(FoldError::Unexpected { names, arch: self.arch.into() });
         }
+        drop(used);
+        let is_met = |asked: &String| self.built.normalized.iter().any(|n| n == asked || self.is_own_name(asked, n));
         if let NbnLayers::Named(names) = self.layers
-            && let Some(unknown) = names.iter().find(|n| !self.built.normalized.contains(n))
+            && let Some(unknown) = names.iter().find(|name| !is_met(name))
         {
             return Err(FoldError::NbnLayers(format!("{} has no BatchNorm named {unknown}", self.arch)));
         }
         Ok(self.built)
+    }
+}
+
+/// Least likeness of two names, from 0 to 1, of which one may be meant by the other.
+const ALIKE: f64 = 0.6;
+
+/// The tensor in the file that is most likely called `key` there, among those that have no place under their own names.
+fn likely(checkpoint: &Checkpoint, key: &str) -> Option<String> {
+    if let (Some(part), Some(classifier)) = (key.strip_prefix("fc."), checkpoint.likely_classifiers.first()) {
+        return Some(format!("{classifier}.{part} (--classifier {classifier})"));
+    }
+    let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    let strange = checkpoint.tensors.keys().filter(|name| !is_place(name) && last(name) == last(key));
+    let alike = |name: &String| (strsim::normalized_levenshtein(name, key), name.clone());
+    let best = strange.map(alike).max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best.0 >= ALIKE).then(|| checkpoint.own_name(&best.1).to_owned())
+}
+
+/// Whether some network here has a tensor of this name.
+fn is_place(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    match parts.as_slice() {
+        [first, ..] if ["conv1", "bn1", "fc", "linears", SCALE_FACTOR].contains(first) => true,
+        [stage, rest @ ..] if stage.starts_with("layer") => {
+            let known = ["conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "downsample"];
+            rest.iter().any(|part| known.contains(part))
+        }
+        _ => false,
     }
 }

@@ -6,11 +6,12 @@ use super::proto::{
 };
 use super::value::{Float, Value};
 use super::{NORM_EPSILON, Network};
-use crate::fold::graph::{self, BATCH_NORM_EPSILON, BatchNorm, Op};
+use crate::fold::graph::{self, BatchNorm, Op};
+use crate::fold::reference::LEAST_LENGTH;
 
 /// The network in ONNX. Names of nodes are those of the checkpoint's layers.
 pub fn lower(source: &graph::Graph) -> Network {
-    let mut writer = Writer::default();
+    let mut writer = Writer { epsilon: source.batch_norm_epsilon, ..Writer::default() };
     let mut names: Vec<String> = source.nodes.iter().map(|node| node.name.clone()).collect();
     for (output, id) in &source.outputs {
         names[*id].clone_from(output);
@@ -54,6 +55,8 @@ fn info(name: &str, shape: &[usize]) -> ValueInfo {
 
 #[derive(Default)]
 struct Writer {
+    /// Of every BatchNorm.
+    epsilon: f64,
     nodes: Vec<Node>,
     initializers: Vec<Tensor>,
 }
@@ -90,6 +93,24 @@ impl Writer {
                 self.batch_norm(directions, name, output, inputs, weight, bias);
             }
             Op::Relu => self.push("Relu", name, output, inputs, vec![]),
+            Op::LeakyRelu { slope } => {
+                self.push("LeakyRelu", name, output, inputs, vec![Attribute::float("alpha", *slope as f32)]);
+            }
+            Op::Silu => {
+                let gate = format!("{name}.gate");
+                self.push("Sigmoid", &gate, &gate, inputs.clone(), vec![]);
+                self.push("Mul", name, output, inputs.into_iter().chain([gate]).collect(), vec![]);
+            }
+            Op::Normalize { squashed } => {
+                let length = format!("{name}.length");
+                let axes = vec![Attribute::ints("axes", &[1]), Attribute::int("keepdims", 1)];
+                self.push("ReduceL2", &length, &length, inputs.clone(), axes);
+                let divisor = format!("{name}.divisor");
+                let (op, bound) = if *squashed { ("Add", 1.0) } else { ("Max", LEAST_LENGTH) };
+                let bound = self.floats(format!("{name}.bound"), &[], std::iter::once(bound));
+                self.push(op, &divisor, &divisor, vec![length, bound], vec![]);
+                self.push("Div", name, output, inputs.into_iter().chain([divisor]).collect(), vec![]);
+            }
             Op::MaxPool => {
                 let attributes = vec![
                     Attribute::ints("kernel_shape", &[3; 2]),
@@ -111,9 +132,10 @@ impl Writer {
                 let pads = self.indices(format!("{name}.pads"), &pads);
                 self.push("Pad", name, output, vec![sliced, pads], vec![]);
             }
-            Op::GlobalAveragePool => {
+            Op::GlobalAveragePool | Op::GlobalMaxPool => {
                 let pooled = format!("{name}.pooled");
-                self.push("GlobalAveragePool", &pooled, &pooled, inputs, vec![]);
+                let op = if *op == Op::GlobalMaxPool { "GlobalMaxPool" } else { "GlobalAveragePool" };
+                self.push(op, &pooled, &pooled, inputs, vec![]);
                 self.push("Flatten", name, output, vec![pooled], vec![Attribute::int("axis", 1)]);
             }
             Op::Gemm { weight, bias } => {
@@ -149,7 +171,7 @@ impl Writer {
         let mean = self.vector(format!("{name}.running_mean"), &norm.mean);
         let variance = self.vector(format!("{name}.running_var"), &norm.variance);
         inputs.extend([weight, bias, mean, variance]);
-        let epsilon = Attribute::float("epsilon", BATCH_NORM_EPSILON as f32);
+        let epsilon = Attribute::float("epsilon", self.epsilon as f32);
         self.push("BatchNormalization", name, output, inputs, vec![epsilon]);
     }
 
