@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::MODEL_FILE;
 use super::preprocessing::{Color, MAX_SIDE, Preprocessing, Resize, Size};
+use super::quantization::Quantization;
 
 /// Newest version of the manifest's form, which this build writes where the first cannot say what it has to; it reads both.
 pub const SCHEMA_VERSION: u32 = 2;
@@ -133,6 +134,9 @@ pub struct FoldReport {
     pub onnx: Option<OnnxReport>,
     /// The comparison of the folded network with what it was made from.
     pub proof: Proof,
+    /// Of a network of whole numbers: how it was made from the folded one, and what that changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
 }
 
 /// A BatchNorm that stays in the network.
@@ -378,12 +382,18 @@ impl Manifest {
             && proof.assumed.is_empty()
             && proof.expected.is_none();
         let plain = plain && fold.head != Some(Head::Cosine) && fold.preprocessing_from.is_none();
+        let plain = plain && fold.quantization.is_none();
         if plain && proved && self.preprocessing.is_of_first_schema() { OLDEST_SCHEMA_VERSION } else { SCHEMA_VERSION }
     }
 
     /// Most pictures of one run of the network, where it has a limit of its own.
     pub fn max_batch(&self) -> Option<usize> {
         self.fold.onnx.as_ref().filter(|onnx| onnx.one_by_one).map(|_| 1)
+    }
+
+    /// What the network computes with: `float32`, or `int8`.
+    pub fn precision(&self) -> &'static str {
+        if self.fold.quantization.is_some() { "int8" } else { "float32" }
     }
 
     /// Whether the network has an output of this name.
@@ -538,6 +548,7 @@ impl FoldReport {
             expected.file.check("fold.proof.expected.file")?;
             check_numbers("fold.proof.expected", [expected.max_absolute, expected.max_relative, expected.tolerance])?;
         }
+        self.quantization.as_ref().map_or(Ok(()), Quantization::check)?;
         self.proof.outputs.iter().try_for_each(OutputProof::check)
     }
 }
@@ -560,7 +571,7 @@ fn check_numbers(of: &str, numbers: [f64; 3]) -> Result<(), ManifestError> {
 }
 
 impl FileDigest {
-    fn check(&self, what: &'static str) -> Result<(), ManifestError> {
+    pub(super) fn check(&self, what: &'static str) -> Result<(), ManifestError> {
         check_name(&format!("{what}.file"), &self.file)?;
         let hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         if self.sha256.len() == 64 && self.sha256.bytes().all(hexadecimal) {

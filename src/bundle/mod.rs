@@ -12,6 +12,7 @@ mod form;
 mod manifest;
 mod onnx_metadata;
 mod preprocessing;
+mod quantization;
 mod repository;
 
 use std::fs::{self, File};
@@ -37,6 +38,7 @@ pub use manifest::{
     ManifestError, OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
 };
 pub use preprocessing::{Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Preprocessing, Resize, Scale, Size};
+pub use quantization::{Certificate, CertifiedSlice, Difference, Quantization};
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 
 /// File name of the network in a bundle.
@@ -357,6 +359,14 @@ impl Bundle {
         let bundle = Self::open_uncalibrated(folder)?;
         bundle.network.bytes()?;
         Ok(bundle)
+    }
+
+    /// A bundle that is not in its place yet: `manifest`'s, whose network is `model`, and whose files with weights lie in
+    /// `folder`.
+    #[must_use]
+    pub fn provisional(name: String, version: String, manifest: Manifest, model: Vec<u8>, folder: PathBuf) -> Self {
+        let network = Network { bytes: OnceLock::from(model), ..Network::new(&folder, &manifest) };
+        Self { name, version, manifest, network, calibration: None, evaluation: None, stale_card: None, folder }
     }
 
     /// Where its files lie, or would lie.

@@ -259,7 +259,12 @@ pub fn each_answer(
 /// Numbers of at most `most` of the images with these labels: of each class one after another, as long as it has some, in an
 /// order that is always the same; ascending.
 pub fn in_turn(labels: &[u32], most: usize) -> Vec<usize> {
-    let mut random = fastrand::Rng::with_seed(0);
+    in_turn_by(labels, most, 0)
+}
+
+/// As [`in_turn`], in the order that `seed` gives.
+pub fn in_turn_by(labels: &[u32], most: usize, seed: u64) -> Vec<usize> {
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut order: Vec<usize> = (0..labels.len()).collect();
     random.shuffle(&mut order);
     let mut seen = vec![0usize; labels.iter().max().map_or(0, |label| *label as usize + 1)];

@@ -72,6 +72,11 @@ impl Draft {
         NetworkSource { graph, folder: (!self.data.is_empty()).then_some(&self.folder) }
     }
 
+    /// Where it is made.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Its files with weights.
     pub(super) fn data(&self) -> Vec<FileDigest> {
         let digest = |file: &DataFile| FileDigest { file: file.name.clone(), sha256: file.sha256.clone() };
@@ -82,7 +87,20 @@ impl Draft {
     ///
     /// # Errors
     /// When it cannot be written; what was there stays.
-    pub(super) fn publish(mut self, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
+    pub(super) fn publish(self, manifest: &Manifest, model: &[u8]) -> Result<(), FoldError> {
+        self.publish_with(manifest, model, &[])
+    }
+
+    /// As [`Draft::publish`], with other files of a bundle, by name.
+    ///
+    /// # Errors
+    /// When it cannot be written; what was there stays.
+    pub(super) fn publish_with(
+        mut self,
+        manifest: &Manifest,
+        model: &[u8],
+        others: &[(&str, &[u8])],
+    ) -> Result<(), FoldError> {
         let text = serde_json::to_string_pretty(manifest).map_err(|error| FoldError::Input(error.to_string()))?;
         let own = own_files(&self.out);
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
@@ -90,6 +108,7 @@ impl Draft {
         self.make(&mut open)?;
         let write = || {
             replace(&self.folder.join(MODEL_FILE), model)?;
+            others.iter().try_for_each(|(name, bytes)| replace(&self.folder.join(name), bytes))?;
             replace(&self.folder.join(MANIFEST_FILE), (text + "\n").as_bytes())?;
             // Another process may have put one there meanwhile.
             if self.replaces {

@@ -8,6 +8,8 @@ const LISTED: usize = 6;
 /// `a, b and c`, cut where there are many.
 fn listed(names: &[String]) -> String {
     let shown: Vec<&str> = names.iter().take(LISTED).map(String::as_str).collect();
+    let shown: Vec<&str> =
+        shown.into_iter().map(|name| if name == "." { "\".\" (names without a prefix)" } else { name }).collect();
     match (names.len().saturating_sub(LISTED), shown.as_slice()) {
         (0, [rest @ .., last]) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
         (0, _) => shown.join(", "),
@@ -75,7 +77,10 @@ pub enum FoldError {
         sets: Vec<String>,
     },
     /// Several layers may give the logits.
-    #[error("several layers may be the classifier, {}: choose with --classifier", listed(names))]
+    #[error(
+        "{} may be the classifier: choose with --classifier, and leave out what takes no part in the logits with --ignore",
+        listed(names)
+    )]
     SeveralClassifiers {
         /// The layers.
         names: Vec<String>,
@@ -115,7 +120,7 @@ pub enum FoldError {
         reason: String,
     },
     /// A tensor's element type is no number that a network can have.
-    #[error("tensor {name} has element type {dtype}; weights must be f64, f32, f16 or bf16")]
+    #[error("{name} is of the kind {dtype}; weights must be tensors of f64, f32, f16 or bf16")]
     ElementType {
         /// Key of the tensor.
         name: String,
@@ -135,7 +140,10 @@ pub enum FoldError {
         example: String,
     },
     /// A tensor that the network needs is not there.
-    #[error("missing key {name}, which {arch} needs{}", likely.as_ref().map_or_else(String::new, |l| format!(": is it {l}?")))]
+    #[error("missing key {name}, which {arch} needs{}", match likely {
+        Some(likely) => format!(": is it {likely}?"),
+        None => "; a network of another form goes in as ONNX".into(),
+    })]
     Missing {
         /// The key.
         name: String,

@@ -21,6 +21,8 @@ use crate::runtime::{Device, Library, NetworkSource, PlainSession, SessionOption
 
 /// Most values of one array.
 const MAX_VALUES: usize = 1 << 28;
+/// Most arrays of a file that are looked at.
+const MAX_ARRAYS: usize = 100;
 /// Longest header of an array of NumPy.
 const MAX_HEADER: usize = 1 << 16;
 /// Differences up to this one, in standard deviations, are what faster arithmetic makes.
@@ -84,6 +86,9 @@ impl Expected {
         if y.values.chunks_exact(*classes).all(is_probable) {
             return Err(refuse("y holds probabilities; save the logits, before the softmax".into()));
         }
+        if y.values.iter().all(|value| Some(value) == y.values.first()) {
+            return Err(refuse("y is the same for all images and classes".into()));
+        }
         Ok(Self {
             path: path.to_owned(),
             shape: [*a, *b, *c],
@@ -107,6 +112,13 @@ impl Expected {
     /// Whether `logits` of the first input are those expected.
     pub(super) fn agrees_on_first(&self, logits: &[f64]) -> bool {
         logits.len() == self.classes && self.difference(logits, &self.y[..self.classes]).1 <= TOLERANCE
+    }
+
+    /// The number that these logits of the first input have to be multiplied by to be those expected, to four digits.
+    pub(super) fn factor_of_first(&self, logits: &[f64]) -> Option<f64> {
+        let expected = self.y.get(..self.classes).filter(|expected| expected.len() == logits.len())?;
+        let found = factor(logits, expected, TOLERANCE)?;
+        format!("{found:.4}").parse().ok()
     }
 
     /// Compares what `model` gives for the inputs, which have the shape `input` each. A network that rounding is known to
@@ -152,9 +164,7 @@ impl Expected {
                 shown(tolerance)
             );
             if let Some(factor) = factor(&found, &self.y, tolerance) {
-                reason += &format!(
-                    ": it is {factor:.4} times them (--classifier-form cosine:SCALE gives the scale of a cosine)"
-                );
+                reason += &format!(": it is {factor:.4} times them; {}", cause()?);
             } else {
                 reason += &format!(": {}", cause()?);
                 if max_relative < FAST_ARITHMETIC {
@@ -206,9 +216,16 @@ fn arrays(path: &Path) -> Result<BTreeMap<String, Array>, FoldError> {
         let mut archive = ZipArchive::new(BufReader::new(File::open(path).map_err(unread)?))
             .map_err(|error| refuse(format!("damaged or truncated ({error})")))?;
         let mut arrays = BTreeMap::new();
-        for name in ["x", "y"] {
-            let Ok(file) = archive.by_name(&format!("{name}.npy")) else { continue };
-            let array = numpy(file).map_err(|reason| refuse(format!("its array {name:?}: {reason}")))?;
+        let names: Vec<String> = archive.file_names().filter_map(|name| Some(name.ok()?.into_owned())).collect();
+        for file in names.iter().take(MAX_ARRAYS) {
+            let Some(name) = file.strip_suffix(".npy") else { continue };
+            if !["x", "y"].contains(&name) {
+                // Named where one of the two is missing.
+                arrays.insert(name.to_owned(), Array { shape: Vec::new(), values: Vec::new() });
+                continue;
+            }
+            let inside = archive.by_name(file).map_err(|error| refuse(error.to_string()))?;
+            let array = numpy(inside).map_err(|reason| refuse(format!("its array {name:?}: {reason}")))?;
             arrays.insert(name.to_owned(), array);
         }
         return Ok(arrays);

@@ -120,24 +120,10 @@ pub(super) struct Proved {
 /// # Errors
 /// Nothing is written on an error.
 pub fn export(options: &ExportOptions, library: &Library) -> Result<Exported, FoldError> {
-    let version = file_name(&options.out);
-    if version.parse::<u64>().ok().map(|number| number.to_string()) != Some(version.clone()) {
-        let numbered = version.strip_prefix(['v', 'V']).and_then(|number| number.parse::<u64>().ok());
-        let instead = match numbered {
-            Some(number) => options.out.with_file_name(number.to_string()),
-            None => options.out.join("1"),
-        };
-        return Err(FoldError::Input(format!(
-            "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}, for \
-             example",
-            instead.display()
-        )));
-    }
-    refuse_link(&options.out)?;
-    if options.out.exists() {
-        check_replaceable(&options.out, options.force)?;
-        refuse_inputs_inside(options)?;
-    }
+    let inputs =
+        [Some(&options.checkpoint), options.classes.as_ref(), options.evaluation.as_ref(), options.expect.as_ref()];
+    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
+    check_place(&options.out, options.force, &inputs)?;
     let expected = options.expect.as_deref().map(Expected::load).transpose()?;
     let mut draft = Draft::of(&options.out, options.external_data, options.force);
     let Proved { mut exported, model } = if is_onnx(&options.checkpoint) {
@@ -276,6 +262,7 @@ fn from_checkpoint(
             batch_norms_left: Vec::new(),
             onnx: None,
             proof,
+            quantization: None,
         },
         checkpoint: FileDigest {
             file: file_name(&options.checkpoint),
@@ -299,8 +286,13 @@ fn fitting_flag(
     for (flag, other) in overrides.others() {
         let Ok(network) = architecture::build(checkpoint, side, Extras::default(), &other) else { continue };
         let outputs = reference::evaluate::<f64>(&network.graph, expected.first())?;
-        if outputs.first().is_some_and(|logits| expected.agrees_on_first(logits)) {
+        let Some(logits) = outputs.first() else { continue };
+        if expected.agrees_on_first(logits) {
             return Ok(Some(flag));
+        }
+        // A cosine's scale is found by its logits.
+        if let (Some(form), Some(factor)) = (flag.strip_suffix(":1"), expected.factor_of_first(logits)) {
+            return Ok(Some(format!("{form}:{factor}")));
         }
     }
     Ok(None)
@@ -318,20 +310,37 @@ fn refuse_link(out: &Path) -> Result<(), FoldError> {
     )))
 }
 
-/// Refuses files that are read from the bundle that is replaced: they would be removed with it.
-fn refuse_inputs_inside(options: &ExportOptions) -> Result<(), FoldError> {
-    let inside = |path: &Path| match (fs::canonicalize(path), fs::canonicalize(&options.out)) {
+/// Refuses a place that no bundle can have, that is taken, or that holds one of the `inputs`: these would be removed with
+/// what is replaced.
+pub(super) fn check_place(out: &Path, force: bool, inputs: &[&Path]) -> Result<(), FoldError> {
+    let version = file_name(out);
+    if version.parse::<u64>().ok().map(|number| number.to_string()) != Some(version.clone()) {
+        let numbered = version.strip_prefix(['v', 'V']).and_then(|number| number.parse::<u64>().ok());
+        let instead = match numbered {
+            Some(number) => out.with_file_name(number.to_string()),
+            None => out.join("1"),
+        };
+        return Err(FoldError::Input(format!(
+            "--out ends in {version:?}; a bundle's folder is named after its version, a decimal number: give {}, for \
+             example",
+            instead.display()
+        )));
+    }
+    refuse_link(out)?;
+    if !out.exists() {
+        return Ok(());
+    }
+    check_replaceable(out, force)?;
+    let inside = |path: &Path| match (fs::canonicalize(path), fs::canonicalize(out)) {
         (Ok(path), Ok(out)) => path.starts_with(out),
         _ => false,
     };
-    let inputs =
-        [Some(&options.checkpoint), options.classes.as_ref(), options.evaluation.as_ref(), options.expect.as_ref()];
-    match inputs.into_iter().flatten().find(|path| inside(path)) {
+    match inputs.iter().find(|path| inside(path)) {
         None => Ok(()),
         Some(path) => Err(FoldError::Input(format!(
             "{} lies in {}, which --force would replace: copy it elsewhere, or give the next version number",
             path.display(),
-            options.out.display()
+            out.display()
         ))),
     }
 }

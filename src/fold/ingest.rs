@@ -141,6 +141,7 @@ fn folded(
                 one_by_one,
             }),
             proof: proof.proof,
+            quantization: None,
         },
         checkpoint: digest(path)?,
         model: FileDigest { file: MODEL_FILE.into(), sha256: sha256_hex(&model) },

@@ -5,12 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nbn::bundle::{Manifest, sha256_hex};
+use nbn::fold::checkpoint::Tensor;
 use nbn::fold::{Checkpoint, FoldError};
 
 use crate::support::{data, fold, text};
 
 /// What has to be said of these files.
-const FLAGS: [(&str, &[&str]); 6] = [
+const FLAGS: [(&str, &[&str]); 7] = [
+    ("beside_assorted_legacy", &["--ignore", "parameter"]),
     ("ldam_resnet32_normed", &["--classifier-form", "cosine:1"]),
     ("torchvision_trainer_ema", &["--weights", "model"]),
     ("two_both_prefixes", &["--weights", "."]),
@@ -100,7 +102,7 @@ fn of_two_sets_of_weights_one_is_asked_for_and_always_the_same_is_taken() {
     let entries = entries();
     let cases = [
         ("torchvision_trainer_ema", "model and model_ema.module", ["model", "model_ema"]),
-        ("two_both_prefixes", ". and module", [".", "module"]),
+        ("two_both_prefixes", "\".\" (names without a prefix) and module", [".", "module"]),
         ("two_ema_inside", "state_dict.ema_model and state_dict.model", ["state_dict.model", "state_dict.ema_model"]),
     ];
     for (name, both, sets) in cases {
@@ -161,21 +163,27 @@ fn what_is_no_checkpoint_is_called_what_it_is() {
     for name in ["truncated.pth", "broken.safetensors"] {
         assert!(said(name).contains("damaged or truncated"), "{}", said(name));
     }
-    assert!(said("backbone_only.pth").is_empty() || !said("backbone_only.pth").contains("amaged"));
 }
 
 /// The small checkpoint, its tensors called what `rename` gives.
 fn renamed(rename: impl Fn(&str) -> String) -> (tempfile::TempDir, PathBuf) {
+    renamed_with(rename, &[])
+}
+
+/// As [`renamed`], with other tensors besides.
+fn renamed_with(rename: impl Fn(&str) -> String, others: &[(&str, &[usize])]) -> (tempfile::TempDir, PathBuf) {
     let place = tempfile::tempdir().unwrap();
-    let bytes = fs::read(data("checkpoints/cifar_bn.pth.tar")).unwrap();
     let path = place.path().join("renamed.safetensors");
-    fs::write(place.path().join("a.pth.tar"), bytes).unwrap();
-    let checkpoint = Checkpoint::load(&place.path().join("a.pth.tar")).unwrap();
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = checkpoint
+    let checkpoint = Checkpoint::load(&data("checkpoints/cifar_bn.pth.tar")).unwrap();
+    let mut bytes: Vec<(String, Vec<usize>, Vec<u8>)> = checkpoint
         .tensors
         .iter()
         .map(|(n, t)| (rename(n), t.shape.clone(), t.values.iter().flat_map(|v| v.to_le_bytes()).collect()))
         .collect();
+    for (name, shape) in others {
+        let values = (0..shape.iter().product::<usize>()).flat_map(|n| (0.1 * n as f32).to_le_bytes());
+        bytes.push(((*name).to_owned(), shape.to_vec(), values.collect()));
+    }
     let views = bytes.iter().map(|(name, shape, bytes)| {
         (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
     });
@@ -206,12 +214,66 @@ fn a_missing_key_names_the_one_that_is_likely_meant() {
 }
 
 #[test]
+fn what_may_act_on_the_logits_is_never_left_out() {
+    let features = Checkpoint::load(&data("checkpoints/cifar_bn.pth.tar")).unwrap().tensors["fc.weight"].shape[1];
+    let square: &[usize] = &[features, features];
+    let narrow: &[usize] = &[5, features];
+    let refused: [&[(&str, &[usize])]; 7] = [
+        &[("proj.weight", square)],
+        &[("neck.0.weight", square), ("neck.2.weight", square)],
+        &[("heads.0.weight", &[6, 16]), ("heads.1.weight", &[6, 16])],
+        &[("logit_adjustment", &[6])],
+        &[("temperature", &[1])],
+        &[("layer2.0.projection.0.weight", &[8, 4, 1, 1])],
+        &[("ema_fc.weight", &[6, 16])],
+    ];
+    for others in refused {
+        let (_place, path) = renamed_with(str::to_owned, others);
+        let said = export(&path, &path.with_file_name("models").join("1"), &[]).unwrap_err();
+        assert!(said.contains(others[0].0) && said.contains("--ignore"), "{said}");
+        let ignore: Vec<&str> = others.iter().flat_map(|(name, _)| ["--ignore", name]).collect();
+        let manifest = export(&path, &path.with_file_name("models").join("1"), &ignore).unwrap();
+        assert!(manifest.fold.proof.assumed.iter().any(|what| what.contains("no part in the logits of")), "{others:?}");
+    }
+    // What gives neither features nor logits cannot come before or beside the classifier.
+    let projection: &[(&str, &[usize])] =
+        &[("head.0.weight", square), ("head.0.bias", &[16]), ("head.2.weight", narrow)];
+    let (_place, path) = renamed_with(str::to_owned, projection);
+    let manifest = export(&path, &path.with_file_name("models").join("1"), &[]).unwrap();
+    let assumed = manifest.fold.proof.assumed.join("; ");
+    assert!(assumed.contains("no part in the logits of head (3 tensors)"), "{assumed}");
+    let (_place, path) = renamed_with(|name| name.replace("fc.", "head.4."), &projection[..2]);
+    let said = export(&path, &path.with_file_name("models").join("1"), &["--classifier", "head.4"]).unwrap_err();
+    assert!(said.contains("head.0.weight"), "{said}");
+    let (_place, path) = renamed(str::to_owned);
+    let said = export(&path, &path.with_file_name("models").join("1"), &["--ignore", "nothing"]).unwrap_err();
+    assert!(said.contains("no tensor's name begins so"), "{said}");
+}
+
+#[test]
+fn a_bundles_own_network_is_held_to_outputs_too() {
+    let place = tempfile::tempdir().unwrap();
+    let out = |name: &str| place.path().join(name).join("1");
+    let entries = entries();
+    let (file, npz) = &entries["cb_resnet10_cosine"];
+    export(file, &out("first"), &["--input-size", "32"]).unwrap();
+    let network = out("first").join("model.onnx");
+    let npz = npz.as_ref().unwrap().to_str().unwrap();
+    let manifest = export(&network, &out("again"), &["--expect", npz]).unwrap();
+    let proof = manifest.fold.proof;
+    assert!(proof.expected.unwrap().max_relative < 1e-4 && !proof.assumed.is_empty());
+    let other = entries["kuangliu_resnet18"].1.clone().unwrap();
+    let said = export(&network, &out("other"), &["--expect", other.to_str().unwrap()]).unwrap_err();
+    assert!(said.contains("y has 10 classes; the network has 9"), "{said}");
+    let said = export(&network, &out("other"), &["--weights", "x"]).unwrap_err();
+    assert!(said.contains("--weights is for checkpoints"), "{said}");
+}
+
+#[test]
 fn magnitudes_that_were_all_trained_are_asked_about() {
     let mut checkpoint = Checkpoint::load(&data("checkpoints/resnet50_nbn.pth.tar")).unwrap();
     let scale = checkpoint.tensors.get_mut("scale_factor").unwrap();
-    for (n, value) in scale.values.iter_mut().enumerate() {
-        *value = 3.0 + n as f32;
-    }
+    *scale = Tensor { shape: vec![3], values: vec![3.0, 4.0, 5.0] };
     let build = |magnitude: Option<&str>| {
         use nbn::fold::architecture::{Extras, Overrides, build};
         let magnitude = magnitude.map(|text| text.parse().unwrap());
@@ -224,7 +286,8 @@ fn magnitudes_that_were_all_trained_are_asked_about() {
     );
     assert_eq!(build(Some("expert")).unwrap().alphas.len(), 1);
     assert_eq!(build(Some("layer")).unwrap().alphas.len(), 3);
-    assert_eq!(build(Some("stage")).unwrap().alphas.len(), 1);
+    // Of one stage, two were trained for nothing.
+    assert!(build(Some("stage")).unwrap_err().to_string().contains("more than 1 were trained"));
 }
 
 #[test]

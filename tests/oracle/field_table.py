@@ -34,6 +34,8 @@ FLAGS = {
     "two_student_teacher": ["--weights", "student"],
     "ride_cifar_ea": ["--ignore", "expert_help_pred"],
     "ride_imagenet_ea": ["--ignore", "expert_help_pred"],
+    "beside_assorted": ["--ignore", "parameter"],
+    "beside_assorted_legacy": ["--ignore", "parameter"],
     "hf_stride_on_first": ["--stride-in", "conv1"],
     "stride_on_conv1": ["--stride-in", "conv1"],
     "batch_norm_eps": ["--batch-norm-epsilon", "1e-3"],

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{
-    BoundCalibration, Bundle, CALIBRATION_FILE, EVALUATION_FILE, Rung, TrainingOverlap, familiarity_file,
+    BoundCalibration, Bundle, CALIBRATION_FILE, Calibration, EVALUATION_FILE, Rung, TrainingOverlap, familiarity_file,
     is_calibration,
 };
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe, divided};
-use nbn::data::{GroupBy, Records};
+use nbn::data::{GroupBy, LabelledLogits, Records};
 
 use super::dataset::{Dataset, RuntimeArgs, say};
 use super::training_set::{TrainingSet, Unseen};
@@ -83,54 +83,19 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     if out.exists() && !args.force && !args.dry_run {
         bail!("{} already exists: replace it with --force, or only show the result with --dry-run", out.display());
     }
-    let (logits, images, records) = args.set.logits(&bundle, &args.runtime)?;
-    let group_by = match (&args.group_by, records.as_ref().and_then(Records::group_by)) {
-        (None, Some(by)) => {
-            eprintln!("groups      --group-by {by}, as the run had it");
-            Some(by.parse().map_err(anyhow::Error::msg)?)
-        }
-        (by, _) => by.clone(),
-    };
-    let groups = match (&group_by, &images) {
-        (None | Some(GroupBy::Apart), _) => None,
-        (Some(by), Some((images, _))) => Some(by.groups(images)?),
-        (Some(by), None) => bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves"),
-    };
-    let Unseen { logits, groups, answers, training, .. } = args.training.without(&bundle, logits, groups, images)?;
-    let training_overlap = if training.is_some() { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
-    let groups = groups.map(|groups| {
-        let (groups, alone) = divided(&logits, &groups);
-        if let Some(first) = alone.first() {
-            eprintln!(
-                "warning: of {} of {} classes, such as {:?}, all images here are of one group (--group-by): they are divided \
-                 between the folds all the same, so that scores may be overconfident; hold out images of several groups",
-                alone.len(),
-                bundle.manifest.classes.len(),
-                bundle.manifest.classes[*first].label
-            );
-        }
-        groups
-    });
-    let Calibrate { kappa, rung, seed, .. } = args;
-    let here = std::env::current_dir().unwrap_or_default();
-    let options = CalibrateOptions {
-        kappa,
-        rung,
-        seed,
-        groups,
-        training_overlap,
-        command: command_line(std::env::args_os().skip(1), &here),
-    };
-    let mut calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
-    let seen =
-        familiarity::Source { bundle: &bundle, answers: answers.as_ref(), training, most: args.familiarity_images };
-    let familiar = if nbn::files::is_special(&out) {
+    if nbn::files::is_special(&out) {
         eprintln!("familiarity not learned: {} is not a file, and has no place beside it", out.display());
-        None
-    } else {
-        familiarity::fit(seen, &calibration, &args.runtime)?
+    }
+    let fit = Fit {
+        set: &args.set,
+        training: &args.training,
+        kappa: args.kappa,
+        rung: args.rung,
+        seed: args.seed,
+        group_by: args.group_by.as_ref(),
+        familiarity_images: if nbn::files::is_special(&out) { 0 } else { args.familiarity_images },
     };
-    calibration.familiarity = familiar.as_ref().map(|(record, _)| record.clone());
+    let Fitted { calibration, familiarity, training_overlap, .. } = fit.of(&bundle, &args.runtime)?;
     eprint!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
         eprintln!("warning: these images were not compared with the training images (--training-data SET)");
@@ -140,10 +105,86 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     }
     // A file that no program would load must not take the place of one that loads.
     calibration.check(&bundle.manifest).context("no usable calibration can be fitted to these images")?;
-    familiarity::write(&out, calibration, familiar.map(|(_, bytes)| bytes).as_deref())?;
+    familiarity::write(&out, calibration, familiarity.as_deref())?;
     warn_of_a_stale_card(bundle, &out)?;
     println!("{}", out.display());
     Ok(())
+}
+
+/// What a calibration is fitted to, and how.
+pub(crate) struct Fit<'a> {
+    pub(crate) set: &'a Dataset,
+    pub(crate) training: &'a TrainingSet,
+    pub(crate) kappa: Option<Kappa>,
+    pub(crate) rung: Option<Rung>,
+    pub(crate) seed: u64,
+    pub(crate) group_by: Option<&'a GroupBy>,
+    pub(crate) familiarity_images: usize,
+}
+
+/// A calibration, and what it was fitted to.
+pub(crate) struct Fitted {
+    pub(crate) calibration: Calibration,
+    /// The file beside it.
+    pub(crate) familiarity: Option<Vec<u8>>,
+    pub(crate) training_overlap: TrainingOverlap,
+    /// Of the images, those left out that were trained on.
+    pub(crate) logits: LabelledLogits,
+    /// Numbers of the images that were not left out, if some were.
+    pub(crate) kept: Option<Vec<usize>>,
+}
+
+impl Fit<'_> {
+    /// Runs the bundle's network over the set and fits its calibration.
+    pub(crate) fn of(&self, bundle: &Bundle, runtime: &RuntimeArgs) -> anyhow::Result<Fitted> {
+        let (logits, images, records) = self.set.logits(bundle, runtime)?;
+        let group_by = match (self.group_by, records.as_ref().and_then(Records::group_by)) {
+            (None, Some(by)) => {
+                eprintln!("groups      --group-by {by}, as the run had it");
+                Some(by.parse().map_err(anyhow::Error::msg)?)
+            }
+            (by, _) => by.cloned(),
+        };
+        let groups = match (&group_by, &images) {
+            (None | Some(GroupBy::Apart), _) => None,
+            (Some(by), Some((images, _))) => Some(by.groups(images)?),
+            (Some(by), None) => {
+                bail!("--group-by {by}: a file of logits has no paths: give --data the images themselves")
+            }
+        };
+        let Unseen { logits, groups, answers, training, kept } =
+            self.training.without(bundle, logits, groups, images)?;
+        let training_overlap = if training.is_some() { TrainingOverlap::None } else { TrainingOverlap::NotChecked };
+        let groups = groups.map(|groups| {
+            let (groups, alone) = divided(&logits, &groups);
+            if let Some(first) = alone.first() {
+                eprintln!(
+                    "warning: of {} of {} classes, such as {:?}, all images here are of one group (--group-by): they are divided \
+                     between the folds all the same, so that scores may be overconfident; hold out images of several groups",
+                    alone.len(),
+                    bundle.manifest.classes.len(),
+                    bundle.manifest.classes[*first].label
+                );
+            }
+            groups
+        });
+        let Self { kappa, rung, seed, .. } = *self;
+        let here = std::env::current_dir().unwrap_or_default();
+        let options = CalibrateOptions {
+            kappa,
+            rung,
+            seed,
+            groups,
+            training_overlap,
+            command: command_line(std::env::args_os().skip(1), &here),
+        };
+        let mut calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;
+        let seen = familiarity::Source { bundle, answers: answers.as_ref(), training, most: self.familiarity_images };
+        let familiar = familiarity::fit(seen, &calibration, runtime)?;
+        calibration.familiarity = familiar.as_ref().map(|(record, _)| record.clone());
+        let familiarity = familiar.map(|(_, bytes)| bytes);
+        Ok(Fitted { calibration, familiarity, training_overlap, logits, kept })
+    }
 }
 
 /// Refuses an `out` that the run reads, that is another file of the bundle, or something else than a calibration.

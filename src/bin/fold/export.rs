@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use nbn::bundle::{Color, CropOffset, Exif, Filter, Scale, Size};
 use nbn::fold::architecture::{
@@ -22,13 +23,13 @@ pub(crate) struct OverrideArgs {
     arch: Option<String>,
     /// Weights to take of a file with several, such as model_ema, by their dictionary or the prefix of their names ("." for
     /// names without)
-    #[arg(long, value_name = "KEY")]
+    #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new())]
     weights: Option<String>,
     /// Layer that gives the logits, if it has none of the usual names
     #[arg(long, value_name = "NAME")]
     classifier: Option<String>,
     /// Tensors that the network's outputs do not depend on, by the beginning of their names; may be repeated
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     ignore: Vec<String>,
     /// Normalised layers, if not the usual ones: last-stage-outputs, last-stage-all, all, none, or names separated by
     /// commas
@@ -38,8 +39,8 @@ pub(crate) struct OverrideArgs {
     /// stage or layer
     #[arg(long)]
     magnitude: Option<Magnitude>,
-    /// Form of the classifier: linear, cosine:SCALE, or squashed-cosine:SCALE (features over 1 + their length) [default: as
-    /// its tensors' shapes say; 30 and 16]
+    /// Form of the classifier: linear, cosine:SCALE, normed-linear:SCALE (a cosine whose weight is [features, classes]), or
+    /// squashed-cosine:SCALE (features over 1 + their length) [default: as its tensors' shapes say; 30, 30 and 16]
     #[arg(long, value_name = "FORM")]
     classifier_form: Option<ClassifierForm>,
     /// Epsilon of every BatchNorm [default: 1e-5]
@@ -51,6 +52,9 @@ pub(crate) struct OverrideArgs {
     /// Convolution of a bottleneck block that has its stride [default: conv2]
     #[arg(long)]
     stride_in: Option<StrideIn>,
+    /// Stride of the stem [default: 2 for a stem of 7x7, 1 for one of 3x3]
+    #[arg(long, value_name = "PIXELS", value_parser = stride)]
+    stem_stride: Option<usize>,
     /// Pooling behind the stem [default: max for a stem of 7x7, none for one of 3x3]
     #[arg(long)]
     stem_pool: Option<StemPool>,
@@ -244,6 +248,11 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn stride(text: &str) -> Result<usize, String> {
+    let found = text.parse().ok().filter(|stride| (1..=4).contains(stride));
+    found.ok_or_else(|| "expected a whole number from 1 to 4".into())
+}
+
 fn epsilon(text: &str) -> Result<f64, String> {
     let found = text.parse().ok().filter(|epsilon| (0.0..=1.0).contains(epsilon));
     found.ok_or_else(|| "expected a number from 0 to 1, such as 1e-3".into())
@@ -260,6 +269,7 @@ impl From<OverrideArgs> for Overrides {
             batch_norm_epsilon: args.batch_norm_epsilon,
             activation: args.activation,
             stride_in: args.stride_in,
+            stem_stride: args.stem_stride,
             stem_pool: args.stem_pool,
             global_pool: args.global_pool,
         }

@@ -71,7 +71,8 @@ impl<'a> Builder<'a> {
     pub(super) fn network(&mut self, layout: &Layout, extras: Extras) -> Result<(Head, usize), FoldError> {
         let stem = Site { last_stage: false, stage: 0, residual_output: false, expert: 0 };
         let small = layout.family == Family::Cifar;
-        let (kernel, stride) = if small { (3, 1) } else { (7, 2) };
+        let kernel = if small { 3 } else { 7 };
+        let stride = self.overrides.stem_stride.unwrap_or(if small { 1 } else { 2 });
         let (mut x, mut channels) = self.conv("conv1", 0, 3, kernel, stride, 1)?;
         x = self.norm("bn1", x, channels, stem)?;
         x = self.activation("relu1", x);
@@ -139,6 +140,8 @@ impl<'a> Builder<'a> {
     }
 
     fn assume(&mut self, layout: &Layout, pool: StemPool) {
+        let stride = self.overrides.stem_stride.unwrap_or(if layout.family == Family::Cifar { 1 } else { 2 });
+        self.suppose(format!("inputs as they are after mean and deviation, a stem of stride {stride}"));
         self.suppose(match pool {
             StemPool::Max => "a max-pool behind the stem".into(),
             StemPool::None => "no pooling behind the stem".into(),
@@ -227,6 +230,7 @@ impl<'a> Builder<'a> {
         let changes = stride != 1 || out != channels;
         let has_projection = self.has(&format!("{name}.downsample.0.weight"));
         let shortcut = if has_projection || (changes && layout.stages != 3) {
+            self.suppose("shortcuts that are convolutions with the stride in them".into());
             let (z, width) = self.conv(&format!("{name}.downsample.0"), x, channels, 1, stride, 1)?;
             self.norm(&format!("{name}.downsample.1"), z, width, output)?
         } else if changes {
@@ -332,6 +336,7 @@ impl<'a> Builder<'a> {
         if !self.has(&format!("{bn}.running_mean")) {
             return Ok((logits, head, classes));
         }
+        self.suppose("a BatchNorm over the logits (logit rectification), not over the features".into());
         let affine = self.has(&format!("{bn}.weight"));
         let norm = BatchNorm {
             weight: if affine { self.vector(&format!("{bn}.weight"), classes)? } else { vec![1.0; classes] },
@@ -367,8 +372,9 @@ impl<'a> Builder<'a> {
         FoldError::Shape { name: self.checkpoint.own_name(key).to_owned(), found: tensor.shape.clone(), expected }
     }
 
+    /// Whether the file has it, in a form that is read or not.
     pub(super) fn has(&self, key: &str) -> bool {
-        self.checkpoint.tensors.contains_key(key)
+        self.checkpoint.tensors.contains_key(key) || self.checkpoint.unread.contains_key(key)
     }
 
     pub(super) fn checkpoint(&self) -> &'a Checkpoint {
@@ -382,7 +388,9 @@ impl<'a> Builder<'a> {
     pub(super) fn take(&self, key: &str) -> Result<&'a Tensor, FoldError> {
         self.used.borrow_mut().insert(key.to_owned());
         self.checkpoint.tensors.get(key).ok_or_else(|| match self.checkpoint.unread.get(key) {
-            Some(kind) => FoldError::ElementType { name: key.into(), dtype: kind.clone() },
+            Some(kind) => {
+                FoldError::ElementType { name: self.checkpoint.own_name(key).to_owned(), dtype: kind.clone() }
+            }
             None => {
                 let likely = likely(self.checkpoint, key);
                 let name = match &self.checkpoint.root {

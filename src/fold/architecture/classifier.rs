@@ -28,8 +28,10 @@ impl Builder<'_> {
         let has_bias = self.has(&key("bias"));
         let mut weight = self.matrix(name, features)?;
         let [a, b] = [weight.nrows(), weight.ncols()];
+        let given = self.overrides().classifier;
         // NormedLinear keeps its weight as [features, classes].
-        let turned = a == features && b != features && !has_bias;
+        let asked = matches!(given, Some(ClassifierForm::NormedLinear { .. })) && a == features;
+        let turned = asked || (a == features && b != features && !has_bias);
         if turned {
             weight = weight.reversed_axes();
         }
@@ -41,14 +43,16 @@ impl Builder<'_> {
             return Err(self.unfit(&key, tensor, expected));
         }
         let mut bias = if has_bias { self.vector(&key("bias"), classes)? } else { vec![0.0; classes] };
-        let given = self.overrides().classifier;
         let form = given.unwrap_or(match () {
             () if turned => ClassifierForm::Cosine { scale: COSINE_SCALE },
             () if self.checkpoint().is_cosine => ClassifierForm::SquashedCosine { scale: SQUASHED_SCALE },
             () => ClassifierForm::Linear,
         });
         let mut squashed = None;
-        if let ClassifierForm::Cosine { scale } | ClassifierForm::SquashedCosine { scale } = form {
+        if let ClassifierForm::Cosine { scale }
+        | ClassifierForm::NormedLinear { scale }
+        | ClassifierForm::SquashedCosine { scale } = form
+        {
             for mut row in weight.rows_mut() {
                 let length = row.iter().map(|w| w * w).sum::<f64>().sqrt().max(LEAST_LENGTH);
                 row.iter_mut().for_each(|w| *w *= scale / length);
@@ -58,8 +62,11 @@ impl Builder<'_> {
             squashed = Some(matches!(form, ClassifierForm::SquashedCosine { .. }));
         }
         let mut assumed = match form {
-            ClassifierForm::Linear if has_bias => "a linear classifier".to_owned(),
-            ClassifierForm::Linear => "a linear classifier without bias, not a cosine".to_owned(),
+            ClassifierForm::Linear if has_bias => "a linear classifier of the features as they are".to_owned(),
+            ClassifierForm::Linear => {
+                "a linear classifier of the features as they are, without bias, not a cosine".to_owned()
+            }
+            form if has_bias => format!("a classifier {form}, which adds no bias although there is one"),
             form => format!("a classifier {form}"),
         };
         if self.has(&key("scales")) {

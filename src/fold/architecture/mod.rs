@@ -124,6 +124,8 @@ pub struct Overrides {
     pub activation: Option<Activation>,
     /// Which convolution of a bottleneck block has its stride, the second by default.
     pub stride_in: Option<StrideIn>,
+    /// Stride of the stem, 2 for one of 7×7 and 1 for one of 3×3 by default.
+    pub stem_stride: Option<usize>,
     /// What follows the stem, [`StemPool::Max`] by default for one of 7×7 and [`StemPool::None`] for one of 3×3.
     pub stem_pool: Option<StemPool>,
     /// What the last map becomes features by, the average by default.
@@ -144,6 +146,7 @@ impl Overrides {
             (self.batch_norm_epsilon.is_some(), "--batch-norm-epsilon"),
             (self.activation.is_some(), "--activation"),
             (self.stride_in.is_some(), "--stride-in"),
+            (self.stem_stride.is_some(), "--stem-stride"),
             (self.stem_pool.is_some(), "--stem-pool"),
             (self.global_pool.is_some(), "--global-pool"),
         ];
@@ -159,6 +162,8 @@ impl Overrides {
             others.push((flag, other));
         };
         add("--stride-in conv1".into(), &|o| o.stride_in = Some(StrideIn::Conv1));
+        add("--stem-stride 1".into(), &|o| o.stem_stride = Some(1));
+        add("--stem-stride 2".into(), &|o| o.stem_stride = Some(2));
         add("--stem-pool none".into(), &|o| o.stem_pool = Some(StemPool::None));
         add("--stem-pool max".into(), &|o| o.stem_pool = Some(StemPool::Max));
         add("--global-pool max".into(), &|o| o.global_pool = Some(GlobalPool::Max));
@@ -173,9 +178,8 @@ impl Overrides {
         let forms = [
             ClassifierForm::Linear,
             ClassifierForm::Cosine { scale: 1.0 },
-            ClassifierForm::Cosine { scale: SQUASHED_SCALE },
-            ClassifierForm::Cosine { scale: COSINE_SCALE },
-            ClassifierForm::SquashedCosine { scale: SQUASHED_SCALE },
+            ClassifierForm::NormedLinear { scale: 1.0 },
+            ClassifierForm::SquashedCosine { scale: 1.0 },
         ];
         for form in forms {
             add(format!("--classifier-form {form}"), &|o| o.classifier = Some(form));
@@ -184,13 +188,19 @@ impl Overrides {
     }
 }
 
-/// How a classifier makes logits of features `x` and the weights `w` of a class. A bias is added where there is one.
+/// How a classifier makes logits of features `x` and the weights `w` of a class.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ClassifierForm {
-    /// w · x.
+    /// w · x, and a bias where there is one.
     Linear,
-    /// scale · cos(w, x), as RIDE, ProCo and LDAM's loss have it.
+    /// scale · cos(w, x), without bias; a weight `[classes, features]`, or `[features, classes]` where that is the other way
+    /// round.
     Cosine {
+        /// Its scale.
+        scale: f64,
+    },
+    /// The same of a weight `[features, classes]`, as RIDE, ProCo and LDAM have it, where both numbers are equal.
+    NormedLinear {
         /// Its scale.
         scale: f64,
     },
@@ -201,6 +211,8 @@ pub enum ClassifierForm {
     },
 }
 
+/// Characters of names in what is assumed.
+const MAX_ASSUMED: usize = 900;
 /// The scale of RIDE's, ProCo's and LDAM's cosines.
 const COSINE_SCALE: f64 = 30.0;
 /// The scale of classifier-balancing's.
@@ -224,8 +236,11 @@ impl FromStr for ClassifierForm {
         match form {
             "linear" if text == "linear" => Ok(Self::Linear),
             "cosine" => Ok(Self::Cosine { scale: scale(COSINE_SCALE)? }),
+            "normed-linear" => Ok(Self::NormedLinear { scale: scale(COSINE_SCALE)? }),
             "squashed-cosine" => Ok(Self::SquashedCosine { scale: scale(SQUASHED_SCALE)? }),
-            _ => Err(format!("{text:?} is unknown; expected linear, cosine:SCALE or squashed-cosine:SCALE")),
+            _ => Err(format!(
+                "{text:?} is unknown; expected linear, cosine:SCALE, normed-linear:SCALE or squashed-cosine:SCALE"
+            )),
         }
     }
 }
@@ -235,6 +250,7 @@ impl fmt::Display for ClassifierForm {
         match self {
             Self::Linear => f.write_str("linear"),
             Self::Cosine { scale } => write!(f, "cosine:{scale}"),
+            Self::NormedLinear { scale } => write!(f, "normed-linear:{scale}"),
             Self::SquashedCosine { scale } => write!(f, "squashed-cosine:{scale}"),
         }
     }
@@ -443,8 +459,16 @@ pub fn build(
     let mut builder = Builder::new(checkpoint, &arch, &layers, magnitude.unwrap_or_default(), overrides, side);
     let (head, classes) = builder.network(&layout, extras)?;
     let built = builder.finish()?;
-    if magnitude.is_none() && built.normalized.len() > layout.experts {
+    // Who asks for one for all says that the others do not act.
+    if overrides.magnitude != Some(Magnitude::Expert) && told.is_none() && built.normalized.len() > layout.experts {
         check_magnitudes(checkpoint, &built.alphas)?;
+    }
+    let without = |flag: &str, what: &str| FoldError::Input(format!("{flag}: the network has no {what}: leave it out"));
+    if overrides.magnitude.is_some() && built.normalized.is_empty() {
+        return Err(without("--magnitude", "normalised BatchNorm"));
+    }
+    if overrides.stride_in.is_some() && !checkpoint.tensors.contains_key("layer1.0.conv3.weight") {
+        return Err(without("--stride-in", "bottleneck blocks"));
     }
     let mut assumed = built.assumed;
     if !built.normalized.is_empty() && told.is_none() {
@@ -454,6 +478,10 @@ pub fn build(
             Magnitude::Stage => "a magnitude for the normalised layers of each stage".into(),
             Magnitude::Layer => "a magnitude for each normalised layer".into(),
         });
+    }
+    if !checkpoint.idle.is_empty() {
+        let idle: String = checkpoint.idle.join(", ").chars().take(MAX_ASSUMED).collect();
+        assumed.push(format!("no part in the logits of {idle}"));
     }
     if checkpoint.metadata.contains_key(EPSILON_KEY) {
         // Of `nbn fold train`, whose networks these are.

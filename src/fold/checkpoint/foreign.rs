@@ -19,6 +19,7 @@ type Found = (String, &'static str);
 /// What a file is that begins with `head`, and neither as `torch.save` nor as safetensors do.
 pub(super) fn begins(head: &[u8], path: &Path) -> Option<Found> {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    let head = if head.trim_ascii_start().starts_with(b"<") { head.trim_ascii_start() } else { head };
     let found = match head {
         [] => ("an empty file", "copy or download it again"),
         [b'<', ..] => ("a web page", "download the file itself"),
@@ -121,7 +122,12 @@ pub(super) fn pickled(pickle: &Pickle, entries: &[Entry<Place>]) -> Option<Found
     if tensor(pickle, root, 0).is_some() {
         return Some(("a single tensor".into(), SAVE_FROM_PYTORCH));
     }
-    if entries.iter().any(|entry| matches!(entry.content, Content::Float(..))) && !is_optimizer(pickle) {
+    // Of a list or tuple, what its dictionaries hold.
+    let in_list = pickle.elements(root).is_some();
+    let is_weight = |entry: &&Entry<Place>| {
+        matches!(entry.content, Content::Float(..)) && !(in_list && entry.dictionary.is_empty())
+    };
+    if entries.iter().any(|entry| is_weight(&entry)) && !is_optimizer(pickle) {
         return None;
     }
     if is_optimizer(pickle) {
@@ -135,7 +141,8 @@ pub(super) fn pickled(pickle: &Pickle, entries: &[Entry<Place>]) -> Option<Found
         Object::Made { .. } if whole.is_none() && pickle.entries(root).is_none() => {
             Some((format!("an object of the class {}", short(class)), SAVE_WEIGHTS))
         }
-        Object::List(_) | Object::Tuple(_) => Some(("a list".into(), SAVE_FROM_PYTORCH)),
+        Object::List(_) => Some(("a list".into(), SAVE_FROM_PYTORCH)),
+        Object::Tuple(_) => Some(("a tuple".into(), SAVE_FROM_PYTORCH)),
         Object::Dict(_) | Object::Made { .. } => {
             let class = whole?;
             Some((

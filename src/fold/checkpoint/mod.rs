@@ -27,6 +27,8 @@ const MAX_ELEMENTS: usize = 1 << 30;
 const MAX_NAME: usize = 500;
 /// Highest number in a name: no network has as many blocks or experts, and sums of such numbers cannot overflow.
 const MAX_INDEX: usize = 9999;
+/// Longest header of safetensors, in bytes, as its own library has it.
+const MAX_HEADER: u64 = 100_000_000;
 /// Bytes that tell what a file is.
 const HEAD: u64 = 512;
 
@@ -53,6 +55,8 @@ pub struct Checkpoint {
     pub root: Option<String>,
     /// What the file holds besides, a few words for each group.
     pub left_out: Vec<String>,
+    /// What of it stands among the network's own tensors, and takes no part in its logits.
+    pub idle: Vec<String>,
     /// Modules that may be the classifier, if none is known for one.
     pub likely_classifiers: Vec<String>,
     /// Tensors that have a place and are no floats → their element type.
@@ -121,9 +125,10 @@ impl Checkpoint {
         choice: &Choice,
         mut read: impl FnMut(&[usize], Float, &P) -> Result<Vec<f32>, Failure>,
     ) -> Result<Self, Failure> {
-        let Chosen { tensors, root, left_out, likely_classifiers, unread, is_cosine, .. } = choose(entries, choice)?;
+        let chosen = choose(entries, choice)?;
+        let Chosen { tensors, root, left_out, idle, likely_classifiers, unread, is_cosine, .. } = chosen;
         let mut checkpoint =
-            Self { metadata, root, left_out, likely_classifiers, unread, is_cosine, ..Self::default() };
+            Self { metadata, root, left_out, idle, likely_classifiers, unread, is_cosine, ..Self::default() };
         for (name, n) in tensors {
             let entry = &entries[n];
             check_name(&entry.name)?;
@@ -183,16 +188,32 @@ fn read_torch(mut file: TorchFile, path: &Path, choice: &Choice) -> Result<Check
     if let Some((what, instead)) = foreign::pickled(&file.pickle, &entries) {
         return Err(TorchError::Foreign(what, instead).into());
     }
-    if entries.is_empty() {
+    if entries.iter().all(|entry| matches!(entry.content, Content::Plain(_))) {
         return Err(FoldError::NotACheckpoint { path: path.to_owned(), reason: "it holds no tensors".into() }.into());
     }
     Checkpoint::of(&entries, metadata, choice, |shape, kind, place| Ok(file.values(shape, kind, place)?))
 }
 
 fn read_safetensors(path: &Path, choice: &Choice) -> Result<Checkpoint, FoldError> {
-    let bytes = std::fs::read(path).map_err(|cause| FoldError::File { path: path.to_owned(), cause })?;
+    let unread = |cause| FoldError::File { path: path.to_owned(), cause };
     let refuse =
         |error: safetensors::SafeTensorError| FoldError::Damaged { path: path.to_owned(), reason: error.to_string() };
+    // The header first, so that a file that is none is not read whole.
+    let mut file = File::open(path).map_err(unread)?;
+    let mut begin = [0; 8];
+    file.read_exact(&mut begin).map_err(unread)?;
+    let length = u64::from_le_bytes(begin).min(MAX_HEADER);
+    let mut head = begin.to_vec();
+    (&mut file).take(length).read_to_end(&mut head).map_err(unread)?;
+    let described = described(&head[begin.len()..]);
+    let expected = described.map(|data| data.saturating_add(length).saturating_add(begin.len() as u64));
+    let expected = expected.map_err(|reason| FoldError::Damaged { path: path.to_owned(), reason })?;
+    let found = file.metadata().map_err(unread)?.len();
+    if found != expected {
+        let reason = format!("it has {found} bytes, its header describes {expected}");
+        return Err(FoldError::Damaged { path: path.to_owned(), reason });
+    }
+    let bytes = std::fs::read(path).map_err(unread)?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(refuse)?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(refuse)?;
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -211,12 +232,21 @@ fn read_safetensors(path: &Path, choice: &Choice) -> Result<Checkpoint, FoldErro
             Ok(kind) => Content::Float(kind, view.data()),
             Err(kind) => Content::Other(kind),
         };
-        entries.push(Entry { dictionary: Vec::new(), name: name.clone(), shape: view.shape().to_vec(), content });
+        entries.push(Entry { dictionary: Vec::new(), name: torch::plain(name), shape: view.shape().to_vec(), content });
     }
     if entries.is_empty() {
         return Err(FoldError::NotACheckpoint { path: path.to_owned(), reason: "it holds no tensors".into() });
     }
     Checkpoint::of(&entries, metadata, choice, |_, kind, bytes| Ok(kind.widen(bytes))).map_err(|error| error.of(path))
+}
+
+/// Bytes of tensors that the header of a file of safetensors describes.
+fn described(header: &[u8]) -> Result<u64, String> {
+    let header: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(header).map_err(|error| format!("its header is not JSON: {error}"))?;
+    let tensors = header.iter().filter(|(name, _)| *name != "__metadata__");
+    let ends = tensors.filter_map(|(_, tensor)| tensor.get("data_offsets")?.get(1)?.as_u64());
+    Ok(ends.max().unwrap_or(0))
 }
 
 fn check_size(name: &str, shape: &[usize]) -> Result<(), FoldError> {

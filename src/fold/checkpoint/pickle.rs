@@ -50,6 +50,8 @@ pub(super) enum PickleError {
     Io(io::Error),
     /// They end, or go on, as no pickle does.
     Form(String),
+    /// There are more than any checkpoint's weights need.
+    Large(String),
 }
 
 impl From<io::Error> for PickleError {
@@ -65,13 +67,17 @@ impl fmt::Display for PickleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Io(error) => error.fmt(f),
-            Self::Form(reason) => f.write_str(reason),
+            Self::Form(reason) | Self::Large(reason) => f.write_str(reason),
         }
     }
 }
 
 fn wrong<T>(reason: impl Into<String>) -> Result<T, PickleError> {
     Err(PickleError::Form(reason.into()))
+}
+
+fn large<T>(what: &str, limit: usize) -> Result<T, PickleError> {
+    Err(PickleError::Large(format!("more than {limit} {what}")))
 }
 
 /// A pickle's objects. Containers hold places, so that an object may hold itself.
@@ -372,7 +378,7 @@ impl<R: BufRead> Machine<'_, R> {
             other => return wrong(format!("it has an operation {other:#04x}, which no checkpoint has")),
         }
         if self.stack.len() > MAX_OBJECTS {
-            return wrong(format!("it has more than {MAX_OBJECTS} objects"));
+            return large("objects", MAX_OBJECTS);
         }
         Ok(None)
     }
@@ -391,7 +397,7 @@ impl<R: BufRead> Machine<'_, R> {
     fn count(&mut self, bytes: usize) -> Result<(), PickleError> {
         self.taken = self.taken.saturating_add(bytes);
         if self.taken > MAX_BYTES {
-            return wrong(format!("it has more than {MAX_BYTES} bytes besides its tensors"));
+            return large("bytes", MAX_BYTES);
         }
         Ok(())
     }
@@ -453,8 +459,11 @@ impl<R: BufRead> Machine<'_, R> {
     }
 
     fn opaque(&mut self, size: usize) -> Result<(), PickleError> {
+        // Passed over: arrays of NumPy may be large.
         let length = self.number(size)?;
-        drop(self.bytes(length)?);
+        if io::copy(&mut io::Read::take(&mut *self.input, length), &mut io::sink())? < length {
+            return wrong("it ends in the middle");
+        }
         self.push(Object::Opaque)
     }
 
@@ -470,7 +479,7 @@ impl<R: BufRead> Machine<'_, R> {
 
     fn add(&mut self, object: Object) -> Result<Id, PickleError> {
         if self.objects.len() >= MAX_OBJECTS {
-            return wrong(format!("it has more than {MAX_OBJECTS} objects"));
+            return large("objects", MAX_OBJECTS);
         }
         self.objects.push(object);
         Ok(Id(self.objects.len() as u32 - 1))
@@ -488,7 +497,21 @@ impl<R: BufRead> Machine<'_, R> {
     }
 
     fn made(&mut self, by: Id, arguments: Id) -> Result<(), PickleError> {
-        self.push(Object::Made { by, arguments, items: Vec::new(), list: Vec::new(), state: None })
+        let items = self.ordered(by, arguments).unwrap_or_default();
+        self.refer(items.len())?;
+        self.push(Object::Made { by, arguments, items, list: Vec::new(), state: None })
+    }
+
+    /// The entries of an ordered dictionary as Python 2 makes it, from a list of pairs.
+    fn ordered(&self, by: Id, arguments: Id) -> Option<Vec<(Id, Id)>> {
+        let Object::Global(name) = self.object(by)? else { return None };
+        let Object::Tuple(arguments) = self.object(arguments)? else { return None };
+        let Object::List(pairs) = self.object(*arguments.first()?)? else { return None };
+        let pair = |id: &Id| match self.object(*id)? {
+            Object::List(pair) | Object::Tuple(pair) => Some((*pair.first()?, *pair.get(1)?)),
+            _ => None,
+        };
+        if name == "collections.OrderedDict" { pairs.iter().map(pair).collect() } else { None }
     }
 
     fn pop(&mut self) -> Result<Id, PickleError> {
@@ -512,7 +535,7 @@ impl<R: BufRead> Machine<'_, R> {
     fn refer(&mut self, count: usize) -> Result<(), PickleError> {
         self.references += count;
         if self.references > 4 * MAX_OBJECTS {
-            return wrong(format!("its containers have more than {} elements", 4 * MAX_OBJECTS));
+            return large("elements of containers", 4 * MAX_OBJECTS);
         }
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 
 use half::{bf16, f16};
-use zip::ZipArchive;
 use zip::result::ZipError;
+use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{Id, Object, Pickle, PickleError};
 use super::weights::{Content, Entry};
@@ -45,6 +45,10 @@ impl From<PickleError> for TorchError {
         match error {
             PickleError::Io(error) => error.into(),
             PickleError::Form(reason) => Self::Damaged(format!("its pickle: {reason}")),
+            PickleError::Large(what) => Self::Foreign(
+                format!("a checkpoint that has {what} beside its tensors, such as logs or arrays"),
+                "load it in PyTorch and save the weights alone, as torch.save(model.state_dict(), \"weights.pth\")",
+            ),
         }
     }
 }
@@ -72,6 +76,8 @@ pub(super) struct TorchFile {
     storages: Storages,
     /// The storage that was read last: several tensors may lie in it.
     last: Option<(String, Vec<u8>)>,
+    /// Bytes that tensors may still have: together they have hardly more than the file.
+    left: u64,
 }
 
 enum Storages {
@@ -94,6 +100,7 @@ impl TorchFile {
     }
 
     fn archive(reader: BufReader<File>) -> Result<Self, TorchError> {
+        let left = 2 * reader.get_ref().metadata()?.len();
         let mut archive = ZipArchive::new(reader)?;
         let names: Vec<String> =
             archive.file_names().map(|name| name.map(|name| name.into_owned())).collect::<Result<_, _>>()?;
@@ -116,7 +123,7 @@ impl TorchFile {
             }
         }
         let pickle = Pickle::read(&mut BufReader::new(archive.by_name(&format!("{root}data.pkl"))?))?;
-        Ok(Self { pickle, storages: Storages::Archive(Box::new(archive), root.to_owned()), last: None })
+        Ok(Self { pickle, storages: Storages::Archive(Box::new(archive), root.to_owned()), last: None, left })
     }
 
     fn row(mut reader: BufReader<File>) -> Result<Self, TorchError> {
@@ -154,7 +161,8 @@ impl TorchFile {
             places.insert(key.to_owned(), (at, length));
             reader.seek(SeekFrom::Start(at + length))?;
         }
-        Ok(Self { pickle, storages: Storages::Row(reader, places), last: None })
+        let left = 2 * end;
+        Ok(Self { pickle, storages: Storages::Row(reader, places), last: None, left })
     }
 
     /// The tensor's values as f32.
@@ -162,6 +170,14 @@ impl TorchFile {
     /// # Errors
     /// When its bytes are not there, or its shape asks for more of them than there are.
     pub(super) fn values(&mut self, shape: &[usize], kind: Float, place: &Place) -> Result<Vec<f32>, TorchError> {
+        let count: usize = shape.iter().product();
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let Some(left) = self.left.checked_sub((count * kind.size()) as u64) else {
+            return Err(TorchError::Damaged("its tensors have more bytes than the file".into()));
+        };
+        self.left = left;
         if self.last.as_ref().is_none_or(|(key, _)| *key != place.storage) {
             // Not both at once.
             self.last = None;
@@ -169,13 +185,12 @@ impl TorchFile {
             self.last = Some((place.storage.clone(), bytes));
         }
         let bytes = self.last.as_ref().map(|(_, bytes)| bytes.as_slice()).unwrap_or_default();
-        let count: usize = shape.iter().product();
         let reach = shape.iter().zip(&place.stride).try_fold(place.offset, |reach, (&extent, &stride)| {
             extent.saturating_sub(1).checked_mul(stride).and_then(|more| reach.checked_add(more))
         });
         let size = kind.size();
         // With a stride of 0, a few bytes could stand for any number of values.
-        let fits = |reach: usize| count == 0 || (reach < bytes.len() / size && count <= bytes.len() / size);
+        let fits = |reach: usize| reach < bytes.len() / size && count <= bytes.len() / size;
         if !reach.is_some_and(fits) {
             return Err(TorchError::Damaged(format!(
                 "storage {:?} has {} bytes; a tensor in it has the shape {shape:?} and begins at element {}",
@@ -212,9 +227,15 @@ impl TorchFile {
                 if archive.index_for_name(&name).is_none() {
                     return Err(TorchError::Damaged(format!("it has no {name}, in which a tensor lies")));
                 }
-                // What is not there is not allocated, and more than tensors may hold is not read.
-                let most = (super::MAX_ELEMENTS * 8) as u64;
-                archive.by_name(&name)?.take(most).read_to_end(&mut bytes)?;
+                let mut file = archive.by_name(&name)?;
+                if file.compression() != CompressionMethod::Stored {
+                    return Err(TorchError::Foreign(
+                        "a checkpoint whose archive was compressed again".into(),
+                        "unpack it and give the file that torch.save wrote, or save it again",
+                    ));
+                }
+                // What is not there is not allocated.
+                file.read_to_end(&mut bytes)?;
             }
             Storages::Row(reader, places) => {
                 let Some(&(at, length)) = places.get(key) else {
@@ -335,7 +356,7 @@ fn storage(pickle: &Pickle, of: Id) -> Option<(&str, &str, u64)> {
 
 /// The tensors in the pickle's dictionaries, by where they stand, and the texts and numbers of the outermost.
 pub(super) fn contents(pickle: &Pickle) -> (Vec<Entry<Place>>, BTreeMap<String, String>) {
-    let mut walk = Walk { pickle, entries: Vec::new(), open: HashSet::new(), visits: 0 };
+    let mut walk = Walk { pickle, entries: Vec::new(), seen: HashSet::new() };
     walk.dictionary(pickle.root(), &mut Vec::new());
     let mut metadata = BTreeMap::new();
     for (key, value) in pickle.entries(pickle.root()).unwrap_or_default() {
@@ -346,54 +367,75 @@ pub(super) fn contents(pickle: &Pickle) -> (Vec<Entry<Place>>, BTreeMap<String, 
             _ => continue,
         };
         if let Some(key) = pickle.text(*key) {
-            metadata.insert(key.to_owned(), value);
+            metadata.insert(plain(key), plain(&value));
         }
     }
     (walk.entries, metadata)
 }
 
+/// `text` without what a terminal would take for commands.
+pub(super) fn plain(text: &str) -> String {
+    if !text.contains(char::is_control) {
+        return text.to_owned();
+    }
+    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
 struct Walk<'a> {
     pickle: &'a Pickle,
     entries: Vec<Entry<Place>>,
-    /// Dictionaries that are being walked through: one may lie in itself.
-    open: HashSet<Id>,
-    visits: usize,
+    /// Containers that were walked through: one may stand in many places, and in itself.
+    seen: HashSet<Id>,
 }
 
-/// Most dictionary entries that are looked at, since one dictionary may stand in many places.
-const MAX_VISITS: usize = 1 << 20;
+/// Most elements of a list that is looked into.
+const MAX_LIST: usize = 1000;
 
 impl Walk<'_> {
     fn dictionary(&mut self, id: Id, place: &mut Vec<String>) {
-        let entries = self.pickle.entries(id).unwrap_or_default();
-        if place.len() > MAX_DEPTH || !self.open.insert(id) {
+        if place.len() > MAX_DEPTH || !self.seen.insert(id) {
             return;
         }
-        for &(key, value) in entries {
-            self.visits += 1;
-            if self.visits > MAX_VISITS {
-                break;
-            }
-            let key = match self.pickle.get(key) {
-                Object::Text(text) => text.clone(),
-                Object::Int(int) => int.to_string(),
-                _ => continue,
-            };
-            if place.iter().map(String::len).sum::<usize>() + key.len() > MAX_PLACE {
-                continue;
-            }
-            if key.ends_with("_packed_params") {
-                let content = Content::Other("quantized".into());
-                self.entries.push(Entry { dictionary: place.clone(), name: key, shape: Vec::new(), content });
-            } else if let Some((shape, content)) = tensor(self.pickle, value, 0) {
-                self.entries.push(Entry { dictionary: place.clone(), name: key, shape, content });
-            } else {
-                place.push(key);
-                self.dictionary(value, place);
-                place.pop();
+        let pickle = self.pickle;
+        if let Some(elements) = pickle.elements(id).filter(|elements| elements.len() <= MAX_LIST) {
+            for (n, value) in elements.iter().enumerate() {
+                self.value(n.to_string(), *value, place);
             }
         }
-        self.open.remove(&id);
+        for &(key, value) in pickle.entries(id).unwrap_or_default() {
+            match pickle.get(key) {
+                Object::Text(text) => self.value(plain(text), value, place),
+                Object::Int(int) => self.value(int.to_string(), value, place),
+                _ => {}
+            }
+        }
+    }
+
+    fn value(&mut self, key: String, value: Id, place: &mut Vec<String>) {
+        if place.iter().map(String::len).sum::<usize>() + key.len() > MAX_PLACE {
+            return;
+        }
+        let found = if key.ends_with("_packed_params") {
+            Some((Vec::new(), Content::Other("quantized".into())))
+        } else {
+            tensor(self.pickle, value, 0)
+        };
+        if let Some((shape, content)) = found {
+            self.entries.push(Entry { dictionary: place.clone(), name: key, shape, content });
+            return;
+        }
+        // Of something that is no tensor, in case that one is wanted here.
+        let content = Content::Plain(match self.pickle.get(value) {
+            Object::None => "None",
+            Object::Bool(_) | Object::Int(_) | Object::Float(_) => "number",
+            Object::Text(_) => "text",
+            Object::Tuple(_) | Object::List(_) => "list",
+            _ => "object",
+        });
+        self.entries.push(Entry { dictionary: place.clone(), name: key.clone(), shape: Vec::new(), content });
+        place.push(key);
+        self.dictionary(value, place);
+        place.pop();
     }
 }
 
@@ -423,6 +465,10 @@ fn rebuilt(pickle: &Pickle, by: &str, arguments: Id, depth: usize) -> Option<(Ve
                 kind = pickle.class(nth(6)?).and_then(element)?.0;
             }
             let offset = usize::try_from(pickle.int(nth(1)?)?).ok()?;
+            let marked = |mark| nth(6).and_then(|id| pickle.entry(id, mark)).map(|id| pickle.get(id));
+            if [marked("neg"), marked("conj")].contains(&Some(&Object::Bool(true))) {
+                return other(Some(shape), "tensor that stands for its negative or conjugate");
+            }
             if stride.len() != shape.len() {
                 return other(Some(shape), "tensor whose strides do not fit its shape");
             }

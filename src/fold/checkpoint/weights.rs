@@ -29,8 +29,8 @@ const CLASSIFIERS: [&str; 12] = [
     "final",
     "state_dict_classifier",
 ];
-/// Words of what training needs beside the network that is evaluated: momentum copies, projections, queues.
-const TRAINING_ONLY: [&str; 16] = [
+/// Words of copies and memories that contrastive training needs, and no evaluation.
+const TRAINING_ONLY: [&str; 14] = [
     "encoder_k",
     "linear_k",
     "fc_k",
@@ -39,30 +39,57 @@ const TRAINING_ONLY: [&str; 16] = [
     "queue",
     "queue_ptr",
     "queue_l",
-    "proj",
-    "projection",
-    "projector",
-    "projection_head",
-    "predictor",
-    "prototypes",
     "centroids",
     "criterion",
+    "loss",
+    "loss_fn",
+    "loss_func",
+    "n_averaged",
+];
+/// Words of layers that contrastive training puts behind the features, beside the classifier.
+const PROJECTIONS: [&str; 7] =
+    ["proj", "projection", "projector", "projection_head", "predictor", "prototypes", "contrast"];
+/// Parts of the names of numbers that training writes down.
+const FIGURES: [&str; 17] = [
+    "acc", "prec", "best", "loss", "epoch", "step", "iter", "lr", "ece", "metric", "score", "time", "kth", "many",
+    "med", "few", "map",
 ];
 /// Names of per-class factors that classifiers' outputs are multiplied by, bias included: MiSLAS's and classifier-balancing's
 /// learnable weight scaling.
 const SCALES: [&str; 2] = ["scales", "learned_norm"];
-/// Dictionaries that hold what an optimizer or a loss remembers, under names of tensors, too.
-const NOT_WEIGHTS: [&str; 9] = [
+/// Dictionaries that hold what an optimizer, a loss or a trainer remembers, under names of tensors, too.
+const NOT_WEIGHTS: [&str; 26] = [
     "optimizer",
     "optimizers",
     "optimizer_states",
     "optim",
+    "opt",
     "scheduler",
     "lr_scheduler",
     "lr_schedulers",
     "scaler",
+    "grad_scaler",
+    "loss_scaler",
+    "amp",
     "criterion",
+    "criterions",
+    "loss",
+    "callbacks",
+    "loops",
+    "meta",
+    "message_hub",
+    "hyper_parameters",
+    "args",
+    "config",
+    "cfg",
+    "rng",
+    "rng_state",
+    "metrics",
 ];
+/// What optimizers keep for each tensor.
+const MOMENTS: [&str; 5] = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"];
+/// Groups that are listed as left out.
+const LISTED: usize = 20;
 
 /// A tensor in a file.
 #[derive(Debug, Clone)]
@@ -82,12 +109,20 @@ pub(super) enum Content<P> {
     Float(Float, P),
     /// Something else: whole numbers, or a kind of tensor that is no weight.
     Other(String),
+    /// No tensor: what it is.
+    Plain(&'static str),
 }
 
 impl<P> Entry<P> {
     /// Where it stands in the file: dictionaries and name in one.
     fn full(&self) -> String {
         self.dictionary.iter().chain([&self.name]).map(String::as_str).collect::<Vec<_>>().join(".")
+    }
+
+    /// Whether it is what an optimizer or the like remembers.
+    fn is_remembered(&self) -> bool {
+        let first = self.dictionary.first().map(String::as_str).unwrap_or_default();
+        NOT_WEIGHTS.contains(&first) || MOMENTS.contains(&self.name.as_str())
     }
 }
 
@@ -111,14 +146,14 @@ pub(super) struct Chosen {
     pub(super) root: Option<String>,
     /// What the file holds besides.
     pub(super) left_out: Vec<String>,
+    /// What of it stands among the network's own tensors.
+    pub(super) idle: Vec<String>,
     /// Classifiers that the names may mean: for whom the one that is looked for is missing.
     pub(super) likely_classifiers: Vec<String>,
     /// Tensors that have a place and no floats: name as architectures have it → kind.
     pub(super) unread: BTreeMap<String, String>,
     /// Whether the classifier is named as classifier-balancing's cosine is.
     pub(super) is_cosine: bool,
-    /// Prefixes of rows of layers beside the stages.
-    rows: Vec<String>,
 }
 
 /// Chooses the tensors of one network.
@@ -128,10 +163,7 @@ pub(super) struct Chosen {
 /// says that the network was changed for inference.
 pub(super) fn choose<P>(entries: &[Entry<P>], choice: &Choice) -> Result<Chosen, FoldError> {
     let names: Vec<String> = entries.iter().map(Entry::full).collect();
-    let quantized = |entry: &Entry<P>| {
-        let packed = entry.name.contains("_packed_params");
-        packed || matches!(&entry.content, Content::Other(kind) if kind.starts_with("q") && kind != "bytes")
-    };
+    let quantized = |entry: &Entry<P>| matches!(&entry.content, Content::Other(kind) if ["qint8", "quint8", "qint32", "quantized"].contains(&kind.as_str()));
     if let Some(at) = entries.iter().position(quantized) {
         return Err(FoldError::Quantized { name: names[at].clone() });
     }
@@ -139,53 +171,78 @@ pub(super) fn choose<P>(entries: &[Entry<P>], choice: &Choice) -> Result<Chosen,
     let others: BTreeSet<String> =
         roots(entries, &names).into_iter().filter(|other| Some(other) != root.as_ref()).collect();
     let root = root.unwrap_or_default();
-    let mut found = Chosen { root: Some(name_of(&root)).filter(|_| !root.is_empty()), ..Chosen::default() };
-    // Under the root, by the names of architectures; what else belongs to it, by the file's own.
-    let mut own: BTreeMap<usize, String> = BTreeMap::new();
-    let mut related: Vec<usize> = Vec::new();
+    let mut set =
+        Set { entries, names: &names, root: &root, others: &others, own: BTreeMap::new(), related: BTreeSet::new() };
     for (n, name) in names.iter().enumerate() {
+        let nearest = others.iter().map(|other| shared(name, other)).max();
         if !others.iter().any(|other| other.len() > root.len() && name.starts_with(other.as_str()))
             && let Some(rest) = name.strip_prefix(&root)
         {
-            own.insert(n, canonical(rest));
-        } else if shared(name, &root) >= others.iter().map(|other| shared(name, other)).max().unwrap_or(0)
+            set.own.insert(n, canonical(rest));
+        } else if shared(name, &root) >= nearest.unwrap_or(0)
             && !others.iter().any(|other| name.starts_with(other.as_str()))
-            && !entries[n].dictionary.first().is_some_and(|d| NOT_WEIGHTS.contains(&d.as_str()))
+            && !entries[n].is_remembered()
         {
-            related.push(n);
+            set.related.insert(n);
         }
     }
-    let classifier = classifier(entries, &names, &own, &related, &root, choice, &mut found)?;
-    let related_too: BTreeSet<usize> = related.iter().copied().collect();
-    let mut left: Vec<usize> = Vec::new();
-    let in_network: BTreeSet<&[String]> = own
+    let mut found = Chosen { root: Some(name_of(&root)).filter(|_| !root.is_empty()), ..Chosen::default() };
+    let layers = set.layers();
+    let classifier = set.classifier(&layers, choice, &mut found)?;
+    let projections = set.projections(&layers, classifier.as_ref());
+    // Dictionaries that the network lies in.
+    let dictionaries: BTreeSet<&[String]> = set
+        .own
         .keys()
         .chain(classifier.iter().flat_map(|c| &c.tensors))
-        .filter(|&&n| is_stage(&own, n) || classifier.as_ref().is_some_and(|c| c.tensors.contains(&n)))
+        .filter(|&&n| set.is_stage(n) || classifier.as_ref().is_some_and(|c| c.tensors.contains(&n)))
         .map(|&n| entries[n].dictionary.as_slice())
         .collect();
+    let mut unused: BTreeSet<&str> = choice.ignore.iter().map(String::as_str).collect();
+    let (mut left, mut idle): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
     for (n, entry) in entries.iter().enumerate() {
         let name = &names[n];
         if name.ends_with("num_batches_tracked") {
             continue;
         }
-        let part = classifier.as_ref().and_then(|c| c.part(n, name));
-        let place = part.or_else(|| own.get(&n).cloned()).or_else(|| magnitudes(&related, n, name));
+        let place = set.place(n, classifier.as_ref());
         let below = name.strip_prefix(&root).unwrap_or(name);
         let ignored =
-            choice.ignore.iter().any(|i| [name.as_str(), &entry.name, below].iter().any(|n| n.starts_with(i.as_str())));
-        if let (Content::Other(kind), Some(place)) = (&entry.content, &place) {
-            found.unread.insert(place.clone(), kind.clone());
+            choice.ignore.iter().find(|i| [name, &entry.name, below].iter().any(|n| n.starts_with(i.as_str())));
+        if let Some(ignored) = ignored {
+            unused.remove(ignored.as_str());
         }
-        let needless = ignored
-            || matches!(entry.content, Content::Other(_))
-            || !(own.contains_key(&n) || related_too.contains(&n))
-            || words(name).any(|word| TRAINING_ONLY.contains(&word))
-            || !in_network.contains(entry.dictionary.as_slice())
-            || (classifier.is_some() && found.is_projection(n, name, &own, classifier.as_ref()));
+        let is_float = matches!(entry.content, Content::Float(..));
+        if let (false, None, Some(place)) = (is_float, ignored, place.as_ref().filter(|place| place.contains('.'))) {
+            let kind = match &entry.content {
+                Content::Other(kind) => kind.as_str(),
+                Content::Plain(kind) => *kind,
+                Content::Float(..) => "",
+            };
+            found.unread.insert(place.clone(), kind.to_owned());
+        }
+        let among = dictionaries.contains(entry.dictionary.as_slice())
+            && (set.own.contains_key(&n) || set.related.contains(&n));
+        let word_of = |words_of: &[&str]| words(below).any(|word| words_of.contains(&word));
+        let in_classifier = classifier.as_ref().is_some_and(|c| c.tensors.contains(&n));
+        let needless = match () {
+            () if ignored.is_some() => true,
+            () if !is_float => true,
+            () if in_classifier || set.is_stage(n) => false,
+            () if !set.own.contains_key(&n) && !set.related.contains(&n) => true,
+            () if word_of(&TRAINING_ONLY) || projections.iter().any(|prefix| name.starts_with(prefix.as_str())) => true,
+            // A number that training wrote down.
+            () if !among => {
+                let last = entry.name.to_ascii_lowercase();
+                entry.shape.iter().product::<usize>() == 1 && FIGURES.iter().any(|figure| last.contains(figure))
+            }
+            () => false,
+        };
         match place {
+            _ if needless && matches!(entry.content, Content::Plain(_)) => {}
+            _ if needless && among => idle.push(n),
             _ if needless => left.push(n),
-            // Strictly: whatever lies in the same dictionary has a place, or is refused by its name.
+            // Strictly: whatever may belong to the network has a place, or is refused by its name.
             place => {
                 let place = place.unwrap_or_else(|| name.clone());
                 if let Some(other) = found.tensors.insert(place, n) {
@@ -194,16 +251,252 @@ pub(super) fn choose<P>(entries: &[Entry<P>], choice: &Choice) -> Result<Chosen,
             }
         }
     }
-    found.left_out = summary(&names, &left, entries, &others, &found.rows);
+    if let Some(unused) = unused.into_iter().next() {
+        return Err(FoldError::Input(format!("--ignore {unused}: no tensor's name begins so")));
+    }
+    let prefixes: Vec<&str> = others.iter().chain(&projections).map(String::as_str).collect();
+    found.idle = summary(&names, &idle, entries, &prefixes);
+    found.left_out = summary(&names, &left, entries, &prefixes);
     Ok(found)
+}
+
+/// A network's tensors in a file.
+struct Set<'a, P> {
+    entries: &'a [Entry<P>],
+    names: &'a [String],
+    root: &'a str,
+    /// Where other networks in the file begin.
+    others: &'a BTreeSet<String>,
+    /// Under the root, by the names of architectures.
+    own: BTreeMap<usize, String>,
+    /// What else belongs to it.
+    related: BTreeSet<usize>,
+}
+
+/// A module that has a matrix of weights, outside of the stages.
+#[derive(Debug)]
+struct Linear {
+    /// Its name in the file, with a dot behind it.
+    prefix: String,
+    /// Rows and columns of its matrix.
+    shape: [usize; 2],
+    has_bias: bool,
+}
+
+/// The layer that gives the logits.
+#[derive(Debug)]
+struct Classifier {
+    /// Its name in the file, with a dot behind it.
+    prefix: String,
+    /// Its tensors, and the factors of its outputs.
+    tensors: BTreeSet<usize>,
+    /// What it takes and gives.
+    features: usize,
+    classes: usize,
+}
+
+impl Linear {
+    fn module(&self) -> &str {
+        self.prefix.trim_end_matches('.')
+    }
+
+    /// The row of layers that it is one of, with a dot behind it.
+    fn row(&self) -> Option<&str> {
+        let (row, number) = self.module().rsplit_once('.')?;
+        number.parse::<usize>().ok().map(|_| &self.prefix[..=row.len()])
+    }
+}
+
+impl<P> Set<'_, P> {
+    fn is_stage(&self, n: usize) -> bool {
+        self.own.get(&n).is_some_and(|name| name.starts_with("layer"))
+    }
+
+    fn is_expert(&self, n: usize) -> bool {
+        self.own.get(&n).is_some_and(|name| name.starts_with("linears."))
+    }
+
+    /// Whether what is named so may as well belong to another network in the file.
+    fn is_shared(&self, name: &str) -> bool {
+        let near = shared(name, self.root);
+        !name.starts_with(self.root) && self.others.iter().any(|other| shared(name, other) >= near)
+    }
+
+    /// Tensors that may be of the classifier.
+    fn region(&self) -> impl Iterator<Item = usize> {
+        let own = self.own.keys().copied().filter(|&n| !self.is_stage(n) && !self.is_expert(n));
+        own.chain(self.related.iter().copied())
+    }
+
+    fn layers(&self) -> Vec<Linear> {
+        let all: BTreeSet<&str> = self.names.iter().map(String::as_str).collect();
+        let layer = |n: usize| {
+            let name = &self.names[n];
+            let suffixes = ["weight", "weight_v", "parametrizations.weight.original1"];
+            let prefix = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix))?;
+            let ([a, b], Content::Float(..)) = (&self.entries[n].shape[..], &self.entries[n].content) else {
+                return None;
+            };
+            let has_bias = all.contains(format!("{prefix}bias").as_str());
+            (!prefix.is_empty()).then(|| Linear { prefix: prefix.to_owned(), shape: [*a, *b], has_bias })
+        };
+        self.region().filter_map(layer).collect()
+    }
+
+    /// The last word of a layer's name that is not a number or a wrapper.
+    fn last_word<'b>(&self, layer: &'b Linear) -> &'b str {
+        let own = |word: &&str| !word.is_empty() && !WRAPPERS.contains(word) && word.parse::<usize>().is_err();
+        words(layer.prefix.strip_prefix(self.root).unwrap_or(&layer.prefix)).rfind(own).unwrap_or_default()
+    }
+
+    fn classifier(
+        &self,
+        layers: &[Linear],
+        choice: &Choice,
+        found: &mut Chosen,
+    ) -> Result<Option<Classifier>, FoldError> {
+        if self.own.keys().any(|&n| self.is_expert(n)) && choice.classifier.is_none() {
+            return Ok(None);
+        }
+        let features = self.features();
+        let rows = rows(layers);
+        let fits = |layer: &&Linear| {
+            let [a, b] = layer.shape;
+            features.is_none_or(|features| b == features || (a == features && !layer.has_bias))
+        };
+        let usable = |layer: &&Linear| {
+            let below = layer.prefix.strip_prefix(self.root).unwrap_or(&layer.prefix);
+            let training = |word: &str| TRAINING_ONLY.contains(&word) || PROJECTIONS.contains(&word);
+            !words(below).any(training) && !layer.row().is_some_and(|row| rows.contains(row))
+        };
+        // A row of a network and its classifier has no words at all.
+        let is_known = |layer: &&Linear| {
+            let word = self.last_word(layer);
+            CLASSIFIERS.contains(&word) || (word.is_empty() && !layer.prefix.starts_with(self.root))
+        };
+        let chosen = match &choice.classifier {
+            Some(asked) => {
+                let asked = asked.trim_end_matches('.');
+                let is_asked = |layer: &&Linear| {
+                    let name = layer.module();
+                    let own =
+                        name.strip_prefix(self.root.trim_end_matches('.')).map(|rest| rest.trim_start_matches('.'));
+                    name == asked || own == Some(asked) || name.ends_with(&format!(".{asked}"))
+                };
+                let there = || layers.iter().map(|layer| layer.module().to_owned()).collect();
+                let asked_for = layers.iter().find(is_asked);
+                Some(asked_for.ok_or_else(|| FoldError::NoSuchClassifier {
+                    asked: asked.chars().take(100).collect(),
+                    there: there(),
+                })?)
+            }
+            None => {
+                let known: Vec<&Linear> = layers.iter().filter(usable).filter(is_known).collect();
+                let fitting: Vec<&Linear> = known.iter().copied().filter(fits).collect();
+                let several = |of: &[&Linear]| {
+                    let names = of.iter().map(|layer| layer.module().to_owned()).collect();
+                    Err(FoldError::SeveralClassifiers { names })
+                };
+                match (known.as_slice(), fitting.as_slice()) {
+                    // Another network's, as likely as this one's.
+                    ([one], _) if self.is_shared(&one.prefix) => return several(&[one]),
+                    // By its name alone: what does not fit is refused by its shape.
+                    ([one], _) => Some(*one),
+                    // One that does not take the features takes what another one gives.
+                    ([], _) => None,
+                    (known, _) => return several(known),
+                }
+            }
+        };
+        let Some(chosen) = chosen else {
+            let likely = layers.iter().filter(usable).filter(fits);
+            found.likely_classifiers = likely.map(|layer| layer.module().to_owned()).collect();
+            return Ok(None);
+        };
+        let [a, b] = chosen.shape;
+        let turned = features == Some(a) && features != Some(b);
+        let (classes, takes) = if turned { (b, a) } else { (a, b) };
+        let is_factor = |n: &usize| {
+            let last = words(&self.names[*n]).next_back().unwrap_or_default();
+            SCALES.contains(&last) && matches!(self.entries[*n].content, Content::Plain(_) | Content::Other(_))
+                || SCALES.contains(&last) && self.entries[*n].shape.iter().product::<usize>() == classes
+        };
+        let within: BTreeSet<usize> = self.region().filter(|n| self.names[*n].starts_with(&chosen.prefix)).collect();
+        found.is_cosine = words(self.root).any(|word| word == "feat_model")
+            && !chosen.has_bias
+            && within.iter().all(|&n| {
+                let entry = &self.entries[n];
+                entry.dictionary.last().is_some_and(|d| d == "classifier") && !entry.name.contains("fc.")
+            });
+        let tensors = within.into_iter().chain(self.region().filter(is_factor)).collect();
+        Ok(Some(Classifier { prefix: chosen.prefix.clone(), tensors, features: takes, classes }))
+    }
+
+    /// Prefixes of layers behind the features that cannot act on the logits, since what they give fits neither the
+    /// classifier nor the classes: the projections of contrastive training.
+    fn projections(&self, layers: &[Linear], classifier: Option<&Classifier>) -> Vec<String> {
+        let Some(classifier) = classifier else { return Vec::new() };
+        let rows = rows(layers);
+        let acts = |width: usize| width == classifier.features || width == classifier.classes;
+        let of_row = |row: &&str| {
+            let within: Vec<&Linear> = layers.iter().filter(|layer| layer.row() == Some(*row)).collect();
+            // One feeds the next: a row of alternatives is none.
+            let chained = within.windows(2).all(|pair| pair[0].shape[0] == pair[1].shape[1]);
+            chained && within.last().is_some_and(|last| !acts(last.shape[0])) && *row != classifier.prefix
+        };
+        let alone = |layer: &&Linear| {
+            let word = self.last_word(layer);
+            PROJECTIONS.contains(&word) && !acts(layer.shape[0]) && layer.row().is_none_or(|row| !rows.contains(row))
+        };
+        let alone = layers.iter().filter(alone).map(|layer| layer.prefix.clone());
+        rows.iter().copied().filter(of_row).map(str::to_owned).chain(alone).collect()
+    }
+
+    /// The name of tensor `n` as architectures have it, if they have one.
+    fn place(&self, n: usize, classifier: Option<&Classifier>) -> Option<String> {
+        let name = &self.names[n];
+        if let Some(classifier) = classifier.filter(|classifier| classifier.tensors.contains(&n)) {
+            return Some(match name.strip_prefix(&classifier.prefix).unwrap_or("scales") {
+                "parametrizations.weight.original0" => "fc.weight_g".into(),
+                "parametrizations.weight.original1" => "fc.weight_v".into(),
+                rest => format!("fc.{rest}"),
+            });
+        }
+        if let Some(own) = self.own.get(&n) {
+            // Another layer than the classifier does not take its place.
+            return (classifier.is_none() || !own.starts_with("fc."))
+                .then(|| own.clone())
+                .or_else(|| Some(name.clone()));
+        }
+        let key = super::super::architecture::SCALE_FACTOR;
+        (self.related.contains(&n) && words(name).next_back() == Some(key)).then(|| key.to_owned())
+    }
+
+    /// Channels of the last stage, which its last norm tells.
+    fn features(&self) -> Option<usize> {
+        let place = |name: &str| {
+            let mut parts = words(name.strip_prefix("layer")?.strip_suffix(".running_mean")?);
+            let number = |text: &str| text.parse::<usize>().ok();
+            let (stage, block) = (number(parts.next()?)?, number(parts.next()?)?);
+            Some((stage, block, number(parts.next()?.strip_prefix("bn")?)?))
+        };
+        let norms = self.own.iter().filter_map(|(n, name)| Some((place(name)?, *n)));
+        norms.max().and_then(|(_, n)| self.entries[n].shape.first().copied())
+    }
+}
+
+/// Rows of at least two layers, by their prefixes.
+fn rows(layers: &[Linear]) -> BTreeSet<&str> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    layers.iter().filter_map(Linear::row).for_each(|row| *counts.entry(row).or_default() += 1);
+    counts.into_iter().filter(|(_, count)| *count > 1).map(|(row, _)| row).collect()
 }
 
 /// Every place where a network begins, as a prefix of names.
 fn roots<P>(entries: &[Entry<P>], names: &[String]) -> BTreeSet<String> {
     let mut roots: BTreeSet<String> = BTreeSet::new();
     for (entry, name) in entries.iter().zip(names) {
-        let remembered = entry.dictionary.first().is_some_and(|d| NOT_WEIGHTS.contains(&d.as_str()));
-        if remembered || !matches!(entry.content, Content::Float(..)) {
+        if entry.is_remembered() || !matches!(entry.content, Content::Float(..)) {
             continue;
         }
         roots.extend(beginning(name).map(str::to_owned));
@@ -221,14 +514,22 @@ fn roots<P>(entries: &[Entry<P>], names: &[String]) -> BTreeSet<String> {
     roots
 }
 
-/// The prefix before a network's first stage, or before its stem as Hugging Face names it.
+/// The prefix before a network's first stage, whose blocks have convolutions and norms, or before its stem as Hugging Face
+/// names it.
 fn beginning(name: &str) -> Option<&str> {
     let at = |word: &str| {
         let starts = name.starts_with(&format!("{word}.")).then_some(0);
         starts.or_else(|| name.find(&format!(".{word}.")).map(|at| at + 1))
     };
-    let first = at("layer1").or_else(|| at("encoder.stages.0.layers"));
-    first.map(|at| &name[..at])
+    if let Some(at) = at("encoder.stages.0.layers") {
+        return Some(&name[..at]);
+    }
+    let at = at("layer1")?;
+    let mut rest = words(&name[at..]).skip(1).filter(|word| !INNER_WRAPPERS.contains(word));
+    let is_block = rest.next().is_some_and(|word| word.parse::<usize>().is_ok());
+    let parts = ["conv", "bn", "norm", "downsample", "shortcut"];
+    let has_parts = rest.next().is_some_and(|word| parts.iter().any(|part| word.starts_with(part)));
+    (is_block && has_parts).then(|| &name[..at])
 }
 
 /// Where the network that is asked for begins; `None` where none does.
@@ -299,204 +600,17 @@ fn canonical(name: &str) -> String {
     }
 }
 
-fn is_stage(own: &BTreeMap<usize, String>, n: usize) -> bool {
-    own.get(&n).is_some_and(|name| name.starts_with("layer"))
-}
-
-/// `scale_factor` beside the network, where a wrapper holds both.
-fn magnitudes(related: &[usize], n: usize, name: &str) -> Option<String> {
-    let key = super::super::architecture::SCALE_FACTOR;
-    (related.contains(&n) && words(name).next_back() == Some(key)).then(|| key.to_owned())
-}
-
-/// The layer that gives the logits.
-#[derive(Debug)]
-struct Classifier {
-    /// Its name in the file, with a dot behind it.
-    prefix: String,
-    /// Its tensors, and the factors of its outputs.
-    tensors: BTreeSet<usize>,
-}
-
-impl Classifier {
-    /// The name of its tensor number `n` as architectures have it.
-    fn part(&self, n: usize, name: &str) -> Option<String> {
-        if !self.tensors.contains(&n) {
-            return None;
-        }
-        let rest = name.strip_prefix(&self.prefix).unwrap_or("scales");
-        Some(match rest {
-            "parametrizations.weight.original0" => "fc.weight_g".into(),
-            "parametrizations.weight.original1" => "fc.weight_v".into(),
-            rest => format!("fc.{rest}"),
-        })
-    }
-}
-
-impl Chosen {
-    /// Whether tensor `n` is of a row of layers beside the classifier, which contrastive training projects features by.
-    fn is_projection(
-        &self,
-        n: usize,
-        name: &str,
-        own: &BTreeMap<usize, String>,
-        classifier: Option<&Classifier>,
-    ) -> bool {
-        let is_stem = |name: &String| ["conv1.", "bn1."].iter().any(|stem| name.starts_with(stem));
-        if is_stage(own, n) || own.get(&n).is_some_and(is_stem) || classifier.is_some_and(|c| c.tensors.contains(&n)) {
-            return false;
-        }
-        self.rows.iter().any(|row| name.starts_with(row.as_str()))
-    }
-}
-
-/// Modules that have a matrix of weights, outside of the stages.
-struct Candidate {
-    prefix: String,
-    shape: [usize; 2],
-    has_bias: bool,
-}
-
-fn classifier<P>(
-    entries: &[Entry<P>],
-    names: &[String],
-    own: &BTreeMap<usize, String>,
-    related: &[usize],
-    root: &str,
-    choice: &Choice,
-    found: &mut Chosen,
-) -> Result<Option<Classifier>, FoldError> {
-    let is_expert = |name: &String| name.starts_with("linears.");
-    if own.values().any(is_expert) && choice.classifier.is_none() {
-        return Ok(None);
-    }
-    let outside = |n: &usize| !is_stage(own, *n) && !own.get(n).is_some_and(is_expert);
-    let region: Vec<usize> = own.keys().copied().filter(outside).chain(related.iter().copied()).collect();
-    let mut candidates: Vec<Candidate> = Vec::new();
-    for &n in &region {
-        let name = &names[n];
-        let suffixes = ["weight", "weight_v", "parametrizations.weight.original1"];
-        let prefix = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
-        let (Some(prefix), [a, b], Content::Float(..)) = (prefix, &entries[n].shape[..], &entries[n].content) else {
-            continue;
-        };
-        if prefix.is_empty() {
-            continue;
-        }
-        let has_bias = names.iter().any(|name| *name == format!("{prefix}bias"));
-        candidates.push(Candidate { prefix: prefix.to_owned(), shape: [*a, *b], has_bias });
-    }
-    // The last word that is not a number or a wrapper.
-    let last_word = |candidate: &Candidate| {
-        let own = |word: &&str| !word.is_empty() && !WRAPPERS.contains(word) && word.parse::<usize>().is_err();
-        let base = candidate.prefix.strip_prefix(root).unwrap_or(&candidate.prefix);
-        words(base).rfind(own).unwrap_or_default().to_owned()
-    };
-    // A row of a network and its classifier has no words at all.
-    let is_known = |candidate: &&&Candidate| {
-        let word = last_word(candidate);
-        CLASSIFIERS.contains(&word.as_str()) || (word.is_empty() && !candidate.prefix.starts_with(root))
-    };
-    let module = |candidate: &Candidate| candidate.prefix.trim_end_matches('.').to_owned();
-    let parent = |candidate: &Candidate| {
-        let (parent, last) = module(candidate).rsplit_once('.').map(|(p, l)| (p.to_owned(), l.to_owned()))?;
-        last.parse::<usize>().is_ok().then_some(format!("{parent}."))
-    };
-    let rows: BTreeSet<String> = candidates
-        .iter()
-        .filter_map(parent)
-        .filter(|row| candidates.iter().filter(|other| parent(other).as_ref() == Some(row)).count() > 1)
-        .collect();
-    found.rows = rows.iter().cloned().collect();
-    let features = features(own, entries);
-    let fits = |candidate: &&Candidate| {
-        let [a, b] = candidate.shape;
-        features.is_none_or(|features| b == features || (a == features && !candidate.has_bias))
-    };
-    let usable: Vec<&Candidate> = candidates
-        .iter()
-        .filter(|candidate| !words(&candidate.prefix).any(|word| TRAINING_ONLY.contains(&word)))
-        .filter(|candidate| !parent(candidate).is_some_and(|row| rows.contains(&row)))
-        .collect();
-    let chosen = match &choice.classifier {
-        Some(asked) => {
-            let asked = asked.trim_end_matches('.');
-            let is_asked = |candidate: &&Candidate| {
-                let name = module(candidate);
-                let own = name.strip_prefix(root.trim_end_matches('.')).map(|rest| rest.trim_start_matches('.'));
-                name == asked || own == Some(asked) || name.ends_with(&format!(".{asked}"))
-            };
-            let Some(candidate) = candidates.iter().find(is_asked) else {
-                let there = candidates.iter().map(module).collect();
-                return Err(FoldError::NoSuchClassifier { asked: asked.chars().take(100).collect(), there });
-            };
-            Some(candidate)
-        }
-        None => {
-            let known: Vec<&&Candidate> = usable.iter().filter(is_known).collect();
-            let fitting: Vec<&&Candidate> = known.iter().copied().filter(|candidate| fits(candidate)).collect();
-            match (known.as_slice(), fitting.as_slice()) {
-                // By its name alone: what does not fit is refused by its shape.
-                ([one], _) | (_, [one]) => Some(**one),
-                (_, [_, _, ..]) => {
-                    let sets = fitting.iter().map(|candidate| module(candidate)).collect();
-                    return Err(FoldError::SeveralClassifiers { names: sets });
-                }
-                _ => None,
-            }
-        }
-    };
-    let Some(chosen) = chosen else {
-        found.likely_classifiers = usable.iter().filter(|candidate| fits(candidate)).map(|c| module(c)).collect();
-        return Ok(None);
-    };
-    let classes = |candidate: &Candidate| {
-        let [a, b] = candidate.shape;
-        if features == Some(a) && features != Some(b) { b } else { a }
-    };
-    let is_factor = |n: &usize| {
-        let last = words(&names[*n]).next_back().unwrap_or_default();
-        SCALES.contains(&last) && entries[*n].shape.iter().product::<usize>() == classes(chosen)
-    };
-    let tensors = region.iter().copied().filter(|n| names[*n].starts_with(&chosen.prefix) || is_factor(n)).collect();
-    let in_classifier = |n: &&usize| names[**n].starts_with(&chosen.prefix);
-    found.is_cosine = root.split('.').any(|word| word == "feat_model")
-        && region.iter().filter(in_classifier).all(|n| {
-            entries[*n].dictionary.last().is_some_and(|d| d == "classifier") && !entries[*n].name.contains("fc.")
-        })
-        && !chosen.has_bias;
-    Ok(Some(Classifier { prefix: chosen.prefix.clone(), tensors }))
-}
-
-/// Channels of the last stage, which its last norm tells.
-fn features<P>(own: &BTreeMap<usize, String>, entries: &[Entry<P>]) -> Option<usize> {
-    let place = |name: &str| {
-        let mut parts = words(name.strip_prefix("layer")?.strip_suffix(".running_mean")?);
-        let number = |text: &str| text.parse::<usize>().ok();
-        let (stage, block) = (number(parts.next()?)?, number(parts.next()?)?);
-        Some((stage, block, number(parts.next()?.strip_prefix("bn")?)?))
-    };
-    let norms = own.iter().filter_map(|(n, name)| Some((place(name)?, *n)));
-    norms.max().and_then(|(_, n)| entries[n].shape.first().copied())
-}
-
 /// What is left out, a few words for each group: another network, a dictionary that holds none, a copy or a projection that
-/// training alone needs.
-fn summary<P>(
-    names: &[String],
-    left: &[usize],
-    entries: &[Entry<P>],
-    others: &BTreeSet<String>,
-    rows: &[String],
-) -> Vec<String> {
+/// training alone needs. `whole` are prefixes of what is told as one.
+fn summary<P>(names: &[String], left: &[usize], entries: &[Entry<P>], whole: &[&str]) -> Vec<String> {
     let group = |n: usize| {
         let name = names[n].as_str();
-        if let Some(first) = entries[n].dictionary.first().filter(|d| NOT_WEIGHTS.contains(&d.as_str())) {
+        if let Some(first) = entries[n].dictionary.first().filter(|_| entries[n].is_remembered()) {
             return first.clone();
         }
         // The longest, since one network's names may begin as another's.
-        let whole = others.iter().chain(rows).filter(|prefix| name.starts_with(prefix.as_str()));
-        if let Some(prefix) = whole.max_by_key(|prefix| prefix.len()) {
+        if let Some(prefix) = whole.iter().filter(|prefix| name.starts_with(**prefix)).max_by_key(|prefix| prefix.len())
+        {
             return if prefix.is_empty() { "names without a prefix".to_owned() } else { name_of(prefix) };
         }
         let parts: Vec<&str> = words(name).collect();
@@ -511,9 +625,14 @@ fn summary<P>(
         [one] => match (&entries[*one].content, entries[*one].shape.as_slice()) {
             (_, []) => format!("{} (a number)", names[*one]),
             (Content::Other(kind), shape) => format!("{} ({kind} {shape:?})", names[*one]),
-            (Content::Float(..), shape) => format!("{} ({shape:?})", names[*one]),
+            (_, shape) => format!("{} ({shape:?})", names[*one]),
         },
         several => format!("{group} ({} tensors)", several.len()),
     };
-    groups.into_iter().map(told).collect()
+    let more = groups.len().saturating_sub(LISTED);
+    let mut told: Vec<String> = groups.into_iter().take(LISTED).map(told).collect();
+    if more > 0 {
+        told.push(format!("and {more} more"));
+    }
+    told
 }
