@@ -53,6 +53,8 @@ pub mod evaluate;
 pub mod fold;
 #[cfg(feature = "fold")]
 pub mod metrics;
+#[cfg(feature = "fold")]
+pub mod quantize;
 #[cfg(feature = "serve")]
 pub mod registry;
 #[cfg(feature = "serve")]

@@ -1,6 +1,7 @@
 //! What a manifest says of a network of whole numbers: how it was made, and what that changed.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -106,6 +107,38 @@ impl Quantization {
                 let [low, high] = difference.interval;
                 [difference.value, low, high].into_iter().try_for_each(|number| finite(metric, number))?;
             }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Certificate {
+    /// A line for all and one for each slice.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let own = if self.fitted_to_them { ", which its calibration was fitted to" } else { "" };
+        writeln!(
+            f,
+            "certificate {} images of {}{own}; {} scores, uniform prior; both say the same of {:.2} %",
+            self.images,
+            self.data,
+            self.scorer,
+            100.0 * self.agreement
+        )?;
+        for slice in &self.slices {
+            write!(f, "            {:<8}{:>7} images", slice.slice, slice.images)?;
+            let shown = [
+                ("top1", "top-1", 100.0, 2),
+                ("nll", "NLL", 1.0, 4),
+                ("classwise_ece", "cw-ECE", 100.0, 2),
+                ("posterior_coverage", "coverage", 100.0, 2),
+                ("posterior_size", "set size", 1.0, 3),
+            ];
+            for (metric, name, factor, digits) in shown {
+                let Some(Difference { value, interval: [low, high] }) = slice.differences.get(metric) else { continue };
+                let [value, low, high] = [value, low, high].map(|number| number * factor);
+                write!(f, "  {name} {value:+.digits$} [{low:+.digits$}, {high:+.digits$}]")?;
+            }
+            writeln!(f)?;
         }
         Ok(())
     }

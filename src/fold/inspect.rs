@@ -258,6 +258,21 @@ fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
             let _ = writeln!(out, "            {what}");
         }
     }
+    if let Some(quantization) = &fold.quantization {
+        let _ = writeln!(
+            out,
+            "precision   int8, from {}: {} layers, weights in {} bits, ranges of {} pictures{}",
+            quantization.from,
+            quantization.layers,
+            quantization.weight_bits,
+            quantization.images,
+            if quantization.proved { "" } else { "; unproved: not every bound of the certificate is kept" }
+        );
+        for layer in &quantization.float_layers {
+            let _ = writeln!(out, "            {} in float32: {}", layer.name, layer.reason);
+        }
+        let _ = write!(out, "{}", quantization.certificate);
+    }
     let _ = writeln!(out, "model       sha256 {}", manifest.model.sha256);
     out
 }

@@ -14,6 +14,7 @@ mod ingest;
 pub mod inspect;
 pub mod onnx;
 pub mod preprocessing;
+pub mod quantize;
 pub mod reference;
 pub mod verify;
 

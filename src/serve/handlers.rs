@@ -154,6 +154,7 @@ pub(crate) async fn models(State(app): State<App>) -> Json<ModelList> {
         default: default.as_ref().is_some_and(|d| Arc::ptr_eq(d, model)),
         arch: model.manifest.arch.clone(),
         classes: model.manifest.classes.len(),
+        precision: model.manifest.precision(),
     };
     Json(ModelList { models: app.registry.models().iter().map(summary).collect() })
 }

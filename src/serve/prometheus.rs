@@ -1,7 +1,7 @@
 //! What /metrics tells. Labels come from loaded models, groups, stages and codes, never from a client's string.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -128,6 +128,15 @@ struct OutcomeLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct BuildLabels {
     version: &'static str,
+    /// Of the models that are served, each once.
+    precision: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct InfoLabels {
+    model: String,
+    version: String,
+    precision: &'static str,
 }
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
@@ -162,6 +171,8 @@ pub(crate) struct Telemetry {
     capacity: Family<ModelLabels, Gauge>,
     running: Family<ModelLabels, Gauge>,
     ready: Family<VersionLabels, Gauge>,
+    build: Family<BuildLabels, Gauge>,
+    info: Family<InfoLabels, Gauge>,
     worker_panics: Counter,
     /// Open connections.
     pub(crate) connections: Gauge,
@@ -205,15 +216,17 @@ impl Telemetry {
             capacity: Family::default(),
             running: Family::default(),
             ready: Family::default(),
+            build: Family::default(),
+            info: Family::default(),
             worker_panics: Counter::default(),
             connections: Gauge::default(),
             in_flight: Gauge::default(),
         };
+        let (build, info) = (telemetry.build.clone(), telemetry.info.clone());
         let Self { all, .. } = &mut telemetry;
         // Not OpenMetrics' own kind for this, `info`: readers of Prometheus' format stumble over it.
-        let build = Family::<BuildLabels, Gauge>::default();
-        build.get_or_create(&BuildLabels { version: env!("CARGO_PKG_VERSION") }).set(1);
-        all.register("build_info", "1, labelled with the server's version", build);
+        all.register("build_info", "1, labelled with the server's version and what its models compute with", build);
+        all.register("model_info", "1, labelled with what a model computes with", info);
         macro_rules! register {
             ($($field:ident $name:literal $help:literal)*) => {
                 $(telemetry.all.register($name, $help, telemetry.$field.clone());)*
@@ -315,7 +328,15 @@ impl Telemetry {
             gauge.clear();
         }
         self.ready.clear();
+        self.build.clear();
+        self.info.clear();
+        let precisions: BTreeSet<&str> = registry.models().iter().map(|model| model.manifest.precision()).collect();
+        let precision = precisions.into_iter().collect::<Vec<_>>().join(",");
+        self.build.get_or_create(&BuildLabels { version: env!("CARGO_PKG_VERSION"), precision }).set(1);
         for model in registry.models() {
+            let (name, version) = (model.name.clone(), model.version.clone());
+            let labels = InfoLabels { model: name, version, precision: model.manifest.precision() };
+            self.info.get_or_create(&labels).set(1);
             let labels = ModelLabels { model: model.name.clone() };
             // Versions of a model have an engine each; its gauges are their sums.
             self.queue.get_or_create(&labels).inc_by(model.engine.queued() as i64);

@@ -363,6 +363,8 @@ pub(crate) struct ModelSummary {
     pub(crate) arch: String,
     /// Number of classes.
     pub(crate) classes: usize,
+    /// What it computes with: `float32` or `int8`.
+    pub(crate) precision: &'static str,
 }
 
 /// A model's card.
@@ -375,6 +377,8 @@ pub(crate) struct ModelCard {
     pub(crate) version: String,
     /// Where it runs: `cpu` or `cuda`.
     pub(crate) device: String,
+    /// What it computes with: `float32` or `int8`.
+    pub(crate) precision: &'static str,
     /// What a score is.
     pub(crate) scale: Scale,
     /// The content of `calibration.json` without its tables; null if scores are the softmax.
@@ -476,6 +480,7 @@ impl ModelCard {
         Ok(Self {
             name: model.name.clone(),
             version: model.version.clone(),
+            precision: model.manifest.precision(),
             device: model.device.to_string(),
             scale: model.scorer.scale(),
             calibration: calibration

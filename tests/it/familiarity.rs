@@ -22,7 +22,7 @@ fn noise(seed: u64) -> Vec<u8> {
     bytes.into_inner()
 }
 
-fn copied(folder: &Path) -> PathBuf {
+pub(crate) fn copied(folder: &Path) -> PathBuf {
     let bundle = folder.join("models/own/1");
     fs::create_dir_all(&bundle).unwrap();
     for file in fs::read_dir(root().join("models/cifar10-lt/1")).unwrap() {
@@ -33,7 +33,7 @@ fn copied(folder: &Path) -> PathBuf {
 }
 
 /// Class folders of pictures of plain hues with some texture, which the shipped network has never seen; no two sets share one.
-fn set(folder: &Path, images: usize, seed: u64) -> PathBuf {
+pub(crate) fn set(folder: &Path, images: usize, seed: u64) -> PathBuf {
     let mut random = fastrand::Rng::with_seed(seed);
     for class in ["airplane", "cat", "ship"] {
         let of_class = folder.join(class);

@@ -26,6 +26,7 @@ mod onnx;
 mod operations;
 mod origins;
 mod pixels;
+mod quantize;
 mod server;
 mod support;
 #[cfg(feature = "train")]

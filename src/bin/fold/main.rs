@@ -4,6 +4,7 @@ mod calibrate;
 mod dataset;
 mod evaluate;
 mod export;
+mod quantize;
 mod train;
 mod training_set;
 
@@ -39,6 +40,8 @@ enum Command {
     Export(Box<export::Export>),
     /// Fits a bundle's scores to held-out images, so that they are probabilities, and writes calibration.json
     Calibrate(calibrate::Calibrate),
+    /// Makes a bundle of 8-bit whole numbers of a bundle, about twice as fast on a processor, and proves what that changes
+    Quantize(Box<quantize::Quantize>),
     /// Measures a bundle on a test set: accuracy, likelihood, calibration and prediction sets, with confidence
     /// intervals and a report
     Evaluate(evaluate::Evaluate),
@@ -70,6 +73,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Train(args) => train::run(*args),
         Command::Export(args) => export::run(*args),
         Command::Calibrate(args) => calibrate::run(args),
+        Command::Quantize(args) => quantize::run(*args),
         Command::Evaluate(args) => evaluate::run(args),
         Command::Inspect { path, overrides } if path.join("manifest.json").exists() => {
             refuse_flags(overrides, &path, "a folder")?;

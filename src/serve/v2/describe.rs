@@ -89,6 +89,7 @@ pub(super) fn config(model: &ServedModel, max_images: usize) -> serde_json::Valu
         "max_batch_size": max_images,
         "input": inputs,
         "output": tensors(&info.outputs),
+        "parameters": {"precision": {"string_value": model.manifest.precision()}},
     })
 }
 

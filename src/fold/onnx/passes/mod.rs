@@ -5,6 +5,7 @@ pub mod ends;
 mod experts;
 mod merge;
 mod nbn;
+pub mod quantize;
 
 pub use merge::Merged;
 pub use nbn::{Direction, NormalizedLayer};
