@@ -185,7 +185,7 @@ impl Plan {
             }
             let whole = |name: Option<&str>| name.is_some_and(|name| plan.values.contains_key(name));
             match node.op() {
-                "Add" if whole(node.input(0)) && whole(node.input(1)) => {
+                "Add" | "Mul" if whole(node.input(0)) && whole(node.input(1)) => {
                     let (value, activation) = written(n);
                     if !floats.contains(&value) {
                         plan.others.insert(n);
@@ -196,7 +196,7 @@ impl Plan {
                     plan.others.insert(n);
                     plan.write(output(n), None);
                 }
-                "GlobalAveragePool" | "AveragePool" if whole(node.input(0)) && !floats.contains(&output(n)) => {
+                "GlobalAveragePool" | "AveragePool" | "Sigmoid" | "LeakyRelu" if whole(node.input(0)) && !floats.contains(&output(n)) => {
                     plan.others.insert(n);
                     plan.write(output(n), None);
                 }
