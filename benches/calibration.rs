@@ -67,6 +67,7 @@ fn options() -> CalibrateOptions {
         seed: 0,
         groups: None,
         training_overlap: TrainingOverlap::NotChecked,
+        pixels: nbn::bundle::Pixels::Exact,
         command,
     }
 }

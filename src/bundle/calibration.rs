@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::familiarity::FamiliarityRecord;
 use super::manifest::{MAX_COUNT, cut};
-use super::{Class, Group, Manifest, sha256_hex};
+use super::{Class, Group, Manifest, Pixels, sha256_hex};
 
 /// Version of the file's form that this build writes.
 pub const CALIBRATION_SCHEMA_VERSION: u32 = 2;
@@ -216,6 +216,9 @@ pub struct FitReport {
     pub images: u64,
     /// Whether they were compared with the training images.
     pub training_overlap: TrainingOverlap,
+    /// Which pixels of JPEGs the network saw.
+    #[serde(default, skip_serializing_if = "Pixels::is_exact")]
+    pub pixels: Pixels,
     /// Cross-validation of every rung that the samples allow.
     pub ladder: Vec<RungReport>,
     /// The softmax of the logits, on the calibration images.

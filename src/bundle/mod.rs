@@ -37,7 +37,9 @@ pub use manifest::{
     Alpha, Class, DATA_FILE, Ending, ExpectedProof, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest,
     ManifestError, OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
 };
-pub use preprocessing::{Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Preprocessing, Resize, Scale, Size};
+pub use preprocessing::{
+    Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Pixels, Preprocessing, Resize, Scale, Size,
+};
 pub use quantization::{Certificate, CertifiedSlice, Difference, Quantization};
 pub use repository::{Repository, VersionFolder, VersionPolicy};
 

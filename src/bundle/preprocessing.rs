@@ -205,6 +205,31 @@ pub enum Layout {
     Nhwc,
 }
 
+/// Which pixels of a JPEG are decoded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Pixels {
+    /// All of them, as Pillow does.
+    #[default]
+    Exact,
+    /// Every second, fourth or eighth, by libjpeg's scaled transform, where at least twice as many are left as the picture
+    /// is resized to.
+    Fast,
+}
+
+impl Pixels {
+    /// Whether these are all.
+    pub fn is_exact(&self) -> bool {
+        *self == Self::Exact
+    }
+
+    /// `exact` or `fast`.
+    pub fn name(self) -> &'static str {
+        if self == Self::Fast { "fast" } else { "exact" }
+    }
+}
+
 /// What a picture is resized to.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
@@ -334,6 +359,15 @@ impl Preprocessing {
         match self.layout {
             Layout::Nchw => [channels, height, width],
             Layout::Nhwc => [height, width, channels],
+        }
+    }
+
+    /// The longest side, in pixels, that a picture's shorter side is resized to; none where it is not resized.
+    pub fn resized_side(&self) -> Option<u32> {
+        match self.resize {
+            Resize::ShorterSide(side) => Some(side),
+            Resize::Cover(size) | Resize::Fit(size) | Resize::Both(size) => Some(size.height.max(size.width)),
+            Resize::None => None,
         }
     }
 

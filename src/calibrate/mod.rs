@@ -12,7 +12,7 @@ mod optimize;
 use std::time::SystemTime;
 
 use crate::bundle::{
-    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest,
+    CALIBRATION_SCHEMA_VERSION, Calibration, ClassCalibration, FitMetrics, FitReport, KappaSource, Manifest, Pixels,
     PosteriorTable, Rung, SetTables, Status, TrainingOverlap, inputs_sha256, train_prior,
 };
 use crate::data::LabelledLogits;
@@ -46,6 +46,8 @@ pub struct CalibrateOptions {
     pub groups: Option<Vec<usize>>,
     /// Whether the images were compared with the training images.
     pub training_overlap: TrainingOverlap,
+    /// Which pixels of JPEGs the network saw.
+    pub pixels: Pixels,
     /// The command line, for the record.
     pub command: String,
 }
@@ -276,6 +278,7 @@ fn report(
         command: options.command.clone(),
         images: logits.len() as u64,
         training_overlap: options.training_overlap,
+        pixels: options.pixels,
         ladder,
         before: FitMetrics { nll: nll / n, ece: metrics::ece(&confidence, &hits), accuracy: mean(&hits) },
         after: FitMetrics {

@@ -11,10 +11,10 @@ use sha2::{Digest, Sha256};
 
 use super::source::{content, read};
 use super::{DataError, LabelledImages};
-use crate::bundle::{Bundle, Exif};
+use crate::bundle::{Bundle, Exif, Pixels};
 use crate::classify::{Classifier, ClassifyError, Prediction};
 use crate::files;
-use crate::pixels::{DecodeLimits, Picture};
+use crate::pixels::{DecodeLimits, Picture, Preprocessor};
 use crate::runtime::{Library, SessionOptions};
 use crate::scores::{Logits, LogitsError, centre};
 
@@ -213,8 +213,23 @@ pub fn answers_of(
     images: &LabelledImages,
     progress: &(dyn Fn() + Sync),
 ) -> Result<Answers, DataError> {
+    answers_with(bundle, library, options, images, Pixels::Exact, progress)
+}
+
+/// As [`answers_of`], of these pixels. The hashes are always of all of them.
+///
+/// # Errors
+/// As [`answers_of`].
+pub fn answers_with(
+    bundle: &Bundle,
+    library: &Library,
+    options: SessionOptions,
+    images: &LabelledImages,
+    pixels: Pixels,
+    progress: &(dyn Fn() + Sync),
+) -> Result<Answers, DataError> {
     let rows: Mutex<Vec<Option<(Prediction, PixelHash)>>> = Mutex::new(vec![None; images.len()]);
-    each_answer(bundle, library, options, images, progress, &|index, prediction, picture| {
+    each_answer(bundle, library, options, images, pixels, progress, &|index, prediction, picture| {
         let row = (prediction, hash_of(picture));
         rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = Some(row);
     })?;
@@ -243,14 +258,20 @@ pub fn each_answer(
     library: &Library,
     options: SessionOptions,
     images: &LabelledImages,
+    pixels: Pixels,
     progress: &(dyn Fn() + Sync),
     take: &(dyn Fn(usize, Prediction, &Picture) + Sync),
 ) -> Result<(), DataError> {
-    each(images, bundle.manifest.preprocessing.exif, progress, || {
-        let (classifier, _) = Classifier::open(bundle, library, options, DecodeLimits::OFFLINE)?;
+    let limits = DecodeLimits { pixels, ..DecodeLimits::OFFLINE };
+    let exif = bundle.manifest.preprocessing.exif;
+    let least = Preprocessor::new(bundle.manifest.preprocessing.clone(), limits).least();
+    each(images, exif, progress, || {
+        let (classifier, _) = Classifier::open(bundle, library, options, limits)?;
         let mut classifier = classifier.with_features().with_looks();
         Ok(move |index: usize, picture: &Picture| {
-            take(index, classifier.answer(picture)?, picture);
+            // What can be decoded whole can be decoded in part.
+            let fewer = least.and_then(|least| images.picture_at_least(index, exif, &limits, Some(least)).ok());
+            take(index, classifier.answer(fewer.as_ref().unwrap_or(picture))?, picture);
             Ok(())
         })
     })

@@ -11,7 +11,7 @@ use super::table::{self, Columns};
 use crate::bundle::{Exif, sha256_hex};
 use crate::gzip::Gunzip;
 use crate::listing::{Found, PassedOver, endings, is_hidden, labelled, walk};
-use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode, has_picture_ending};
+use crate::pixels::{DecodeLimits, ENDINGS, Picture, RgbImage, decode_at_least, has_picture_ending};
 use crate::stop::Stop;
 
 const CIFAR_SIDE: usize = 32;
@@ -260,10 +260,24 @@ impl LabelledImages {
     /// # Errors
     /// A sentence without the image's name.
     pub fn picture(&self, index: usize, exif: Exif, limits: &DecodeLimits) -> Result<Picture, String> {
+        self.picture_at_least(index, exif, limits, None)
+    }
+
+    /// As [`Self::picture`], or of a JPEG as few pixels as leave `least` along the shorter side.
+    ///
+    /// # Errors
+    /// As [`Self::picture`].
+    pub fn picture_at_least(
+        &self,
+        index: usize,
+        exif: Exif,
+        limits: &DecodeLimits,
+        least: Option<u32>,
+    ) -> Result<Picture, String> {
         match (&self.items[index], &self.store) {
             (Item::File(path), _) => {
                 let bytes = fs::read(path).map_err(|error| error.to_string())?;
-                decode(&bytes, exif, limits, &Stop::default()).map_err(|error| error.to_string())
+                decode_at_least(&bytes, exif, limits, &Stop::default(), least).map_err(|error| error.to_string())
             }
             (Item::Raw { at }, Some(store)) => Picture::try_from(store.picture(*at)).map_err(|error| error.to_string()),
             (Item::Raw { .. }, None) => Err("has no pixels".into()),

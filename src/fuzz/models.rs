@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView4, Axis};
 use serde_json::{Value, json};
 
-use crate::bundle::{BoundCalibration, Calibration, Class, Manifest, inputs_sha256};
+use crate::bundle::{BoundCalibration, Calibration, Class, Manifest, Pixels, inputs_sha256};
 use crate::classify::{Classifier, ClassifyError, Input, Prediction, Scorer};
 use crate::engine::{Budget, Engine};
 use crate::pixels::DecodeLimits;
@@ -16,7 +16,7 @@ use crate::stop::Stop;
 /// Height and width of the networks' input, in pixels.
 const SIDE: usize = 8;
 /// How large a picture may be: small enough for many a second.
-const LIMITS: DecodeLimits = DecodeLimits { max_pixels: 1 << 20, max_decoded_bytes: 16 << 20 };
+const LIMITS: DecodeLimits = DecodeLimits { max_pixels: 1 << 20, max_decoded_bytes: 16 << 20, pixels: Pixels::Exact };
 
 /// A bundle's description with so many classes, whose preprocessing leaves bytes as they are.
 pub(super) fn manifest(classes: usize) -> Manifest {
@@ -131,6 +131,7 @@ pub(super) fn served() -> ServedModel {
         evaluation: None,
         device: Device::Cpu,
         max_batch,
+        pixels: Pixels::Exact,
         engine,
         requests: RequestStats::default(),
     }

@@ -24,6 +24,20 @@ const HEAD_BYTES: u64 = 16 << 20;
 /// # Errors
 /// See [`DecodeError`]; both limits are held before the picture's memory is allocated.
 pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> Result<Picture, DecodeError> {
+    decode_at_least(bytes, exif, limits, stop, None)
+}
+
+/// As [`decode`], or smaller: of JPEGs as few pixels as leave `least` of them along the shorter side.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_at_least(
+    bytes: &[u8],
+    exif: Exif,
+    limits: &DecodeLimits,
+    stop: &Stop,
+    least: Option<u32>,
+) -> Result<Picture, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
@@ -39,7 +53,7 @@ pub fn decode(bytes: &[u8], exif: Exif, limits: &DecodeLimits, stop: &Stop) -> R
     // some do on files that they did not expect.
     let watch = Watch::new(stop, limits.max_decoded_bytes);
     let decoded = catch_unwind(AssertUnwindSafe(|| match format {
-        ImageFormat::Jpeg => jpeg::read(bytes, exif, limits, &watch),
+        ImageFormat::Jpeg => jpeg::read(bytes, exif, limits, &watch, least),
         _ => read(bytes, format, exif, limits, &watch),
     }));
     let decoded = decoded.unwrap_or_else(|panic| {

@@ -19,6 +19,10 @@ const SCANS: u64 = 64;
 const SMALL: u64 = 1_000_000;
 /// Scans of the smallest picture.
 const MOST_SCANS: u64 = 1000;
+/// Steps from pixel to pixel that libjpeg's scaled transform has, the largest first.
+const STEPS: [u32; 3] = [8, 4, 2];
+/// What it counts sizes in.
+const EIGHTHS: u32 = 8;
 /// Bytes of lines between two looks at the stop.
 const LINES: usize = 256 << 10;
 
@@ -26,9 +30,15 @@ fn damaged(reason: impl ToString) -> DecodeError {
     DecodeError::Damaged { format: "JPEG", reason: reason.to_string() }
 }
 
-/// The picture as it is stored, and how it is to be turned when that is asked. libjpeg's fatal errors unwind out of this
-/// function.
-pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watch<'_>) -> Result<Stored, DecodeError> {
+/// The picture as it is stored, or every second, fourth or eighth pixel of it while its shorter side keeps `least` of them,
+/// and how it is to be turned when that is asked. libjpeg's fatal errors unwind out of this function.
+pub(super) fn read(
+    bytes: &[u8],
+    exif: Exif,
+    limits: &DecodeLimits,
+    watch: &Watch<'_>,
+    least: Option<u32>,
+) -> Result<Stored, DecodeError> {
     let has_end = scans(bytes);
     // Without one, a picture of a single scan is whole all the same if libjpeg never asks for what lies behind the file.
     let no_end = || damaged("its last scan has no end");
@@ -42,7 +52,7 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watc
     // is decoded with the lines that are read, and faster from bytes that lie together.
     let input = if count > 1 { Watched::with_pauses(bytes, watch, scans) } else { Watched::whole(bytes, watch) };
     let wanted: &[Marker] = if exif == Exif::Apply { &[APP1] } else { &[] };
-    let decompress = Decompress::with_markers(wanted).from_reader(input).map_err(damaged)?;
+    let mut decompress = Decompress::with_markers(wanted).from_reader(input).map_err(damaged)?;
     let orientation = blocks(decompress.markers().map(|marker| marker.data)).orientation();
     let inks = matches!(decompress.color_space(), ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK);
     // JPEG's sizes have 16 bits.
@@ -54,8 +64,15 @@ pub(super) fn read(bytes: &[u8], exif: Exif, limits: &DecodeLimits, watch: &Watc
     if count > limit {
         return Err(DecodeError::TooManyScans { scans: count, width, height, limit });
     }
+    let fits = |step: &u32| least.is_some_and(|least| width.min(height) / step >= least);
+    let step = STEPS.into_iter().find(fits).unwrap_or(1);
+    if step > 1 {
+        decompress.scale((EIGHTHS / step) as u8);
+    }
     let scanlines = if inks { decompress.to_colorspace(ColorSpace::JCS_CMYK) } else { decompress.rgb() };
     let mut scanlines = scanlines.map_err(damaged)?;
+    // libjpeg rounds up.
+    let (width, height) = (scanlines.width() as u32, scanlines.height() as u32);
     let line = width as usize * if inks { 4 } else { 3 };
     let mut pixels = vec![0u8; line * height as usize];
     for lines in pixels.chunks_mut(line * (LINES / line).max(1)) {

@@ -3,29 +3,33 @@
 use image::RgbImage;
 use image::metadata::Orientation;
 
+use crate::bundle::Pixels;
+
 /// A picture as it is stored, and how it is to be turned when that is asked.
 pub(super) type Stored = (RgbImage, Option<Orientation>);
 
 /// What decoding takes of nearly every picture: a progressive JPEG has six bytes of coefficients and three of colours.
 const BYTES_PER_PIXEL: u64 = 12;
 
-/// How large a picture may be.
+/// How large a picture may be, and which of its pixels are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeLimits {
     /// Width × height, read from the header.
     pub max_pixels: u64,
     /// Bytes that decoding may allocate, the decoded picture included.
     pub max_decoded_bytes: u64,
+    /// Of JPEGs that are resized.
+    pub pixels: Pixels,
 }
 
 impl DecodeLimits {
     /// For the user's own pictures, offline: as many pixels as Pillow opens.
-    pub const OFFLINE: Self = Self { max_pixels: 178_956_970, max_decoded_bytes: 2 << 30 };
+    pub const OFFLINE: Self = Self { max_pixels: 178_956_970, max_decoded_bytes: 2 << 30, pixels: Pixels::Exact };
 
     /// So many pixels, and the memory that any format takes for them.
     pub fn of_pixels(max_pixels: u64) -> Self {
         let max_decoded_bytes = max_pixels.saturating_mul(BYTES_PER_PIXEL).max(Self::default().max_decoded_bytes);
-        Self { max_pixels, max_decoded_bytes }
+        Self { max_pixels, max_decoded_bytes, pixels: Pixels::Exact }
     }
 
     /// Refuses a picture without pixels, and one of this size, which takes `bytes` to decode, when that is too much.
@@ -45,7 +49,7 @@ impl DecodeLimits {
 
 impl Default for DecodeLimits {
     fn default() -> Self {
-        Self { max_pixels: 40_000_000, max_decoded_bytes: 512 << 20 }
+        Self { max_pixels: 40_000_000, max_decoded_bytes: 512 << 20, pixels: Pixels::Exact }
     }
 }
 

@@ -15,7 +15,7 @@ mod tiff_planes;
 mod tiff_samples;
 mod webp;
 
-pub use decode::decode;
+pub use decode::{decode, decode_at_least};
 pub use image::RgbImage;
 pub use limits::{DecodeError, DecodeLimits};
 pub use look::look;
@@ -26,11 +26,14 @@ pub(crate) use resize::{shorter_side_then_centre_crop, stretch};
 
 use std::path::Path;
 
-use crate::bundle::{Color, Preprocessing, Scale};
+use crate::bundle::{Color, Pixels, Preprocessing, Scale};
 use crate::stop::Stop;
 
 /// Endings of the files that are taken for pictures when a folder is read.
 pub const ENDINGS: [&str; 12] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"];
+
+/// Pixels that a picture keeps for each that it is resized to, where not all of them are decoded.
+const SPARE: u32 = 2;
 
 /// Whether `path` ends as a picture does, in upper or lower case.
 pub fn has_picture_ending(path: &Path) -> bool {
@@ -76,8 +79,14 @@ impl Preprocessor {
     /// # Errors
     /// When the bytes are no picture of a known format, are damaged, or exceed the limits, or `stop` is asked for.
     pub fn decode(&self, bytes: &[u8], stop: &Stop) -> Result<Picture, DecodeError> {
-        let picture = decode(bytes, self.settings.exif, &self.limits, stop)?;
+        let picture = decode_at_least(bytes, self.settings.exif, &self.limits, stop, self.least())?;
         Ok(if self.settings.color == Color::Grey { picture.grey() } else { picture })
+    }
+
+    /// Pixels along a picture's shorter side that suffice, where not all of them are decoded.
+    pub fn least(&self) -> Option<u32> {
+        let side = self.settings.resized_side().filter(|_| self.limits.pixels == Pixels::Fast);
+        side.map(|side| side.saturating_mul(SPARE))
     }
 
     /// Decodes, turns upright if asked, resizes, crops and normalises: as [`Self::normalize`].

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
-use crate::bundle::{Bundle, BundleError, Repository, VersionFolder, VersionPolicy, sha256_hex};
+use crate::bundle::{Bundle, BundleError, Pixels, Repository, VersionFolder, VersionPolicy, sha256_hex};
 use crate::engine::Budget;
 use crate::pixels::DecodeLimits;
 use crate::runtime::{Library, NetworkCache, SessionOptions};
@@ -53,6 +53,8 @@ pub struct RegistryOptions {
     pub require_calibration: bool,
     /// How each model is opened.
     pub model: ModelOptions,
+    /// Which pixels of JPEGs the models of these names see, if not those of `model`.
+    pub pixels: BTreeMap<String, Pixels>,
 }
 
 struct Slot {
@@ -289,7 +291,9 @@ impl Registry {
             if options.require_calibration && bundle.calibration.is_none() {
                 return Err(RegistryError::NotCalibrated { name: name.into(), version: number.to_string() });
             }
-            ServedModel::start(bundle, library, &options.model, self.budget.clone())
+            let mut own = options.model.clone();
+            own.limits.pixels = options.pixels.get(&bundle.name).copied().unwrap_or(own.limits.pixels);
+            ServedModel::start(bundle, library, &own, self.budget.clone())
         });
         let outcome = match started {
             Ok(model) => {

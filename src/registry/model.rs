@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::{ModelOptions, RegistryError, RequestStats};
-use crate::bundle::{Bundle, Manifest};
+use crate::bundle::{Bundle, Manifest, Pixels};
 use crate::classify::{Classifier, ClassifyError, Scorer, network_file};
 use crate::engine::{Budget, Engine};
 use crate::runtime::{Device, Library, NetworkCache};
@@ -62,6 +62,8 @@ pub struct ServedModel {
     pub device: Device,
     /// The most pictures in one run of the network.
     pub max_batch: usize,
+    /// Which pixels of JPEGs it sees.
+    pub pixels: Pixels,
     /// Its queue and workers.
     pub engine: Engine,
     /// What became of its requests.
@@ -127,7 +129,15 @@ impl ServedModel {
         let manifest = Arc::new(manifest);
         let scorer = Scorer::new(manifest.clone(), calibration);
         let requests = RequestStats::default();
-        Ok(Self { name, version, manifest, scorer, evaluation, device, max_batch, engine, requests })
+        let pixels = limits.pixels;
+        let fitted = scorer.calibration().map(|calibration| calibration.content.fit.pixels);
+        if let Some(fitted) = fitted.filter(|fitted| *fitted != pixels) {
+            tracing::warn!(
+                model = %name, version = %version, pixels = pixels.name(), calibration = fitted.name(),
+                "the model's calibration was fitted to other pixels: run `nbn fold calibrate --pixels` as it is served"
+            );
+        }
+        Ok(Self { name, version, manifest, scorer, evaluation, device, max_batch, pixels, engine, requests })
     }
 }
 

@@ -6,7 +6,7 @@ use super::code::Code;
 use super::objects;
 use super::options::{Include, RequestOptions};
 use super::problem::Problem;
-use crate::bundle::{BoundCalibration, Group, Manifest, Question, Status};
+use crate::bundle::{BoundCalibration, Group, Manifest, Pixels, Question, Status};
 use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scored};
 use crate::registry::ServedModel;
 use crate::scores::{Familiar, Familiarities, PredictionSet, Prior, SetRequest, SetRung, SetScore};
@@ -98,6 +98,10 @@ pub(crate) struct ClassifyReply {
     /// The class prior of the scores: `uniform`, `train` or `custom`; absent if they are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prior: Option<&'static str>,
+    /// Which pixels of JPEGs were decoded: `fast`; absent if all were.
+    #[serde(skip_serializing_if = "Pixels::is_exact")]
+    #[cfg_attr(feature = "openapi", schema(required = false))]
+    pub(crate) pixels: Pixels,
     /// One per image, in order.
     pub(crate) results: Vec<ImageResult>,
 }
@@ -111,6 +115,7 @@ impl ClassifyReply {
             scale: model.scorer.scale(),
             calibration: calibration.map(|c| c.id.clone()),
             prior: rule.prior().map(Prior::name),
+            pixels: model.pixels,
             results,
         }
     }
@@ -379,6 +384,8 @@ pub(crate) struct ModelCard {
     pub(crate) device: String,
     /// What it computes with: `float32` or `int8`.
     pub(crate) precision: &'static str,
+    /// Which pixels of JPEGs it sees: `exact` or `fast`.
+    pub(crate) pixels: Pixels,
     /// What a score is.
     pub(crate) scale: Scale,
     /// The content of `calibration.json` without its tables; null if scores are the softmax.
@@ -481,6 +488,7 @@ impl ModelCard {
             name: model.name.clone(),
             version: model.version.clone(),
             precision: model.manifest.precision(),
+            pixels: model.pixels,
             device: model.device.to_string(),
             scale: model.scorer.scale(),
             calibration: calibration

@@ -349,7 +349,7 @@ fn run(inputs: &[&str], options: &SourceOptions, stdin: impl BufRead + Send + 's
     let (manifest, scorer) = (&model.manifest, &model.scorer);
     let rule = scorer.rule(ScoreRequest::default(), &Prior::default()).unwrap();
     let scoring = Scoring { manifest, scorer, rule, min_score: 0.0, columns };
-    let origin = Origin::new((&model.name, &model.version), &model.scorer, &scoring.rule);
+    let origin = Origin::new((&model.name, &model.version), &model.scorer, &scoring.rule, nbn::bundle::Pixels::Exact);
     let mut rows =
         RowWriter::new(Vec::new(), Form { format: Format::Csv, columns, classes: &manifest.classes, origin: &origin })
             .unwrap();

@@ -43,6 +43,7 @@ fn options(kappa: Kappa) -> CalibrateOptions {
         seed: 0,
         groups: None,
         training_overlap: TrainingOverlap::NotChecked,
+        pixels: nbn::bundle::Pixels::Exact,
         command: "test".into(),
     }
 }

@@ -1,6 +1,7 @@
 //! What an operator does: keys, TLS, configuration, reloading, watching.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -10,7 +11,7 @@ use nbn::registry::Registry;
 use nbn::serve::{self, Keys, Listeners, RequestLimits, ServeOptions, Tls};
 use serde_json::{Value, json};
 
-use crate::support::{Gated, Server, model, nbn, picture, repository, root, shipped, text};
+use crate::support::{Gated, Process, Server, model, nbn, picture, repository, root, shipped, text};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_swaps_under_load_fail_no_request() {
@@ -599,13 +600,13 @@ fn configuration_goes_flag_environment_file_default() {
 
 #[test]
 fn a_key_is_made_and_completions_are_printed() {
-    let out = crate::support::nbn(&["key", "alice", "--admin", "--concurrency", "4"]);
+    let out = nbn(&["key", "alice", "--admin", "--concurrency", "4"]);
     let lines = text(&out.stdout);
     let (key, line) = lines.trim().split_once('\n').unwrap();
     assert_eq!(line, format!("alice {} concurrency=4 admin", sha256_hex(key.as_bytes())));
     assert!(key.len() == 68 && Keys::parse(line, 0).is_ok());
-    assert!(!crate::support::nbn(&["key", "not a name"]).status.success());
-    assert!(text(&crate::support::nbn(&["completions", "bash"]).stdout).contains("--max-batch"));
+    assert!(!nbn(&["key", "not a name"]).status.success());
+    assert!(text(&nbn(&["completions", "bash"]).stdout).contains("--max-batch"));
 }
 
 #[tokio::test]
@@ -626,4 +627,45 @@ async fn the_page_and_the_documentation_are_served_under_a_strict_policy() {
         let body = answer.text().await.unwrap();
         assert!(!body.contains("src=\"http") && !body.contains("href=\"http"), "{path} loads from elsewhere");
     }
+}
+
+#[test]
+fn answers_rows_and_cards_say_when_not_all_pixels_are_decoded() {
+    let folder = tempfile::tempdir().unwrap();
+    let large = folder.path().join("large.jpg");
+    image::RgbImage::from_fn(640, 480, |x, y| image::Rgb([(x / 3) as u8, (y / 2) as u8, 90])).save(&large).unwrap();
+    let bytes = fs::read(&large).unwrap();
+    let rows = |flags: &[&str]| {
+        let fixed = ["score", "--model", "models/cifar10-lt", large.to_str().unwrap()];
+        let done = nbn(&[&fixed, flags].concat());
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        text(&done.stdout)
+    };
+    let (exact, fast) = (rows(&[]), rows(&["--pixels", "fast"]));
+    assert!(!exact.contains("pixels") && fast.contains(r#""pixels":"fast""#), "{fast}");
+    let csv = rows(&["--pixels", "fast", "--format", "csv"]);
+    assert!(
+        csv.lines().next().unwrap().ends_with(",pixels") && csv.lines().nth(1).unwrap().ends_with(",fast"),
+        "{csv}"
+    );
+    for (flags, expected) in [
+        (&["--pixels", "fast"][..], "fast"),
+        (&["--pixels", "cifar10-lt=fast"], "fast"),
+        (&["--pixels", "fast,cifar10-lt=exact"], "exact"),
+        (&[], "exact"),
+    ] {
+        let server = Process::serve(flags);
+        let card = server.get("/v1/models/cifar10-lt");
+        assert!(
+            card.contains(&format!(r#""pixels":"{expected}""#)) && card.contains(r#""precision":"float32""#),
+            "{card}"
+        );
+        let answer = server.post("/v1/classify", "image/jpeg", &bytes);
+        assert_eq!(answer.contains(r#""pixels":"fast""#), expected == "fast", "{answer}");
+        let metrics = server.get("/metrics");
+        assert!(metrics.contains(r#"precision="float32""#) && metrics.contains("nbn_model_info{"), "{metrics}");
+        server.terminate();
+    }
+    let refused = nbn(&["serve", "--pixels", "some"]);
+    assert!(text(&refused.stderr).contains("expected exact or fast"), "{refused:?}");
 }

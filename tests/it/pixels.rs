@@ -3,9 +3,9 @@
 use std::fs;
 
 use image::ImageFormat;
-use nbn::bundle::{Exif, Preprocessing};
+use nbn::bundle::{Exif, Pixels, Preprocessing};
 use nbn::fold::preprocessing::from_file;
-use nbn::pixels::{DecodeError, DecodeLimits, Preprocessor, decode};
+use nbn::pixels::{DecodeError, DecodeLimits, Preprocessor, decode, decode_at_least};
 use nbn::stop::Stop;
 use safetensors::SafeTensors;
 
@@ -216,4 +216,45 @@ fn formats_that_are_not_read_are_named() {
     };
     let error = decode(&float, Exif::Apply, &DecodeLimits::default(), &Stop::default()).unwrap_err().to_string();
     assert!(error.starts_with("this form of TIFF is not supported: its colours are CIELAB"), "{error}");
+}
+
+#[test]
+fn of_large_jpegs_fewer_pixels_are_decoded_where_that_is_asked_for() {
+    let image = image::RgbImage::from_fn(1000, 801, |x, y| {
+        let wave = |a: f64, b: f64| (127.0 + 100.0 * (a * f64::from(x) + b * f64::from(y)).sin()) as u8;
+        image::Rgb([wave(0.01, 0.003), wave(0.004, 0.012), wave(0.02, 0.0)])
+    });
+    let encoded = |format| {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    };
+    let (jpeg, png) = (encoded(ImageFormat::Jpeg), encoded(ImageFormat::Png));
+    let size = |bytes: &[u8], least| {
+        let limits = DecodeLimits::default();
+        decode_at_least(bytes, Exif::Apply, &limits, &Stop::default(), least).unwrap().dimensions()
+    };
+    // libjpeg rounds up what is left over; Pillow's `draft` gives the same sizes.
+    for (least, expected) in [
+        (None, (1000, 801)),
+        (Some(401), (1000, 801)),
+        (Some(400), (500, 401)),
+        (Some(201), (500, 401)),
+        (Some(200), (250, 201)),
+        (Some(100), (125, 101)),
+        (Some(1), (125, 101)),
+    ] {
+        assert_eq!(size(&jpeg, least), expected, "{least:?}");
+        assert_eq!(size(&png, least), (1000, 801), "{least:?}");
+    }
+    let of = |side, pixels| {
+        let limits = DecodeLimits { pixels, ..DecodeLimits::default() };
+        Preprocessor::new(preprocessing(side, side, Exif::Apply), limits).prepare(&jpeg, &Stop::default()).unwrap()
+    };
+    for (side, most) in [(32, 0.25), (64, 0.25), (200, 0.25), (256, 0.0), (500, 0.0)] {
+        let (exact, fast) = (of(side, Pixels::Exact), of(side, Pixels::Fast));
+        let largest = exact.iter().zip(&fast).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // More than 200 pixels are not twice in half of the shorter side: nothing changes.
+        assert!((largest > 0.0) == (most > 0.0) && largest <= most, "{side}: {largest}");
+    }
 }

@@ -228,6 +228,7 @@ impl Server {
     pub(crate) async fn over(repository: &Path, options: ServeOptions) -> Self {
         let cache = NetworkCache::at(repository.with_extension("cache"));
         let options_of_registry = RegistryOptions {
+            pixels: Default::default(),
             repository: repository.to_owned(),
             versions: VersionPolicy::Latest,
             default_model: None,
@@ -332,7 +333,18 @@ pub(crate) fn model_of(classifier: Classifier, manifest: Arc<Manifest>, queue: u
     let scorer = Scorer::new(manifest.clone(), None);
     let (name, version, requests) = ("test".into(), "1".into(), RequestStats::default());
     let device = Device::Cpu;
-    ServedModel { name, version, manifest, scorer, evaluation: None, device, max_batch, engine, requests }
+    ServedModel {
+        name,
+        version,
+        manifest,
+        scorer,
+        evaluation: None,
+        device,
+        max_batch,
+        pixels: nbn::bundle::Pixels::Exact,
+        engine,
+        requests,
+    }
 }
 
 /// A copy of the shipped repository that a test may change.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::bundle::{Class, Group, Manifest, sha256_hex};
+use crate::bundle::{Class, Group, Manifest, Pixels, sha256_hex};
 use crate::classify::{Decision, Prediction, Scale, ScoreRule, Scorer};
 use crate::features::{Feature, Missing};
 
@@ -89,14 +89,14 @@ pub struct Origin {
     /// are the softmax.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior: Option<String>,
+    /// Which pixels of JPEGs were decoded, if not all.
+    #[serde(skip_serializing_if = "Pixels::is_exact")]
+    pub pixels: Pixels,
 }
 
 impl Origin {
-    /// Names of the columns, in their order.
-    pub(super) const COLUMNS: [&'static str; 5] = ["model", "version", "scale", "calibration", "prior"];
-
-    /// The origin of what `scorer` of the model `(name, version)` scores by `rule`.
-    pub fn new((name, version): (&str, &str), scorer: &Scorer, rule: &ScoreRule) -> Self {
+    /// The origin of what `scorer` of the model `(name, version)` scores by `rule`, from these pixels.
+    pub fn new((name, version): (&str, &str), scorer: &Scorer, rule: &ScoreRule, pixels: Pixels) -> Self {
         Self {
             model: name.to_owned(),
             version: version.to_owned(),
@@ -106,18 +106,23 @@ impl Origin {
                 "custom" => format!("custom-{}", &sha256_hex(format!("{prior:?}").as_bytes())[..8]),
                 name => name.to_owned(),
             }),
+            pixels,
         }
     }
 
-    /// The fields, in the order of [`Origin::COLUMNS`].
-    pub(super) fn values(&self) -> [Option<&str>; 5] {
-        [
-            Some(&self.model),
-            Some(&self.version),
-            Some(self.scale.name()),
-            self.calibration.as_deref(),
-            self.prior.as_deref(),
-        ]
+    /// The columns and their values, in order. What is said in one form of rows is said in all.
+    pub(super) fn columns(&self) -> Vec<(&'static str, Option<&str>)> {
+        let mut columns = vec![
+            ("model", Some(self.model.as_str())),
+            ("version", Some(self.version.as_str())),
+            ("scale", Some(self.scale.name())),
+            ("calibration", self.calibration.as_deref()),
+            ("prior", self.prior.as_deref()),
+        ];
+        if !self.pixels.is_exact() {
+            columns.push(("pixels", Some(self.pixels.name())));
+        }
+        columns
     }
 }
 

@@ -48,7 +48,7 @@ impl From<ParquetError> for WriteError {
     }
 }
 
-fn schema(columns: Columns) -> String {
+fn schema(columns: Columns, origin: &Origin) -> String {
     let text = |name: &str| format!("optional binary {name} (STRING);");
     let list =
         |name: &str, element: &str| format!("optional group {name} (LIST) {{ repeated group list {{ {element} }} }}");
@@ -77,7 +77,7 @@ fn schema(columns: Columns) -> String {
     if columns.features {
         fields.push(list("features", "required float element;"));
     }
-    fields.extend(Origin::COLUMNS.map(text));
+    fields.extend(origin.columns().into_iter().map(|(name, _)| text(name)));
     format!("message nbn {{ {} }}", fields.join(" "))
 }
 
@@ -98,7 +98,7 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
             .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
             .set_key_value_metadata(Some(vec![KeyValue::new(METADATA.to_owned(), metadata(form)?)]))
             .build();
-        let schema = Arc::new(parse_message_type(&schema(form.columns))?);
+        let schema = Arc::new(parse_message_type(&schema(form.columns, form.origin))?);
         let output = Some(SerializedFileWriter::new(output, schema, Arc::new(properties))?);
         Ok(Self { output, form, rows: Vec::new(), values: 0 })
     }
@@ -155,7 +155,7 @@ impl<'a, W: Write + Send> Parquet<'a, W> {
             let all = rows.iter().map(|row| scores(row)?.features.as_deref());
             list::<FloatType, _>(out, all, 2, |&v| Some(v))?;
         }
-        for value in origin.values() {
+        for (_, value) in origin.columns() {
             optional(out, rows.iter().map(|_| value.map(text)))?;
         }
         group_writer.close()?;

@@ -110,7 +110,7 @@ impl<'a, W: Write> Csv<'a, W> {
         header.extend(optional(columns.logits, "logits"));
         header.extend(optional(columns.features, "features"));
         header.extend((1..=columns.top_k).flat_map(|k| [format!("label_{k}"), format!("score_{k}")]));
-        header.extend(Origin::COLUMNS.map(str::to_owned));
+        header.extend(form.origin.columns().into_iter().map(|(name, _)| name.to_owned()));
         output.write_record(&header).map_err(csv_error)?;
         Ok(Self { output, form })
     }
@@ -146,7 +146,7 @@ impl<'a, W: Write> Csv<'a, W> {
             record.extend([label(classes, class).to_owned(), score.to_string()]);
         }
         record.resize(width, String::new());
-        record.extend(origin.values().map(|value| value.unwrap_or_default().to_owned()));
+        record.extend(origin.columns().into_iter().map(|(_, value)| value.unwrap_or_default().to_owned()));
         self.output.write_record(&record).map_err(csv_error)
     }
 

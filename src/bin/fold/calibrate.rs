@@ -176,6 +176,7 @@ impl Fit<'_> {
             seed,
             groups,
             training_overlap,
+            pixels: runtime.pixels,
             command: command_line(std::env::args_os().skip(1), &here),
         };
         let mut calibration = calibrate(&logits, &bundle.manifest, &options, &say)?;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use nbn::bundle::{Bundle, Class};
-use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_of};
+use nbn::bundle::{Bundle, Class, Pixels};
+use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_with};
 use nbn::runtime::{Device, Library, SessionOptions};
 
 use super::calibrate::target::given;
@@ -34,6 +34,9 @@ pub(crate) struct RuntimeArgs {
     /// Path of ONNX Runtime's shared library, if it is not found automatically
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
+    /// Pixels of JPEGs that are decoded: exact, or fast, as `nbn serve --pixels fast` does
+    #[arg(long, value_name = "MODE", default_value = "exact")]
+    pub(crate) pixels: Pixels,
 }
 
 /// Opens the images of `path`: all, or those of a list, which must not be one for another purpose. `records` are the list's
@@ -90,7 +93,8 @@ impl Dataset {
         let records = self.records.as_deref().map(|path| (path, "--records", Purpose::Training));
         let (images, records) = images(&self.data, Some(form), records, classes)?;
         let bar = bar(images.len(), "network");
-        let answers = answers_of(bundle, runtime.library()?, runtime.session(), &images, &|| bar.inc(1))?;
+        let answers =
+            answers_with(bundle, runtime.library()?, runtime.session(), &images, runtime.pixels, &|| bar.inc(1))?;
         bar.finish_and_clear();
         Ok((answers.logits.clone(), Some((images, answers)), records))
     }

@@ -171,9 +171,13 @@ fn inputs(args: &Quantize, bundle: &Bundle) -> anyhow::Result<Vec<Vec<f32>>> {
             args.images
         );
     }
-    let preprocessor = Preprocessor::new(manifest.preprocessing.clone(), DecodeLimits::OFFLINE);
+    let preprocessor = Preprocessor::new(
+        manifest.preprocessing.clone(),
+        DecodeLimits { pixels: args.runtime.pixels, ..DecodeLimits::OFFLINE },
+    );
     let prepared = |&n: &usize| {
-        let picture = images.picture(n, manifest.preprocessing.exif, &DecodeLimits::OFFLINE);
+        let exif = manifest.preprocessing.exif;
+        let picture = images.picture_at_least(n, exif, &DecodeLimits::OFFLINE, preprocessor.least());
         let picture = picture.map_err(|reason| anyhow::anyhow!("{}: {reason}", images.name(n)))?;
         Ok(preprocessor.normalize(&picture))
     };

@@ -1,15 +1,18 @@
 //! `nbn serve`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use clap::Args;
-use nbn::bundle::VersionPolicy;
+use clap::{Args, ValueEnum};
+use nbn::bundle::{Pixels, VersionPolicy};
+use nbn::pixels::DecodeLimits;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryError, RegistryOptions};
 use nbn::runtime::Library;
 use nbn::scores::NamedPrior;
@@ -20,6 +23,38 @@ use tokio::task::JoinHandle;
 
 use crate::address::address;
 use crate::{DEFAULT_ADDR, EngineArgs, Unusable, configuration, share};
+
+/// `MODE`, or `MODEL=MODE`.
+#[derive(Debug, Clone)]
+pub(crate) struct PixelsOf {
+    model: Option<String>,
+    pixels: Pixels,
+}
+
+impl FromStr for PixelsOf {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (model, mode) = match text.split_once('=') {
+            Some((model, mode)) => (Some(model.to_owned()), mode),
+            None => (None, text),
+        };
+        let pixels =
+            Pixels::from_str(mode, false).map_err(|_| format!("{mode:?} is unknown; expected exact or fast"))?;
+        Ok(Self { model, pixels })
+    }
+}
+
+impl PixelsOf {
+    /// Of models that are not named; the last one counts.
+    fn of_all(given: &[Self]) -> Pixels {
+        given.iter().rev().find(|of| of.model.is_none()).map_or(Pixels::Exact, |of| of.pixels)
+    }
+
+    fn by_model(given: &[Self]) -> BTreeMap<String, Pixels> {
+        given.iter().filter_map(|of| Some((of.model.clone()?, of.pixels))).collect()
+    }
+}
 
 #[derive(Args)]
 #[command(
@@ -50,6 +85,10 @@ pub(crate) struct Serve {
     /// Refuse models that are not calibrated
     #[arg(long, env = "NBN_REQUIRE_CALIBRATION", help_heading = "Models")]
     require_calibration: bool,
+    /// Pixels of JPEGs that are decoded: exact, all of them, as Pillow does; fast, every second, fourth or eighth where twice
+    /// as many are left as the picture is resized to. MODEL=MODE is for one model; may be repeated
+    #[arg(long, env = "NBN_PIXELS", value_name = "MODE|MODEL=MODE", value_delimiter = ',', help_heading = "Models")]
+    pixels: Vec<PixelsOf>,
     /// Class prior for requests that do not name one
     #[arg(long, env = "NBN_PRIOR", default_value = "uniform", help_heading = "Models")]
     prior: NamedPrior,
@@ -194,12 +233,13 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         model: ModelOptions {
             workers: engine.workers(),
             session: engine.session(),
-            limits: engine.limits(),
+            limits: DecodeLimits { pixels: PixelsOf::of_all(&args.pixels), ..engine.limits() },
             queue: args.queue as usize,
             batch: args.max_batch,
             features: false,
             cache: engine.cache(),
         },
+        pixels: PixelsOf::by_model(&args.pixels),
     };
     let registry = Arc::new(Registry::over(options, library));
     announce(&listeners, &args, keys.len())?;

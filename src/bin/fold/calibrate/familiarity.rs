@@ -54,6 +54,7 @@ pub(super) fn fit(
                 runtime.library()?,
                 runtime.session(),
                 &images,
+                runtime.pixels,
                 &|| bar.inc(1),
                 &|index, answer, _| {
                     let class = images.labels()[index] as usize;

@@ -196,7 +196,9 @@ impl Plan {
                     plan.others.insert(n);
                     plan.write(output(n), None);
                 }
-                "GlobalAveragePool" | "AveragePool" | "Sigmoid" | "LeakyRelu" if whole(node.input(0)) && !floats.contains(&output(n)) => {
+                "GlobalAveragePool" | "AveragePool" | "Sigmoid" | "LeakyRelu"
+                    if whole(node.input(0)) && !floats.contains(&output(n)) =>
+                {
                     plan.others.insert(n);
                     plan.write(output(n), None);
                 }
