@@ -40,6 +40,10 @@ PACKAGES = {
 }
 
 
+# Servers that need no Python; the second one when there is a bundle for it.
+OURS = ("nbn", "nbn-int8")
+
+
 def python(name, venvs):
     folder = venvs / name
     if not (folder / "ready").exists():
@@ -54,10 +58,11 @@ def commands(name, binaries, port, options, scratch):
     image, port, workers = options.image.read_bytes(), str(port), str(options.workers)
     b64 = base64.b64encode(image).decode()
     as_json = {"content-type": "application/json"}
-    if name == "nbn":
-        repository, model = options.model.parent.parent, options.model.parent.name
+    if name in OURS:
+        bundle = options.quantized if name == "nbn-int8" else options.model
+        repository, model = bundle.parent.parent, bundle.parent.name
         line = [options.program, "serve", "--addr", f"127.0.0.1:{port}", "--models", repository, "--workers", workers]
-        line += ["--default-model", model, "--cache", scratch / "cache"]
+        line += ["--default-model", model, "--versions", bundle.name, "--cache", scratch / "cache"]
         return line, {}, "/v1/classify", {"content-type": "image/jpeg"}, image
     if name == "fastapi":
         line = [binaries / "uvicorn", "fastapi_server:app", "--port", port, "--workers", workers]
@@ -198,6 +203,7 @@ def measure(name, binaries, options, scratch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models/cifar10-lt/1", help="a bundle")
+    parser.add_argument("--quantized", type=Path, help="the same in 8 bits, as `nbn fold quantize` makes it: nbn-int8")
     parser.add_argument("--image", type=Path, required=True, help="a JPEG")
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/nbn")
     parser.add_argument("--servers", default="nbn," + ",".join(PACKAGES))
@@ -211,8 +217,11 @@ def main():
     if not shutil.which("wrk"):
         raise SystemExit("wrk is missing: apt-get install wrk")
     names = options.servers.split(",")
+    if options.quantized:
+        options.quantized = options.quantized.resolve(strict=True)
+        names.insert(1, "nbn-int8")
     venvs = ROOT / "target/others"
-    binaries = {name: None if name == "nbn" else python(name, venvs) for name in names}
+    binaries = {name: None if name in OURS else python(name, venvs) for name in names}
     figures = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         for round in range(options.rounds):

@@ -50,10 +50,16 @@ pub struct Certificate {
     pub agreement: f64,
     /// Largest loss of top-1 that was accepted, as a share of all images.
     pub max_top1_loss: f64,
+    /// The same of each group's images, where it was bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_group_top1_loss: Option<f64>,
     /// Largest rise of the negative log-likelihood that was accepted, in nats.
     pub max_nll_rise: f64,
     /// The differences, of all images and by group.
     pub slices: Vec<CertifiedSlice>,
+    /// Of calibrated scores: the differences of the softmax, in which no calibration has a part.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub softmax: Vec<CertifiedSlice>,
 }
 
 /// The differences on some of the images.
@@ -100,7 +106,8 @@ impl Quantization {
         finite("agreement", certificate.agreement)?;
         finite("max_top1_loss", certificate.max_top1_loss)?;
         finite("max_nll_rise", certificate.max_nll_rise)?;
-        for slice in &certificate.slices {
+        finite("max_group_top1_loss", certificate.max_group_top1_loss.unwrap_or_default())?;
+        for slice in certificate.slices.iter().chain(&certificate.softmax) {
             check_name("a slice in fold.quantization.certificate", &slice.slice)?;
             for (metric, difference) in &slice.differences {
                 check_name("a metric in fold.quantization.certificate", metric)?;
@@ -124,8 +131,11 @@ impl fmt::Display for Certificate {
             self.scorer,
             100.0 * self.agreement
         )?;
-        for slice in &self.slices {
-            write!(f, "            {:<8}{:>7} images", slice.slice, slice.images)?;
+        let softmax = self.softmax.iter().filter(|slice| slice.slice == "overall");
+        for (scores, slice) in
+            self.slices.iter().map(|slice| ("", slice)).chain(softmax.map(|slice| ("softmax ", slice)))
+        {
+            write!(f, "            {scores}{:<8}{:>7} images", slice.slice, slice.images)?;
             let shown = [
                 ("top1", "top-1", 100.0, 2),
                 ("nll", "NLL", 1.0, 4),

@@ -64,6 +64,9 @@ pub struct ScorerFigures {
     pub scorer: &'static str,
     /// Overall, macro, and each group.
     pub slices: Vec<SliceFigures>,
+    /// Of a comparison: the share of images of which both bundles name the same class first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
 }
 
 /// Figures over some images.

@@ -374,7 +374,7 @@ mod tests {
             metrics: [("top1", figure(value)), ("nll", figure(0.0))].into(),
             reliability: vec![bin(1, 100), bin(2, 3), bin(3, 100)],
         };
-        ScorerFigures { scorer, slices: vec![slice] }
+        ScorerFigures { scorer, slices: vec![slice], agreement: None }
     }
 
     fn evaluation(classes: u64) -> Evaluation {

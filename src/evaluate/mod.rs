@@ -87,7 +87,11 @@ pub fn evaluate(
         let scored = score(bundle, logits, scored, options)?;
         let scorers = scored.subjects.iter().map(|(name, rows, sets)| {
             let subject = Subject { rows, sets: sets.as_ref(), coverage: 1.0 - options.alpha };
-            ScorerFigures { scorer: name, slices: of_subject(&subject, &scored.weights, &slices, options) }
+            ScorerFigures {
+                scorer: name,
+                slices: of_subject(&subject, &scored.weights, &slices, options),
+                agreement: None,
+            }
         });
         priors.push(PriorFigures { prior: scored.prior.name(), scorers: scorers.collect() });
         if scored.prior == Prior::Uniform {
@@ -160,7 +164,9 @@ pub fn compare(
                     difference(w, classwise)
                 });
             let figures = measure::figures(&values, &resampled, &[], classwise);
-            scorers.push(ScorerFigures { scorer: name, slices: named(&slices, figures) });
+            let agreed = rows.predicted.iter().zip(&other_rows.predicted).filter(|(a, b)| a == b).count();
+            let agreement = Some(agreed as f64 / rows.predicted.len().max(1) as f64);
+            scorers.push(ScorerFigures { scorer: name, slices: named(&slices, figures), agreement });
         }
         differences.push(PriorFigures { prior: one.prior.name(), scorers });
     }

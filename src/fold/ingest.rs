@@ -77,6 +77,13 @@ fn folded(
     let size = input_size(&input, options).map_err(fail)?;
     // Of another output than the bundle's, its manifest says nothing.
     let known = if options.logits.is_none() { bundle_of(path)? } else { None };
+    if let Some(quantization) = known.as_ref().and_then(|known| known.fold.quantization.as_ref()) {
+        return Err(FoldError::Input(format!(
+            "{} is the network of a quantized bundle: export the one that it was made from, {}, and quantize that",
+            path.display(),
+            quantization.from
+        )));
+    }
     let (preprocessing, from) = match &known {
         Some(known) if options.preprocessing.is_none() => {
             let changed =

@@ -221,7 +221,7 @@ fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
     for proof in &fold.proof.outputs {
         let _ = writeln!(
             out,
-            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images{}, {})",
+            "proof       {}: max difference {:.2e}, {:.2e} of its standard deviation (tolerance {:.2e}; {} seeded images{}, {}{})",
             proof.output,
             proof.max_absolute,
             proof.max_relative,
@@ -234,7 +234,8 @@ fn described(manifest: &Manifest, preprocessing_from: Option<&str>) -> String {
             match fold.proof.reference {
                 Reference::Checkpoint => "f64 reference",
                 Reference::Original => "the original in ONNX Runtime",
-            }
+            },
+            if fold.quantization.is_some() { "; before quantization" } else { "" }
         );
     }
     let proof = &fold.proof;

@@ -49,6 +49,23 @@ pub struct Sensitivity {
     pub change: f64,
 }
 
+/// Refuses a place for a bundle that is made of `bundle`: one that none can have, that is taken, or within that bundle.
+///
+/// # Errors
+/// Names what is in the way.
+pub fn check_target(bundle: &Bundle, out: &Path, force: bool) -> Result<(), FoldError> {
+    check_place(out, force, &[&bundle.network.path])?;
+    let above = out.ancestors().skip(1).find_map(|above| above.canonicalize().ok());
+    if above.is_some_and(|above| above.starts_with(&bundle.folder)) {
+        return Err(FoldError::Input(format!(
+            "--out {} lies within the bundle {}: give a folder beside it",
+            out.display(),
+            bundle.folder.display()
+        )));
+    }
+    Ok(())
+}
+
 impl<'a> Quantizer<'a> {
     /// Runs `bundle`'s network over `inputs` and notes the range of each value. Layers named in `keep` stay in floats.
     ///
@@ -66,7 +83,12 @@ impl<'a> Quantizer<'a> {
         let mut quantizer = Self { library, bundle, network, inputs, ranges: HashMap::new(), keep, bits };
         // Also those of values that only some layers alone would have.
         let plan = quantizer.plan(&[], None)?;
-        quantizer.plan(&quantizer.keep, None)?;
+        if quantizer.plan(&quantizer.keep, None)?.quantized() == 0 {
+            let kept = if quantizer.keep.is_empty() { "" } else { " that --keep-float does not keep" };
+            return Err(FoldError::Input(format!(
+                "the network has no convolution or linear layer{kept} of a form that 8 bits gain by, so nothing would be quantized"
+            )));
+        }
         quantizer.measure(&plan)?;
         Ok(quantizer)
     }
@@ -123,19 +145,12 @@ impl<'a> Quantizer<'a> {
         Ok(network)
     }
 
-    /// The bundle of whole numbers, to be put at `out`.
+    /// The bundle of whole numbers, to be put at `out`, as [`check_target`] allows.
     ///
     /// # Errors
-    /// When the place cannot be had, or nothing of the network can be of whole numbers.
+    /// When a weight cannot be read or written.
     pub fn quantized(&self, out: &Path, force: bool) -> Result<Quantized, FoldError> {
-        check_place(out, force, &[&self.bundle.network.path])?;
         let plan = self.plan(&self.keep, None)?;
-        if plan.quantized() == 0 {
-            let kept = if self.keep.is_empty() { "" } else { " that --keep-float does not keep" };
-            return Err(FoldError::Input(format!(
-                "the network has no convolution or linear layer{kept}, so nothing would be of whole numbers"
-            )));
-        }
         let mut network = self.rewritten(&plan)?;
         let mut draft = Draft::of(out, false, force);
         draft.hold(&mut network)?;

@@ -69,7 +69,7 @@ fn quantize(bundle: &Path, data: &Path, out: &Path, flags: &[&str]) -> Result<Qu
     assert!(!text(&done.stderr).contains("panicked"), "{}", text(&done.stderr));
     match done.status.code() {
         Some(0) => Ok(Bundle::load(out).unwrap().manifest.fold.quantization.unwrap()),
-        Some(1) => Err(text(&done.stderr)),
+        Some(1 | 2) => Err(text(&done.stderr)),
         code => panic!("{code:?}: {}", text(&done.stderr)),
     }
 }
@@ -137,19 +137,53 @@ fn the_shipped_network_in_whole_numbers_says_what_it_said() {
 #[test]
 fn every_operator_that_goes_with_whole_numbers_keeps_its_meaning() {
     let place = tempfile::tempdir().unwrap();
-    for name in ["plain", "mixed"] {
+    for name in ["plain", "mixed", "padded", "conv_head"] {
         let folder = place.path().join(name);
         let original = bundle(&folder, name);
         let images = labelled(&folder, &original, 120);
         let out = original.with_file_name("2");
         let record = quantize(&original, &images, &out, &["--max-top1-loss", "20", "--max-nll-rise", "0.1"]).unwrap();
-        assert!(record.proved && record.float_layers.is_empty(), "{name}: {record:?}");
+        // What gives the logits itself stays in floats.
+        let kept: Vec<&str> = record.float_layers.iter().map(|layer| layer.reason.as_str()).collect();
+        let expected: &[&str] = if name == "conv_head" { &["it gives the logits"] } else { &[] };
+        assert!(record.proved && kept == expected, "{name}: {record:?}");
         let (largest, agreed) = beside(&original, &out, &images);
         assert!(largest < 0.3 && agreed > 0.94, "{name}: {largest} {agreed}");
         // No calibration, and nothing that says otherwise.
         assert!(Bundle::load(&out).unwrap().calibration.is_none());
         assert_eq!(record.certificate.scorer, "softmax");
     }
+}
+
+#[test]
+fn a_network_of_experts_keeps_its_outputs() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("models/ride/1");
+    let file = data("checkpoints/ride_nbn.pth.tar");
+    let (file, to) = (file.to_str().unwrap(), out.to_str().unwrap());
+    let done = fold(&["export", file, "--input-size", "64", "--expert-logits", "--out", to]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let images = labelled(place.path(), &out, 40);
+    quantize(&out, &images, &out.with_file_name("2"), &["--unproved"]).unwrap();
+    let (_, agreed) = beside(&out, &out.with_file_name("2"), &images);
+    assert!(agreed > 0.8, "{agreed}");
+    let again = out.with_file_name("2").join("model.onnx");
+    let refused =
+        fold(&["export", again.to_str().unwrap(), "--out", place.path().join("models/ride/3").to_str().unwrap()]);
+    assert!(text(&refused.stderr).contains("is the network of a quantized bundle"), "{}", text(&refused.stderr));
+    let inside = quantize(&out, &images, &out.join("4"), &[]).unwrap_err();
+    assert!(inside.contains("lies within the bundle"), "{inside}");
+}
+
+#[test]
+fn few_images_prove_little() {
+    let place = tempfile::tempdir().unwrap();
+    let original = bundle(place.path(), "plain");
+    let images = labelled(place.path(), &original, 30);
+    let refused = quantize(&original, &images, &original.with_file_name("2"), &["--max-nll-rise", "9"]).unwrap_err();
+    assert!(refused.contains("on 30 images, which may stand for a loss of"), "{refused}");
+    let refused = quantize(&original, &images, &original.with_file_name("2"), &["--max-top1-loss", "nan"]);
+    assert!(format!("{refused:?}").contains("expected a number"), "{refused:?}");
 }
 
 #[test]

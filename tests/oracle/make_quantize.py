@@ -55,6 +55,27 @@ class Mixed(nn.Module):
         return self.head(F.gelu(self.inner(F.adaptive_avg_pool2d(x, 1).flatten(1))))
 
 
+class Padded(Plain):
+    """A border that lies outside of what it surrounds."""
+
+    def forward(self, x):
+        x = F.pad(F.relu(self.first(x)), (1, 1, 1, 1), value=-2.0)
+        x = F.relu(self.third(F.relu(self.second(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class ConvHead(Plain):
+    """A convolution gives a map of each class, whose mean is its logit."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x):
+        x = F.relu(self.third(F.relu(self.second(F.relu(self.first(x))))))
+        return F.adaptive_avg_pool2d(self.head(x), 1).flatten(1)
+
+
 def lively(model, seed, gain=1.6):
     generator = torch.Generator().manual_seed(seed)
     for part in model.modules():
@@ -88,6 +109,8 @@ def main():
         plain.third.weight[:, 0] /= FACTOR
     export(plain, "rescaled")
     export(lively(Mixed(), 2), "mixed")
+    export(lively(Padded(), 4), "padded")
+    export(lively(ConvHead(), 5), "conv_head")
     constant = lively(Plain(), 3)
     with torch.no_grad():
         constant.third.weight.zero_()

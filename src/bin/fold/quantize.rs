@@ -5,19 +5,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use nbn::bundle::{
-    BoundCalibration, Bundle, CALIBRATION_FILE, FAMILIARITY_FILE, Familiarity, FileDigest, LeftNorm, Quantization,
-    sha256_hex,
+    BoundCalibration, Bundle, CALIBRATION_FILE, FAMILIARITY_FILE, Familiarity, FileDigest, KappaSource, LeftNorm,
+    Quantization, sha256_hex,
 };
-use nbn::data::{Form, LabelledLogits, in_turn_by};
+use nbn::calibrate::Kappa;
+use nbn::data::{Form, in_turn_by};
 use nbn::evaluate::EvaluateOptions;
-use nbn::fold::quantize::{Layer, Quantizer, Sensitivity, WeightBits};
+use nbn::fold::quantize::{Layer, Quantizer, Sensitivity, WeightBits, check_target};
 use nbn::fold::remove_drafts_and_exit;
 use nbn::pixels::{DecodeLimits, Preprocessor};
 use nbn::quantize::{Bounds, Side, adds_in_32_bits, broken, certify};
 
 use super::calibrate::{Fit, Fitted};
 use super::dataset::{Dataset, RuntimeArgs, bar, images};
-use super::training_set::TrainingSet;
+use super::training_set::{TrainingSet, Unseen};
 
 /// Layers that a refusal names.
 const NAMED: usize = 3;
@@ -57,10 +58,13 @@ pub(crate) struct Quantize {
     #[arg(long, value_name = "LAYER")]
     keep_float: Vec<String>,
     /// Most points of top-1 that may be lost, at the far end of the 95 % interval
-    #[arg(long, value_name = "POINTS", default_value_t = 1.0)]
+    #[arg(long, value_name = "POINTS", default_value_t = 1.0, value_parser = bound)]
     max_top1_loss: f64,
+    /// The same for the images of each group, many, medium and few [default: no bound]
+    #[arg(long, value_name = "POINTS", value_parser = bound)]
+    max_group_top1_loss: Option<f64>,
     /// Most that the negative log-likelihood may rise by, at the far end of the 95 % interval, in nats
-    #[arg(long, value_name = "NATS", default_value_t = 0.02)]
+    #[arg(long, value_name = "NATS", default_value_t = 0.02, value_parser = bound)]
     max_nll_rise: f64,
     /// Most training images to learn what is familiar from, as in `calibrate`
     #[arg(long, value_name = "N", default_value_t = 20_000)]
@@ -73,6 +77,11 @@ pub(crate) struct Quantize {
     force: bool,
     #[command(flatten)]
     runtime: RuntimeArgs,
+}
+
+fn bound(text: &str) -> Result<f64, String> {
+    let found = text.parse().ok().filter(|bound: &f64| (0.0..=100.0).contains(bound));
+    found.ok_or_else(|| "expected a number from 0 to 100".into())
 }
 
 fn bits(text: &str) -> Result<WeightBits, String> {
@@ -90,6 +99,13 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
     }
     if args.set.form(&original)? == Form::Logits {
         bail!("--data {}: ranges of values need images, not a file of logits", args.set.data.display());
+    }
+    check_target(&original, &args.out, args.force)?;
+    if let Some(test) = &args.test {
+        let set = Dataset { data: test.clone(), form: args.test_format, records: None };
+        if set.form(&original)? == Form::Logits {
+            bail!("--test {}: a file of logits belongs to one bundle: give images", test.display());
+        }
     }
     // Half a bundle may be gigabytes.
     ctrlc::set_handler(|| remove_drafts_and_exit(130))?;
@@ -187,11 +203,25 @@ fn inputs(args: &Quantize, bundle: &Bundle) -> anyhow::Result<Vec<Vec<f32>>> {
 /// Fits the quantized network's own calibration, where the original has one.
 fn calibration(args: &Quantize, original: &Bundle, quantized: &Bundle) -> anyhow::Result<Option<Fitted>> {
     let Some(bound) = &original.calibration else { return Ok(None) };
+    let recipe = &bound.content;
+    let asked = |flag: &str| recipe.fit.command.split_whitespace().any(|word| word.split('=').next() == Some(flag));
+    if asked("--group-by") {
+        eprintln!(
+            "warning: the original was calibrated with --group-by, which has no part here: use `nbn fold calibrate` afterwards"
+        );
+    }
+    let questions = recipe.familiarity.as_ref().map_or(0, |record| record.questions.len());
+    if questions > 1 && !args.training.is_given() {
+        eprintln!(
+            "warning: the original tells unfamiliar images by {questions} questions, this one by confidence alone: give --training-data"
+        );
+    }
     let fit = Fit {
         set: &args.set,
         training: &args.training,
-        kappa: None,
-        rung: None,
+        kappa: (recipe.kappa_source == KappaSource::Given).then_some(Kappa::Fixed(recipe.kappa)),
+        // The rung that was chosen is chosen anew; the one that was asked for is asked for.
+        rung: asked("--rung").then_some(recipe.rung),
         seed: args.seed,
         group_by: None,
         familiarity_images: args.familiarity_images,
@@ -239,30 +269,36 @@ fn measured(
     fitted: Option<&Fitted>,
 ) -> anyhow::Result<nbn::bundle::Certificate> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let test = args.test.as_ref().map(|path| Dataset { data: path.clone(), form: args.test_format, records: None });
-    let logits = |bundle: &Bundle, set: &Dataset| -> anyhow::Result<LabelledLogits> {
-        let form = set.form(bundle)?;
-        anyhow::ensure!(
-            form != Form::Logits,
-            "--test {}: a file of logits belongs to one bundle: give images",
-            set.data.display()
-        );
-        Ok(set.logits(bundle, &args.runtime)?.0)
-    };
-    let (ours, theirs, data) = match (&test, fitted) {
-        (Some(set), _) => (logits(quantized, set)?, logits(original, set)?, (name(&set.data), false)),
+    let logits = |bundle: &Bundle, set: &Dataset| set.logits(bundle, &args.runtime);
+    let (ours, theirs, data) = match (&args.test, fitted) {
+        (Some(path), _) => {
+            let set = Dataset { data: path.clone(), form: args.test_format, records: None };
+            let (ours, images, _) = logits(quantized, &set)?;
+            // None of them may have been trained on, either.
+            let Unseen { logits: ours, kept, .. } = args.training.without(quantized, ours, None, images)?;
+            let theirs = logits(original, &set)?.0;
+            let theirs = kept.map_or_else(|| theirs.clone(), |kept| theirs.select(&kept));
+            let is_same = fitted.is_some() && nbn::files::is_same(path, &args.set.data);
+            (ours, theirs, (name(path), is_same))
+        }
         (None, Some(fitted)) => {
-            let theirs = logits(original, &args.set)?;
+            let theirs = logits(original, &args.set)?.0;
             let theirs = fitted.kept.as_ref().map_or_else(|| theirs.clone(), |kept| theirs.select(kept));
             (fitted.logits.clone(), theirs, (name(&args.set.data), true))
         }
-        (None, None) => (logits(quantized, &args.set)?, logits(original, &args.set)?, (name(&args.set.data), false)),
+        (None, None) => {
+            (logits(quantized, &args.set)?.0, logits(original, &args.set)?.0, (name(&args.set.data), false))
+        }
     };
     let first = theirs.row(0).to_vec();
     if (1..theirs.len()).all(|row| theirs.row(row) == first) {
         bail!("the network's logits are the same for all {} images: it does not look at them", theirs.len());
     }
-    let bounds = Bounds { top1_loss: args.max_top1_loss / 100.0, nll_rise: args.max_nll_rise };
+    let bounds = Bounds {
+        top1_loss: args.max_top1_loss / 100.0,
+        group_top1_loss: args.max_group_top1_loss.map(|points| points / 100.0),
+        nll_rise: args.max_nll_rise,
+    };
     let options = EvaluateOptions { alpha: 0.1, resamples: 400, seed: args.seed };
     certify(
         Side { bundle: quantized, logits: &ours },

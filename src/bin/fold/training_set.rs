@@ -42,6 +42,11 @@ pub(crate) struct Unseen {
 }
 
 impl TrainingSet {
+    /// Whether it is named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.training_data.is_some()
+    }
+
     /// The files that are read.
     pub(crate) fn files(&self) -> Vec<Named> {
         let flags = [("--training-data", &self.training_data), ("--training-records", &self.training_records)];

@@ -13,6 +13,7 @@ use super::super::network::quoted;
 use super::super::proto::{Attribute, Node, Tensor, kind};
 use super::super::value::Value;
 use super::super::{Network, OnnxError, Uses};
+use super::ends::LOGITS;
 
 /// The oldest operators that scale each channel.
 const LEAST_OPSET: i64 = 13;
@@ -94,6 +95,12 @@ impl Plan {
             ));
         }
         let graph = network.graph();
+        if let Some(node) = graph.node.iter().find(|node| node.op().ends_with("QuantizeLinear")) {
+            return OnnxError::refused(format!(
+                "it is quantized already (node {}): quantize the network that it was made from",
+                quoted(node.label())
+            ));
+        }
         let uses = Uses::of(graph);
         let constants: HashMap<&str, &Tensor> = graph.initializer.iter().map(|t| (t.name(), t)).collect();
         let mut sole: HashMap<&str, usize> = HashMap::new();
@@ -116,6 +123,11 @@ impl Plan {
         };
         let written =
             |n: usize| clamp(&output(n)).map_or((output(n), None), |(at, range)| (output(at), Some((at, range))));
+        let is_linear = |node: &Node| match node.op() {
+            "Conv" | "ConvTranspose" | "Gemm" => true,
+            "MatMul" | "Einsum" => node.input.iter().any(|name| constants.contains_key(name.as_str())),
+            _ => false,
+        };
         let is_layer = |node: &Node| {
             let rank = |input: usize| node.input(input).and_then(|name| constants.get(name)).map(|t| t.dims.len());
             let plain = |name: &str| node.float(name).unwrap_or(1.0) == 1.0;
@@ -130,26 +142,35 @@ impl Plan {
                 _ => false,
             }
         };
-        let layers: Vec<usize> = graph
-            .node
-            .iter()
-            .enumerate()
-            .filter(|(_, node)| node.is_standard() && is_layer(node))
-            .map(|(n, _)| n)
-            .collect();
+        let numbers = |of: &dyn Fn(&Node) -> bool| -> Vec<usize> {
+            let nodes = graph.node.iter().enumerate();
+            nodes.filter(|(_, node)| node.is_standard() && of(node)).map(|(n, _)| n).collect()
+        };
+        let (layers, linear) = (numbers(&is_layer), numbers(&is_linear));
         let label = |n: usize| graph.node[n].label();
-        if let Some(unknown) = keep.iter().find(|name| !layers.iter().any(|&n| label(n) == **name)) {
-            let names: Vec<&str> = layers.iter().take(6).map(|&n| label(n)).collect();
+        if let Some(unknown) = keep.iter().find(|name| !linear.iter().any(|&n| label(n) == **name)) {
+            let names: Vec<&str> = linear.iter().take(6).map(|&n| label(n)).collect();
             return OnnxError::refused(format!(
                 "it has no layer with weights named {}; its layers are {}{}",
                 quoted(unknown),
                 names.join(", "),
-                if layers.len() > names.len() { ", …" } else { "" }
+                if linear.len() > names.len() { ", …" } else { "" }
             ));
         }
+        let is_zero = |name: &str| {
+            let value = constants.get(name).and_then(|tensor| network.value_of(tensor).ok().flatten());
+            value.as_ref().and_then(Value::floats).is_some_and(|values| values.iter().all(|v| *v == 0.0))
+        };
         let is_kept = |n: usize| keep.iter().any(|name| name == label(n));
-        // What kept layers read and write has no steps.
-        let mut floats: HashSet<String> = HashSet::new();
+        // What becomes the logits without a layer between has no steps, so that these have more than 256 values.
+        let mut floats: HashSet<String> = HashSet::from([LOGITS.to_owned()]);
+        for (n, node) in graph.node.iter().enumerate().rev() {
+            if node.output.iter().any(|output| floats.contains(output)) && !linear.contains(&n) {
+                floats.extend(node.input.iter().cloned());
+            }
+        }
+        let tail = floats.clone();
+        // Nor has what kept layers read and write.
         for &n in layers.iter().filter(|&&n| is_kept(n)) {
             floats.extend(graph.node[n].input(0).map(str::to_owned));
             floats.extend([output(n), written(n).0]);
@@ -164,6 +185,8 @@ impl Plan {
                     Some("asked for")
                 } else if only.is_some_and(|only| only != label(n)) {
                     Some("another one is looked at")
+                } else if !gives_floats && tail.contains(&value) {
+                    Some("it gives the logits")
                 } else if floats.contains(&read) || (!gives_floats && floats.contains(&value)) {
                     Some("next to a layer that is kept")
                 } else {
@@ -178,6 +201,11 @@ impl Plan {
                 if !gives_floats {
                     plan.write(value, activation);
                 }
+                continue;
+            }
+            if linear.contains(&n) {
+                let kept = Some("its form is not one that 8 bits gain by");
+                plan.layers.push(Layer { name: label(n).to_owned(), op: node.op().to_owned(), kept });
                 continue;
             }
             if only.is_some() || !node.is_standard() || plan.clamps.contains(&n) {
@@ -202,6 +230,8 @@ impl Plan {
                     plan.others.insert(n);
                     plan.write(output(n), None);
                 }
+                // Another border than 0 may lie outside of the range.
+                "Pad" if node.input(2).is_some_and(|name| !is_zero(name)) => {}
                 "MaxPool" | "Flatten" | "Reshape" | "Transpose" | "Squeeze" | "Unsqueeze" | "Slice" | "Pad"
                     if whole(node.input(0)) && !floats.contains(&output(n)) && node.output.len() == 1 =>
                 {
@@ -394,10 +424,12 @@ impl Writer {
     }
 
     fn push(&mut self, op: &str, input: Vec<String>, output: String, attribute: Vec<Attribute>) -> String {
+        // Another node may have the name of this one's value.
+        let name = self.name(&format!("{output}.{op}"));
         self.nodes.push(Node {
             input,
             output: vec![output.clone()],
-            name: Some(output.clone()),
+            name: Some(name),
             op_type: Some(op.into()),
             attribute,
             ..Node::default()
