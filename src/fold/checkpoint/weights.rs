@@ -88,6 +88,8 @@ const NOT_WEIGHTS: [&str; 26] = [
 ];
 /// What optimizers keep for each tensor.
 const MOMENTS: [&str; 5] = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"];
+/// Kinds of tensors that a network has once it was quantized.
+const QUANTIZED: [&str; 4] = ["qint8", "quint8", "qint32", "quantized"];
 /// Groups that are listed as left out.
 const LISTED: usize = 20;
 
@@ -163,7 +165,8 @@ pub(super) struct Chosen {
 /// says that the network was changed for inference.
 pub(super) fn choose<P>(entries: &[Entry<P>], choice: &Choice) -> Result<Chosen, FoldError> {
     let names: Vec<String> = entries.iter().map(Entry::full).collect();
-    let quantized = |entry: &Entry<P>| matches!(&entry.content, Content::Other(kind) if ["qint8", "quint8", "qint32", "quantized"].contains(&kind.as_str()));
+    let quantized =
+        |entry: &Entry<P>| matches!(&entry.content, Content::Other(kind) if QUANTIZED.contains(&kind.as_str()));
     if let Some(at) = entries.iter().position(quantized) {
         return Err(FoldError::Quantized { name: names[at].clone() });
     }
@@ -392,19 +395,18 @@ impl<P> Set<'_, P> {
             }
             None => {
                 let known: Vec<&Linear> = layers.iter().filter(usable).filter(is_known).collect();
-                let fitting: Vec<&Linear> = known.iter().copied().filter(fits).collect();
                 let several = |of: &[&Linear]| {
                     let names = of.iter().map(|layer| layer.module().to_owned()).collect();
                     Err(FoldError::SeveralClassifiers { names })
                 };
-                match (known.as_slice(), fitting.as_slice()) {
+                match known.as_slice() {
                     // Another network's, as likely as this one's.
-                    ([one], _) if self.is_shared(&one.prefix) => return several(&[one]),
+                    [one] if self.is_shared(&one.prefix) => return several(&[one]),
                     // By its name alone: what does not fit is refused by its shape.
-                    ([one], _) => Some(*one),
-                    // One that does not take the features takes what another one gives.
-                    ([], _) => None,
-                    (known, _) => return several(known),
+                    [one] => Some(*one),
+                    [] => None,
+                    // One may take what another gives.
+                    known => return several(known),
                 }
             }
         };
