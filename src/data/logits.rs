@@ -201,26 +201,12 @@ impl Answers {
     }
 }
 
-/// Runs `bundle`'s network over `images` through the pixels and the runtime that serve, on all processors. `progress` is called
-/// once per image, from any thread.
+/// Runs `bundle`'s network over `images`, decoded as `pixels` says, through the runtime that serves, on all processors.
+/// `progress` is called once per image, from any thread. The hashes are always of all pixels.
 ///
 /// # Errors
 /// When images cannot be decoded, or the network fails.
 pub fn answers_of(
-    bundle: &Bundle,
-    library: &Library,
-    options: SessionOptions,
-    images: &LabelledImages,
-    progress: &(dyn Fn() + Sync),
-) -> Result<Answers, DataError> {
-    answers_with(bundle, library, options, images, Pixels::Exact, progress)
-}
-
-/// As [`answers_of`], of these pixels. The hashes are always of all of them.
-///
-/// # Errors
-/// As [`answers_of`].
-pub fn answers_with(
     bundle: &Bundle,
     library: &Library,
     options: SessionOptions,

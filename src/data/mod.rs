@@ -11,8 +11,8 @@ mod training;
 
 pub use groups::{GroupBy, hold_out_groups};
 pub use logits::{
-    Answers, Checked, LabelledLogits, PixelHash, answers_of, answers_with, check_pictures, each_answer, in_turn,
-    in_turn_by, pixel_hashes,
+    Answers, Checked, LabelledLogits, PixelHash, answers_of, check_pictures, each_answer, in_turn, in_turn_by,
+    pixel_hashes,
 };
 pub use records::{Purpose, Records};
 pub use source::{Form, LabelledImages};

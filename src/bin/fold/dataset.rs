@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use nbn::bundle::{Bundle, Class, Pixels};
-use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_with};
+use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_of};
 use nbn::runtime::{Device, Library, SessionOptions};
 
 use super::calibrate::target::given;
@@ -94,7 +94,7 @@ impl Dataset {
         let (images, records) = images(&self.data, Some(form), records, classes)?;
         let bar = bar(images.len(), "network");
         let answers =
-            answers_with(bundle, runtime.library()?, runtime.session(), &images, runtime.pixels, &|| bar.inc(1))?;
+            answers_of(bundle, runtime.library()?, runtime.session(), &images, runtime.pixels, &|| bar.inc(1))?;
         bar.finish_and_clear();
         Ok((answers.logits.clone(), Some((images, answers)), records))
     }

@@ -101,11 +101,11 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
         bail!("--data {}: ranges of values need images, not a file of logits", args.set.data.display());
     }
     check_target(&original, &args.out, args.force)?;
-    if let Some(test) = &args.test {
-        let set = Dataset { data: test.clone(), form: args.test_format, records: None };
-        if set.form(&original)? == Form::Logits {
-            bail!("--test {}: a file of logits belongs to one bundle: give images", test.display());
-        }
+    let test = args.test.as_ref().map(|test| Dataset { data: test.clone(), form: args.test_format, records: None });
+    if let Some(test) = &test
+        && test.form(&original)? == Form::Logits
+    {
+        bail!("--test {}: a file of logits belongs to one bundle: give images", test.data.display());
     }
     // Half a bundle may be gigabytes.
     ctrlc::set_handler(|| remove_drafts_and_exit(130))?;
@@ -125,7 +125,7 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
     if let (Some(fitted), Some(files)) = (&fitted, &files) {
         quantized.bundle.calibration = Some(files.bound(fitted)?);
     }
-    let certificate = measured(&args, &original, &quantized.bundle, fitted.as_ref())?;
+    let certificate = measured(&args, test.as_ref(), &original, &quantized.bundle, fitted.as_ref())?;
     eprint!("{certificate}");
     let mut reasons = broken(&certificate);
     if args.weight_bits == WeightBits::Eight && !adds_in_32_bits() {
@@ -261,25 +261,25 @@ impl Files {
     }
 }
 
-/// What the quantization changed, on --test, else on --data.
+/// What the quantization changed, on `test`, else on --data.
 fn measured(
     args: &Quantize,
+    test: Option<&Dataset>,
     original: &Bundle,
     quantized: &Bundle,
     fitted: Option<&Fitted>,
 ) -> anyhow::Result<nbn::bundle::Certificate> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let logits = |bundle: &Bundle, set: &Dataset| set.logits(bundle, &args.runtime);
-    let (ours, theirs, data) = match (&args.test, fitted) {
-        (Some(path), _) => {
-            let set = Dataset { data: path.clone(), form: args.test_format, records: None };
-            let (ours, images, _) = logits(quantized, &set)?;
+    let (ours, theirs, data) = match (test, fitted) {
+        (Some(set), _) => {
+            let (ours, images, _) = logits(quantized, set)?;
             // None of them may have been trained on, either.
             let Unseen { logits: ours, kept, .. } = args.training.without(quantized, ours, None, images)?;
-            let theirs = logits(original, &set)?.0;
+            let theirs = logits(original, set)?.0;
             let theirs = kept.map_or_else(|| theirs.clone(), |kept| theirs.select(&kept));
-            let is_same = fitted.is_some() && nbn::files::is_same(path, &args.set.data);
-            (ours, theirs, (name(path), is_same))
+            let is_same = fitted.is_some() && nbn::files::is_same(&set.data, &args.set.data);
+            (ours, theirs, (name(&set.data), is_same))
         }
         (None, Some(fitted)) => {
             let theirs = logits(original, &args.set)?.0;
