@@ -2,6 +2,8 @@
 
 use tokio::sync::watch;
 
+use crate::stop::exit_at_once;
+
 /// Exit status after a second signal, as shells report an interrupt.
 const INTERRUPTED: i32 = 130;
 
@@ -28,7 +30,7 @@ pub fn on_signal() -> std::io::Result<(watch::Sender<bool>, watch::Receiver<bool
             let _ = tokio::signal::ctrl_c().await;
             if *sender.borrow() {
                 tracing::warn!("second signal: exiting at once");
-                std::process::exit(INTERRUPTED);
+                exit_at_once(INTERRUPTED);
             }
             let _ = sender.send(true);
         }

@@ -4,6 +4,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+/// Ends the process now, whatever its other threads do. The ordinary end runs the exit handlers of libraries, and those of ONNX
+/// Runtime take apart what a network that is still running on another thread uses.
+pub fn exit_at_once(status: i32) -> ! {
+    #[cfg(unix)]
+    // SAFETY: it takes nothing but a number, and does not come back.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::_exit(status)
+    }
+    #[cfg(not(unix))]
+    std::process::exit(status)
+}
+
 /// A request to end, which work looks at between its steps. Asked for once, it stays.
 #[derive(Default)]
 pub struct Stop {

@@ -11,6 +11,7 @@ use super::onnx::{DataFile, Network, OnnxError};
 use crate::bundle::{BUNDLE_FILES, DATA_FILE, FileDigest, MANIFEST_FILE, MODEL_FILE, Manifest, is_data_file};
 use crate::files::{draft_of, foreign, name_of_draft, place_folder, remove_own, replace, replace_folder};
 use crate::runtime::NetworkSource;
+use crate::stop::exit_at_once;
 
 /// Drafts that are older were left by processes that ended.
 const STALE: Duration = Duration::from_secs(3600);
@@ -27,7 +28,7 @@ fn open() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 pub fn remove_drafts_and_exit(status: i32) -> ! {
     let drafts = open();
     drafts.iter().for_each(|folder| remove(folder));
-    std::process::exit(status)
+    exit_at_once(status)
 }
 
 /// Its folder is made when something is written, and is removed with what this program wrote unless the bundle is published.

@@ -17,6 +17,7 @@ use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryError, Registry
 use nbn::runtime::Library;
 use nbn::scores::NamedPrior;
 use nbn::serve::{self, ConnectionLimits, Ended, Keys, Listeners, RequestLimits, ServeOptions, Tls};
+use nbn::stop::exit_at_once;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -277,7 +278,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     if ended == Ended::DeadlinePassed {
         tracing::error!(seconds = args.drain_timeout, "requests were still open at the end of --drain-timeout");
         // Not waiting for the workers: the deadline has passed.
-        std::process::exit(1);
+        exit_at_once(1);
     }
     last_exit.all_answered();
     // A thread that opens a network cannot be stopped, nor one that decodes the last lines of a picture nobody waits for.
@@ -288,7 +289,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
             seconds = args.drain_timeout,
             "a model was still being opened, or was still running, at the end of --drain-timeout"
         );
-        std::process::exit(0);
+        exit_at_once(0);
     }
     tracing::info!("drained");
     Ok(ExitCode::SUCCESS)
@@ -323,7 +324,7 @@ impl LastExit {
                 seconds = drain.as_secs(),
                 "the server had not stopped at the end of --drain-timeout: exiting now"
             );
-            std::process::exit(i32::from(!answered.load(Ordering::SeqCst)));
+            exit_at_once(i32::from(!answered.load(Ordering::SeqCst)));
         })?;
         Ok(this)
     }
