@@ -78,12 +78,20 @@ pub fn certify(
         of_scorer.filter(|slice| slice.slice != "macro").map(certified).collect()
     };
     let scorer = found.map_or("none", |scorer| scorer.scorer);
+    let agreement = |name: &str| scorers.iter().find(|scorer| scorer.scorer == name)?.agreement;
     Ok(Certificate {
         data: data.0.to_owned(),
         fitted_to_them: data.1,
         images: labels.len(),
         scorer: scorer.to_owned(),
+        calibration: quantized
+            .bundle
+            .calibration
+            .as_ref()
+            .filter(|_| scorer == "calibrated")
+            .map(|bound| bound.id.clone()),
         agreement: found.and_then(|scorer| scorer.agreement).unwrap_or_default(),
+        softmax_agreement: (scorer == "calibrated").then(|| agreement("softmax")).flatten(),
         max_top1_loss: bounds.top1_loss,
         max_group_top1_loss: bounds.group_top1_loss,
         max_nll_rise: bounds.nll_rise,

@@ -339,6 +339,16 @@ impl Bundle {
         if path.exists() {
             bundle.calibration = Some(BoundCalibration::load(&path, &bundle.manifest)?);
         }
+        let calibration = bundle.calibration.as_ref().map(|bound| bound.id.as_str());
+        if let Some(quantization) = &mut bundle.manifest.fold.quantization
+            && quantization.certificate.keep_what_holds(calibration)
+        {
+            tracing::warn!(
+                bundle = %bundle.folder.display(),
+                "what the certificate of this quantized network says of calibrated scores was measured with another calibration, \
+                 and is withheld; what it says of the softmax stands"
+            );
+        }
         match bundle.card() {
             Ok(card) => bundle.evaluation = card,
             Err(stale) => {

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::{FileDigest, LeftNorm, ManifestError, check_name, value};
 
+/// What a certificate compares where there is no calibration.
+const SOFTMAX: &str = "softmax";
+
 /// How a network was quantized.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
@@ -46,8 +49,14 @@ pub struct Certificate {
     pub images: usize,
     /// What was compared: `calibrated`, or `softmax` where there is no calibration. Under the uniform prior.
     pub scorer: String,
+    /// The calibration that was compared: the bundle's own, fitted anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
     /// Share of images of which both name the same class first.
     pub agreement: f64,
+    /// The same by the softmax, where the scores are calibrated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub softmax_agreement: Option<f64>,
     /// Largest loss of top-1 that was accepted, as a share of all images.
     pub max_top1_loss: f64,
     /// The same of each group's images, where it was bounded.
@@ -104,6 +113,7 @@ impl Quantization {
             false => Err(value(format!("{what} in fold.quantization.certificate"), &number, "it must be finite")),
         };
         finite("agreement", certificate.agreement)?;
+        finite("softmax_agreement", certificate.softmax_agreement.unwrap_or_default())?;
         finite("max_top1_loss", certificate.max_top1_loss)?;
         finite("max_nll_rise", certificate.max_nll_rise)?;
         finite("max_group_top1_loss", certificate.max_group_top1_loss.unwrap_or_default())?;
@@ -116,6 +126,31 @@ impl Quantization {
             }
         }
         Ok(())
+    }
+}
+
+impl Certificate {
+    /// Leaves out what was measured with another calibration than the bundle has now, and says whether there was any. What is
+    /// left is of the softmax.
+    pub(super) fn keep_what_holds(&mut self, calibration: Option<&str>) -> bool {
+        let Some(measured) = &self.calibration else { return false };
+        if Some(measured.as_str()) == calibration {
+            return false;
+        }
+        let agreement = self.softmax_agreement.take().unwrap_or(self.agreement);
+        let slices = std::mem::take(&mut self.softmax);
+        let data = std::mem::take(&mut self.data);
+        // The softmax was fitted to nothing.
+        *self = Self {
+            data,
+            fitted_to_them: false,
+            scorer: SOFTMAX.into(),
+            calibration: None,
+            agreement,
+            slices,
+            ..self.clone()
+        };
+        true
     }
 }
 

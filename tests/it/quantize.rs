@@ -134,6 +134,21 @@ fn the_shipped_network_in_whole_numbers_says_what_it_said() {
     assert!(shown.contains("int8") && shown.contains("certificate"), "{shown}");
     let twice = quantize(&out, &held_out, &original.with_file_name("4"), &[]).unwrap_err();
     assert!(twice.contains("is quantized already, from own/1"), "{twice}");
+    // Calibrated anew, the certificate says no more than what does not depend on that.
+    let figures = |bundle: &Bundle| bundle.manifest.fold.quantization.clone().unwrap().certificate;
+    let softmax = figures(&Bundle::load(&out).unwrap()).softmax;
+    let anew = fold(&[
+        "calibrate",
+        out.to_str().unwrap(),
+        "--data",
+        held_out.to_str().unwrap(),
+        "--rung",
+        "temperature",
+        "--force",
+    ]);
+    assert!(text(&anew.stderr).contains("stale       the certificate"), "{}", text(&anew.stderr));
+    let left = figures(&Bundle::load(&out).unwrap());
+    assert_eq!((left.scorer.as_str(), left.slices, left.fitted_to_them), ("softmax", softmax, false));
 }
 
 #[test]

@@ -215,6 +215,16 @@ fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     bundle.calibration = Some(BoundCalibration::load(out, &bundle.manifest)?);
+    let certified = bundle.manifest.fold.quantization.as_ref().and_then(|q| q.certificate.calibration.as_ref());
+    if certified.is_some_and(|certified| bundle.calibration.as_ref().is_none_or(|bound| bound.id != *certified)) {
+        eprintln!(
+            "stale       the certificate of this quantized bundle: it was measured with the calibration that was replaced"
+        );
+        eprintln!(
+            "            what it says of the softmax stands; `nbn fold quantize` measures calibrated scores again, and"
+        );
+        eprintln!("            `nbn fold evaluate --against` shows them beside the original's");
+    }
     if let Err(stale) = bundle.card() {
         let card = bundle.folder.join(EVALUATION_FILE);
         eprintln!("stale       {}: {stale}", card.display());
