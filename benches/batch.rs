@@ -108,10 +108,9 @@ fn bare(bundle: &Bundle, library: &'static Library, cache: &Path, images: usize)
     let workers = thread::available_parallelism()?.get();
     let cache = NetworkCache::at(cache.to_owned());
     let limits = DecodeLimits::default();
-    let (mut classifiers, _) =
-        Classifier::open_many(bundle, library, SessionOptions::default(), limits, &cache, workers)?;
+    let mut classifiers = Classifier::open_many(bundle, library, SessionOptions::default(), limits, &cache, workers)?;
     for classifier in &mut classifiers {
-        classifier.warm()?;
+        classifier.network().warm()?;
     }
     let blank = Preprocessor::new(bundle.manifest.preprocessing.clone(), DecodeLimits::default()).blank();
     let tensor: Vec<u8> = blank.iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -179,11 +179,11 @@ fn bare_loop(
 ) -> anyhow::Result<f64> {
     let cache = NetworkCache::at(cache.to_owned());
     let options = SessionOptions::default();
-    let (classifiers, _) = Classifier::open_many(bundle, library, options, DecodeLimits::default(), &cache, workers)?;
+    let classifiers = Classifier::open_many(bundle, library, options, DecodeLimits::default(), &cache, workers)?;
     let mut warm = Vec::new();
     for classifier in classifiers {
         let mut classifier = classifier.with_max_batch(max_batch);
-        classifier.warm()?;
+        classifier.network().warm()?;
         warm.push(classifier);
     }
     let began = Instant::now();

@@ -17,7 +17,7 @@ use super::rows::{Output, Row, Scoring, WriteError};
 use super::source::{Content, Fault, Item, Source, Stopped};
 use super::summary::{Summary, Tally};
 use crate::classify::{ClassifyError, Input, Prediction};
-use crate::engine::{Engine, Ticket};
+use crate::engine::{Engine, Refused, Ticket};
 use crate::pixels::DecodeError;
 
 /// Rows that are under way, per worker.
@@ -88,7 +88,7 @@ pub fn run(
         drop(places);
         for place in ordered {
             let Pending { key, label, outcome, held } = place;
-            let settled = settle(&outcome);
+            let settled = settle(&outcome, &stopped);
             drop(held);
             let began = Instant::now();
             let outcome = match settled {
@@ -102,7 +102,10 @@ pub fn run(
                     Err(fault.detail)
                 }
                 Err(Failure::Source(reason)) => {
-                    tally.summary.broken.push(reason);
+                    // A device that was lost is told once, not for every picture.
+                    if !tally.summary.broken.contains(&reason) {
+                        tally.summary.broken.push(reason);
+                    }
                     continue;
                 }
             };
@@ -226,7 +229,10 @@ impl<'a> Reader<'a> {
             self.counts.read_nanos.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
             let ticket = bytes.and_then(|bytes| {
                 let ticket = self.engine.submit_waiting(Input::Encoded(bytes));
-                ticket.map_err(|refused| Fault::new("internal", refused.to_string()).into())
+                ticket.map_err(|refused| match refused {
+                    Refused::NoDevice => no_device(&self.stopped, refused.to_string()),
+                    _ => Fault::new("internal", refused.to_string()).into(),
+                })
             });
             // The writer may have given up.
             let _ = outcome.send(ticket);
@@ -320,15 +326,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn settle(outcome: &Receiver<Result<Ticket, Failure>>) -> Result<Prediction, Failure> {
+/// Takes nothing more from the source: no device is left. What has no row yet is for the next run.
+fn no_device(stopped: &Stopped, reason: String) -> Failure {
+    stopped.end();
+    Failure::Source(reason)
+}
+
+fn settle(outcome: &Receiver<Result<Ticket, Failure>>, stopped: &Stopped) -> Result<Prediction, Failure> {
     let gone = || Fault::new("internal", "the worker gave no answer");
     let ticket = outcome.recv().map_err(|_| gone())??;
     let reply = ticket.wait().map_err(|_| gone())?;
-    Ok(reply.map_err(|error| match &error {
-        ClassifyError::Image(DecodeError::Empty) => Fault::new("empty_image", "the file is empty (0 bytes)"),
-        ClassifyError::Image(image) => Fault::new(image.code(), error.to_string()),
-        _ => Fault::new("internal", error.to_string()),
-    })?)
+    reply.map_err(|error| match &error {
+        ClassifyError::Image(DecodeError::Empty) => Fault::new("empty_image", "the file is empty (0 bytes)").into(),
+        ClassifyError::Image(image) => Fault::new(image.code(), error.to_string()).into(),
+        lost if lost.is_lost_device() => no_device(stopped, Refused::NoDevice.to_string()),
+        _ => Fault::new("internal", error.to_string()).into(),
+    })
 }
 
 #[cfg(test)]

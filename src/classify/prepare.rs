@@ -1,9 +1,10 @@
 //! From an encoded picture to a place in a batch.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use super::ClassifyError;
-use crate::pixels::{Picture, Preprocessor, TensorBatch, TensorLength};
+use super::{ClassifyError, Input, panic_text};
+use crate::pixels::{DecodeError, Picture, Preprocessor, TensorBatch, TensorLength};
 use crate::stop::Stop;
 
 /// What one picture's way into a batch cost.
@@ -49,4 +50,33 @@ impl Prepare for Preprocessor {
         self.normalize_into(&picture, batch)?;
         Ok(StageTimes { decode: decoded - began, preprocess: decoded.elapsed() })
     }
+}
+
+/// Adds a picture to a batch. When that fails, in whatever way, the batch is as it was.
+pub(super) fn add(
+    prepare: &dyn Prepare,
+    batch: &mut TensorBatch,
+    input: &Input,
+    stop: &Stop,
+) -> Result<StageTimes, ClassifyError> {
+    let before = batch.len();
+    let added = catch_unwind(AssertUnwindSafe(|| match input {
+        Input::Encoded(bytes) => prepare.prepare_into(bytes, stop, batch),
+        Input::Pixels(bytes) => {
+            let began = Instant::now();
+            batch.push_bytes(bytes)?;
+            Ok(StageTimes { decode: Duration::ZERO, preprocess: began.elapsed() })
+        }
+    }));
+    let added = added.unwrap_or_else(|panic| Err(ClassifyError::Panic(panic_text(&*panic))));
+    // A caller who has gone does not read it.
+    let added = added.map_err(|error| match error {
+        ClassifyError::Image(DecodeError::Stopped) => ClassifyError::Deadline,
+        error => error,
+    });
+    let added = added.and_then(|times| match batch.len().saturating_sub(before) {
+        1 => Ok(times),
+        found => Err(ClassifyError::Panic(format!("one picture became {found} tensors"))),
+    });
+    added.inspect_err(|_| batch.truncate(before))
 }

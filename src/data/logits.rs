@@ -15,7 +15,7 @@ use crate::bundle::{Bundle, Exif, Pixels};
 use crate::classify::{Classifier, ClassifyError, Prediction};
 use crate::files;
 use crate::pixels::{DecodeLimits, Picture, Preprocessor};
-use crate::runtime::{Library, SessionOptions};
+use crate::runtime::{Library, Place};
 use crate::scores::{Logits, LogitsError, centre};
 
 /// Logits [N, K] of N images, and the index of each one's class. All are finite; every label is below K.
@@ -209,13 +209,13 @@ impl Answers {
 pub fn answers_of(
     bundle: &Bundle,
     library: &Library,
-    options: SessionOptions,
+    place: &Place,
     images: &LabelledImages,
     pixels: Pixels,
     progress: &(dyn Fn() + Sync),
 ) -> Result<Answers, DataError> {
     let rows: Mutex<Vec<Option<(Prediction, PixelHash)>>> = Mutex::new(vec![None; images.len()]);
-    each_answer(bundle, library, options, images, pixels, progress, &|index, prediction, picture| {
+    each_answer(bundle, library, place, images, pixels, progress, &|index, prediction, picture| {
         let row = (prediction, hash_of(picture));
         rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = Some(row);
     })?;
@@ -242,7 +242,7 @@ pub fn answers_of(
 pub fn each_answer(
     bundle: &Bundle,
     library: &Library,
-    options: SessionOptions,
+    place: &Place,
     images: &LabelledImages,
     pixels: Pixels,
     progress: &(dyn Fn() + Sync),
@@ -252,8 +252,8 @@ pub fn each_answer(
     let exif = bundle.manifest.preprocessing.exif;
     let least = Preprocessor::new(bundle.manifest.preprocessing.clone(), limits).least();
     each(images, exif, progress, || {
-        let (classifier, _) = Classifier::open(bundle, library, options, limits)?;
-        let mut classifier = classifier.with_features().with_looks();
+        let (classifier, _) = Classifier::open(bundle, library, place, limits)?;
+        let mut classifier = classifier.map_network(|network| network.with_features().with_looks());
         Ok(move |index: usize, picture: &Picture| {
             // What can be decoded whole can be decoded in part.
             let fewer = least.and_then(|least| images.picture_at_least(index, exif, &limits, Some(least)).ok());

@@ -3,11 +3,15 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use tokio::sync::watch;
+
 /// A number of places. A worker holds one while it decodes and runs a network.
 pub struct Budget {
     state: Mutex<State>,
     freed: Condvar,
     ended: Condvar,
+    /// Why an engine has no device left, once one has none.
+    lost: watch::Sender<Option<String>>,
 }
 
 struct State {
@@ -32,6 +36,7 @@ impl Budget {
             state: Mutex::new(State { free: places.max(1), waiting: 0, workers: 0, panics: 0 }),
             freed: Condvar::new(),
             ended: Condvar::new(),
+            lost: watch::Sender::new(None),
         }
     }
 
@@ -70,6 +75,16 @@ impl Budget {
     /// Counts a panic of a worker outside of what guards each picture. The pictures at work are lost; the worker goes on.
     pub(super) fn note_panic(&self) {
         self.lock().panics += 1;
+    }
+
+    /// Notes that an engine has no device left.
+    pub(super) fn note_lost(&self, reason: &str) {
+        self.lost.send_replace(Some(reason.to_owned()));
+    }
+
+    /// Why an engine has no device left, once one has none: its model answers no more, and devices do not heal within a process.
+    pub fn lost(&self) -> watch::Receiver<Option<String>> {
+        self.lost.subscribe()
     }
 
     /// Panics that were counted.

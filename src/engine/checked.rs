@@ -24,11 +24,13 @@ struct Queue {
 }
 
 impl Awaited for Queue {
-    fn is_due(&self) -> bool {
+    type Role = ();
+
+    fn is_due(&self, (): ()) -> bool {
         self.work > 0 || self.closed
     }
 
-    fn idle(&mut self) -> &mut Idle {
+    fn idle(&mut self, (): ()) -> &mut Idle {
         &mut self.idle
     }
 }
@@ -36,7 +38,7 @@ impl Awaited for Queue {
 /// Does what there is until the queue is closed and empty.
 fn work(queue: &sync::Mutex<Queue>) {
     loop {
-        let mut queue = wait(queue);
+        let mut queue = wait(queue, ());
         if queue.work == 0 {
             return;
         }
@@ -62,11 +64,11 @@ fn try_every_order(workers: usize, pieces: &'static [usize]) {
         for &several in pieces {
             let mut guard = lock(&queue);
             guard.work += several;
-            wake(guard, several);
+            wake(guard, (), several);
         }
         let mut guard = lock(&queue);
         guard.closed = true;
-        wake(guard, usize::MAX);
+        wake(guard, (), usize::MAX);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         let queue = lock(&queue);
         assert_eq!((queue.work, queue.done), (0, pieces.iter().sum()));

@@ -1,17 +1,22 @@
-//! Worker threads that own classifiers, behind one bounded queue counted in pictures.
+//! Threads that own classifiers, or their halves, behind one bounded queue counted in pictures.
 //!
-//! A worker takes what already waits, up to a batch, decodes it and runs the network on it; nothing is waited for to fill
-//! a batch. Workers × threads is the whole budget of processors, shared by all engines through a [`Budget`]. Work whose
-//! caller has gone, or whose deadline has passed, is dropped before it costs anything; a running batch that nobody waits
-//! for any more is ended, and so is the decoding of a picture. A panic costs one picture.
+//! Where the processor runs the network, a worker takes what already waits, up to a batch, decodes it and runs the network on it
+//! (`together`). Where a device of its own does, preparers decode and executors run (`apart`). Nothing is waited for to fill a
+//! batch. Those who decode are the whole budget of processors, shared by all engines through a [`Budget`]. Work whose caller has
+//! gone, or whose deadline has passed, is dropped before it costs anything; a running batch that nobody waits for any more is
+//! ended, and so is the decoding of a picture. A panic costs one picture.
 
+mod apart;
 mod budget;
 #[cfg(test)]
 mod checked;
+mod devices;
 mod idle;
 mod pace;
+mod state;
 mod stats;
 mod ticket;
+mod together;
 
 /// What `idle` is made of.
 mod sync {
@@ -19,24 +24,20 @@ mod sync {
     pub(super) use std::thread::{Thread, current, park};
 }
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
-
-use crate::classify::{Classifier, ClassifyError, Input, Prediction};
-use crate::stop::Stop;
+use crate::classify::{Classifier, ClassifyError, Executor, Input, Prediction, Preparer, Ready};
 
 pub use budget::Budget;
+pub use devices::DeviceStats;
 pub use stats::{BatchStats, EngineStats};
 pub use ticket::{Lost, Ticket};
 
-use idle::{Awaited, Idle};
-use pace::Pace;
-use ticket::Caller;
+use devices::Device;
+use state::{Shared, State};
 
 /// What a submitted picture comes back as.
 pub type Reply = Result<Prediction, ClassifyError>;
@@ -70,43 +71,22 @@ pub enum Refused {
     /// The engine was closed.
     #[error("the engine is closed")]
     Closed,
+    /// Every device has failed.
+    #[error("no device is left that could run the network")]
+    NoDevice,
 }
 
-struct Job {
-    input: Input,
-    reply: oneshot::Sender<Reply>,
-    caller: Arc<Caller>,
-    submitted: Instant,
-    deadline: Option<Instant>,
-}
-
-struct State {
-    queue: VecDeque<Job>,
-    running: usize,
-    idle: Idle,
-    /// Submitters that wait until the queue has room.
-    waiting_for_room: usize,
-    closed: bool,
-    pace: Pace,
-    stats: EngineStats,
-}
-
-struct Shared {
-    state: Mutex<State>,
-    room: Condvar,
-    capacity: usize,
-    workers: usize,
-    budget: Arc<Budget>,
-}
-
-impl Awaited for State {
-    fn is_due(&self) -> bool {
-        self.closed || !self.queue.is_empty()
-    }
-
-    fn idle(&mut self) -> &mut Idle {
-        &mut self.idle
-    }
+/// The threads of an engine, by what they own.
+pub enum Crew {
+    /// Workers that decode and run the network.
+    Together(Vec<Classifier>),
+    /// Preparers, and the executors of each device by its name.
+    Apart {
+        /// As many as decode at once.
+        preparers: Vec<Preparer>,
+        /// Two keep a device busy.
+        devices: Vec<(String, Vec<Executor>)>,
+    },
 }
 
 /// The front of the queue. Dropping it lets the workers finish what is queued and end; it does not wait for them, because it
@@ -116,39 +96,79 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts one worker per classifier, with room for `capacity` waiting pictures. Each worker holds a place in `budget`
-    /// while it works.
+    /// Starts a thread for each of the crew, with room for `capacity` waiting pictures. Who decodes holds a place in `budget`
+    /// meanwhile.
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(classifiers: Vec<Classifier>, capacity: usize, budget: Arc<Budget>) -> std::io::Result<Self> {
-        let state = State {
-            queue: VecDeque::new(),
-            running: 0,
-            idle: Idle::default(),
-            waiting_for_room: 0,
-            closed: false,
-            pace: Pace::default(),
-            stats: EngineStats::default(),
+    pub fn start(crew: Crew, capacity: usize, budget: Arc<Budget>) -> std::io::Result<Self> {
+        let mut state = State::default();
+        let (workers, executors, max_batch, shape) = match &crew {
+            Crew::Together(classifiers) => (classifiers.len(), 0, 0, None),
+            Crew::Apart { preparers, devices } => {
+                let all = || devices.iter().flat_map(|(_, executors)| executors);
+                let max_batch = all().map(Executor::max_batch).max().unwrap_or(1);
+                state.devices = devices.iter().map(|(name, _)| Device::new(name.clone())).collect();
+                // What a device takes next; as many lie in its executors' own memory.
+                state.room_for_ready = max_batch * devices.len().max(1) + preparers.len();
+                (preparers.len(), all().count(), max_batch, all().next().map(Executor::shape))
+            }
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             room: Condvar::new(),
             capacity: capacity.max(1),
-            workers: classifiers.len(),
+            workers,
+            executors,
+            max_batch,
+            shape,
             budget,
         });
         let engine = Self { shared };
-        for (n, classifier) in classifiers.into_iter().enumerate() {
-            let shared = engine.shared.clone();
-            let worker = thread::Builder::new().name(format!("nbn-worker-{n}"));
-            let counted = Budget::worker(&shared.budget);
-            worker.spawn(move || {
-                work(&shared, classifier);
-                drop(counted);
-            })?;
+        match crew {
+            Crew::Together(classifiers) => {
+                for mut classifier in classifiers {
+                    engine.spawn("nbn-worker", move |shared| together::turn(shared, &mut classifier))?;
+                }
+            }
+            Crew::Apart { preparers, devices } => {
+                for mut preparer in preparers {
+                    engine.spawn("nbn-preparer", move |shared| apart::prepare(shared, &mut preparer))?;
+                }
+                for (device, (_, executors)) in devices.into_iter().enumerate() {
+                    for mut executor in executors {
+                        engine.spawn("nbn-executor", move |shared| apart::execute(shared, device, &mut executor))?;
+                    }
+                }
+            }
         }
         Ok(engine)
+    }
+
+    /// Starts a thread that takes one `turn` after another, until one says that there is nothing more to do.
+    fn spawn(&self, name: &str, mut turn: impl FnMut(&Shared) -> bool + Send + 'static) -> std::io::Result<()> {
+        let shared = self.shared.clone();
+        let counted = Budget::worker(&shared.budget);
+        thread::Builder::new().name(name.into()).spawn(move || {
+            loop {
+                // A picture's own panics are its answer. What panics beside them costs the pictures at work, never the thread:
+                // without it, the queue would fill up and nobody would know why.
+                match catch_unwind(AssertUnwindSafe(|| turn(&shared))) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(_) => {
+                        tracing::error!(
+                            "a worker panicked between images: the images that it was working on are lost, and the worker \
+                             continues"
+                        );
+                        shared.budget.note_panic();
+                    }
+                }
+            }
+            drop(turn);
+            drop(counted);
+        })?;
+        Ok(())
     }
 
     /// Queues all of `inputs` or none. The tickets answer in the order of `inputs`. With a deadline, they are refused
@@ -157,31 +177,55 @@ impl Engine {
     /// # Errors
     /// When they do not all fit.
     pub fn submit(&self, inputs: Vec<Input>, deadline: Option<Instant>) -> Result<Vec<Ticket>, Refused> {
-        let capacity = self.shared.capacity;
+        let Shared { capacity, workers, executors, max_batch, .. } = *self.shared;
         let mut state = self.shared.lock();
-        if state.closed {
-            return Err(Refused::Closed);
-        }
+        state.is_open()?;
         if inputs.len() > capacity {
             return Err(Refused::TooMany { images: inputs.len(), capacity });
         }
-        if state.queue.len() + inputs.len() > capacity {
-            state.queue.retain(|job| !job.caller.gone());
+        if state.waiting() + inputs.len() > capacity {
+            state.drop_gone();
         }
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(Refused::Late);
         }
-        let wait = self.shared.wait(&state);
+        let wait = state.wait(workers, executors, max_batch);
         let retry_after = wait.clamp(Duration::from_secs(1), Duration::from_secs(3600));
-        if state.queue.len() + inputs.len() > capacity {
+        if state.waiting() + inputs.len() > capacity {
             return Err(Refused::Full { retry_after });
         }
         if deadline.is_some_and(|deadline| Instant::now() + wait > deadline) {
             return Err(Refused::TooSlow { retry_after });
         }
-        let tickets: Vec<Ticket> = inputs.into_iter().map(|input| Shared::push(&mut state, input, deadline)).collect();
-        idle::wake(state, tickets.len());
-        Ok(tickets)
+        Ok(self.push(state, inputs, deadline))
+    }
+
+    /// Queues pictures, or has them ready at once, and wakes who takes them.
+    fn push(&self, mut state: MutexGuard<'_, State>, inputs: Vec<Input>, deadline: Option<Instant>) -> Vec<Ticket> {
+        let (mut queued, mut ready) = (0, 0);
+        let tickets = inputs.into_iter().map(|input| match (&input, self.shared.shape) {
+            (Input::Pixels(bytes), Some(shape)) => match Ready::sent(bytes.clone(), shape) {
+                Ok(picture) => {
+                    ready += 1;
+                    state.push(input, Some(picture), deadline)
+                }
+                // A preparer says why it is none.
+                Err(_) => {
+                    queued += 1;
+                    state.push(input, None, deadline)
+                }
+            },
+            _ => {
+                queued += 1;
+                state.push(input, None, deadline)
+            }
+        });
+        let tickets = tickets.collect();
+        let workers = state.idle[0].take(queued);
+        let executors = state.idle[1].take(ready);
+        drop(state);
+        workers.into_iter().chain(executors).for_each(|thread| thread.unpark());
+        tickets
     }
 
     /// Queues one picture, waiting for room.
@@ -190,27 +234,25 @@ impl Engine {
     /// Only when the engine is closed.
     pub fn submit_waiting(&self, input: Input) -> Result<Ticket, Refused> {
         let mut state = self.shared.lock();
-        while state.queue.len() >= self.shared.capacity && !state.closed {
+        while state.waiting() >= self.shared.capacity && state.is_open().is_ok() {
             state.waiting_for_room += 1;
             state = self.shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
             state.waiting_for_room -= 1;
         }
-        if state.closed {
-            return Err(Refused::Closed);
-        }
-        let ticket = Shared::push(&mut state, input, None);
-        idle::wake(state, 1);
-        Ok(ticket)
+        state.is_open()?;
+        // One in, one out.
+        self.push(state, vec![input], None).pop().ok_or(Refused::Closed)
     }
 
-    /// Pictures waiting for a worker.
+    /// Pictures that wait, for a worker or for a device.
     pub fn queued(&self) -> usize {
-        self.shared.lock().queue.len()
+        self.shared.lock().waiting()
     }
 
-    /// Pictures that workers are at.
+    /// Pictures that are at work.
     pub fn running(&self) -> usize {
-        self.shared.lock().running
+        let state = self.shared.lock();
+        state.preparing + state.running
     }
 
     /// Pictures that can wait at most.
@@ -225,7 +267,9 @@ impl Engine {
 
     /// What was done since the start.
     pub fn stats(&self) -> EngineStats {
-        self.shared.lock().stats.clone()
+        let mut state = self.shared.lock();
+        let devices = state.devices.iter_mut().map(Device::stats).collect();
+        EngineStats { devices, ..state.stats.clone() }
     }
 }
 
@@ -233,129 +277,9 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.closed = true;
-        idle::wake(state, usize::MAX);
+        let woken: Vec<_> = state.idle.iter_mut().flat_map(|idle| idle.take(usize::MAX)).collect();
+        drop(state);
+        woken.into_iter().for_each(|thread| thread.unpark());
         self.shared.room.notify_all();
     }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        idle::lock(&self.state)
-    }
-
-    /// How long until a picture that came now would be begun.
-    fn wait(&self, state: &State) -> Duration {
-        let ahead = (state.queue.len() + state.running) as f64;
-        let seconds = ahead * state.pace.seconds() / self.workers.max(1) as f64;
-        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
-    }
-
-    fn push(state: &mut State, input: Input, deadline: Option<Instant>) -> Ticket {
-        let (reply, receiver) = oneshot::channel();
-        let caller = Arc::new(Caller::until(deadline));
-        state.queue.push_back(Job { input, reply, caller: caller.clone(), submitted: Instant::now(), deadline });
-        Ticket::new(receiver, caller)
-    }
-
-    /// The next pictures that somebody waits for; empty when there are none.
-    fn take(&self, max_batch: usize) -> Vec<Job> {
-        let mut state = self.lock();
-        // A share each: what waits should not go to one worker while another idles.
-        let share = state.queue.len().div_ceil(self.workers.max(1)).min(max_batch);
-        let now = Instant::now();
-        let mut jobs = Vec::with_capacity(share);
-        while jobs.len() < share
-            && let Some(job) = state.queue.pop_front()
-        {
-            if job.caller.gone() {
-                continue;
-            }
-            if job.deadline.is_some_and(|deadline| deadline <= now) {
-                // The caller may go at the same moment.
-                let _ = job.reply.send(Err(ClassifyError::Deadline));
-            } else {
-                jobs.push(job);
-            }
-        }
-        state.running += jobs.len();
-        let wanted = state.waiting_for_room > 0;
-        drop(state);
-        if wanted {
-            self.room.notify_all();
-        }
-        jobs
-    }
-}
-
-/// Pictures that count as running, until this is dropped: also by a panic.
-struct Running<'a> {
-    shared: &'a Shared,
-    pictures: usize,
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.shared.lock().running -= self.pictures;
-    }
-}
-
-fn work(shared: &Shared, mut classifier: Classifier) {
-    loop {
-        // A picture's own panics are its answer. What panics beside them costs the pictures at work, never the worker: without
-        // it, the queue would fill up and nobody would know why.
-        match catch_unwind(AssertUnwindSafe(|| turn(shared, &mut classifier))) {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(_) => {
-                tracing::error!(
-                    "a worker panicked between images: the images that it was working on are lost, and the worker \
-                     continues"
-                );
-                shared.budget.note_panic();
-            }
-        }
-    }
-}
-
-/// Waits for work, so that a place in the budget is not taken for nothing, and does some. False when the engine is closed and
-/// everything is done.
-fn turn(shared: &Shared, classifier: &mut Classifier) -> bool {
-    if idle::wait(&shared.state).queue.is_empty() {
-        return false;
-    }
-    let turn = Instant::now();
-    let place = shared.budget.take();
-    let jobs = shared.take(classifier.max_batch());
-    if jobs.is_empty() {
-        // Another worker was first, or nobody waits.
-        return true;
-    }
-    let running = Running { shared, pictures: jobs.len() };
-    let began = Instant::now();
-    let stop = Arc::new(Stop::default());
-    ticket::begin(jobs.iter().map(|job| &job.caller), &stop);
-    let pictures: Vec<(&Input, &Stop)> = jobs.iter().map(|job| (&job.input, job.caller.stop())).collect();
-    let outcomes = classifier.classify(&pictures, &stop);
-    drop(place);
-    // With the wait for a place: beside other busy models, this queue gets on only so fast.
-    let took = turn.elapsed();
-    // Freed before the answer is sent: whoever has it finds the engine's counts true.
-    drop(running);
-    {
-        let mut state = shared.lock();
-        // A batch that was ended says nothing of the pace.
-        if !stop.asked() {
-            state.pace.note(took, jobs.len());
-        }
-        state.stats.record(&outcomes, jobs.iter().map(|job| began - job.submitted));
-    }
-    for (job, outcome) in jobs.into_iter().zip(outcomes) {
-        let reply = outcome.map(|mut prediction| {
-            prediction.timings.queue = began - job.submitted;
-            prediction
-        });
-        // The caller may have gone meanwhile.
-        let _ = job.reply.send(reply);
-    }
-    true
 }

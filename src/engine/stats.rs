@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::Reply;
+use super::{DeviceStats, Reply};
 
 /// Counts and times since the start.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +14,8 @@ pub struct EngineStats {
     pub queue: Duration,
     /// By pictures in a run of the network.
     pub batches: BTreeMap<usize, BatchStats>,
+    /// Of the devices that run it beside the processor.
+    pub devices: Vec<DeviceStats>,
 }
 
 /// Runs of the network with one batch size.

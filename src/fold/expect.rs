@@ -17,7 +17,7 @@ use super::FoldError;
 use super::onnx::passes::ends;
 use super::verify::TOLERANCE;
 use crate::bundle::{ExpectedProof, FileDigest, Size, sha256_of_file};
-use crate::runtime::{Device, Library, NetworkSource, PlainSession, SessionOptions};
+use crate::runtime::{Library, NetworkSource, PlainSession, SessionOptions};
 
 /// Most values of one array.
 const MAX_VALUES: usize = 1 << 28;
@@ -142,7 +142,7 @@ impl Expected {
             )));
         }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut session = PlainSession::open(library, model, SessionOptions { device: Device::Cpu, threads })?;
+        let mut session = PlainSession::open(library, model, SessionOptions::on_processor(threads))?;
         let mut found: Vec<f64> = Vec::new();
         let [a, b, c] = self.shape;
         for image in self.x.chunks_exact(a * b * c) {

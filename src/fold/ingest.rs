@@ -20,7 +20,7 @@ use crate::bundle::{
 };
 use crate::listing::{Found, walk};
 use crate::pixels::{DecodeError, DecodeLimits, Preprocessor};
-use crate::runtime::{Device, FEATURES, Library, NetworkSource, PlainSession, SessionOptions};
+use crate::runtime::{FEATURES, Library, NetworkSource, PlainSession, SessionOptions};
 use crate::stop::Stop;
 
 /// Most of the user's pictures that the proof looks at.
@@ -355,7 +355,7 @@ impl Subject<'_> {
 
     fn prove(&self, network: &Network, ends: &Ends) -> Result<Proved, FoldError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let options = SessionOptions { device: Device::Cpu, threads };
+        let options = SessionOptions::on_processor(threads);
         // What is served may be no output of the file itself: the value before a softmax, and what the classifier sees.
         let fail = |cause: OnnxError| FoldError::Onnx { path: self.options.checkpoint.clone(), cause };
         let mut shown = self.original.clone().showing(&ends.value).map_err(fail)?;
@@ -443,7 +443,7 @@ impl Subject<'_> {
         in_parts: bool,
     ) -> Result<Vec<Vec<f64>>, FoldError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut session = PlainSession::open(self.library, model, SessionOptions { device: Device::Cpu, threads })?;
+        let mut session = PlainSession::open(self.library, model, SessionOptions::on_processor(threads))?;
         let mut rest = images;
         let mut sizes = [1, 3, 2].into_iter().cycle();
         let names = if ends.features.is_some() { vec![ends::LOGITS, FEATURES] } else { vec![ends::LOGITS] };

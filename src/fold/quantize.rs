@@ -13,7 +13,7 @@ pub use super::onnx::passes::quantize::{Layer, Range, WeightBits};
 use super::onnx::passes::quantize::{Plan, apply};
 use super::onnx::{Network, OnnxError};
 use crate::bundle::{Bundle, FileDigest, MODEL_FILE, Manifest, SCHEMA_VERSION, sha256_hex};
-use crate::runtime::{Device, Library, NetworkSource, OnnxModel, PlainSession, SessionOptions};
+use crate::runtime::{Library, NetworkSource, OnnxModel, PlainSession, SessionOptions};
 
 /// Pictures that layers are looked at with, one by one.
 const LOOKED_AT: usize = 16;
@@ -124,7 +124,7 @@ impl<'a> Quantizer<'a> {
         let graph = shown.encode();
         let folder = (!self.network.fits_within()).then(|| self.network.folder());
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let options = SessionOptions { device: Device::Cpu, threads };
+        let options = SessionOptions::on_processor(threads);
         let mut session = PlainSession::open(self.library, NetworkSource { graph: &graph, folder }, options)?;
         let [a, b, c] = self.bundle.manifest.preprocessing.shape();
         for input in &self.inputs {
@@ -194,7 +194,7 @@ impl<'a> Quantizer<'a> {
         let graph = network.encode();
         let folder = (!network.fits_within()).then(|| self.network.folder());
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let options = SessionOptions { device: Device::Cpu, threads };
+        let options = SessionOptions::on_processor(threads);
         let mut session = OnnxModel::open(self.library, NetworkSource { graph: &graph, folder }, options)?;
         let [a, b, c] = self.bundle.manifest.preprocessing.shape();
         let mut all = Vec::new();

@@ -9,7 +9,7 @@ use super::onnx::{Network, OnnxError};
 use super::reference::{self, Precision};
 use super::{FoldError, Graph};
 use crate::bundle::{OutputProof, Proof, Reference};
-use crate::runtime::{Device, Library, NetworkSource, OnnxModel, SessionOptions};
+use crate::runtime::{Library, NetworkSource, OnnxModel, SessionOptions};
 
 /// Largest difference accepted, in standard deviations of the output.
 pub const TOLERANCE: f64 = 1e-4;
@@ -26,7 +26,7 @@ pub fn prove<'a>(unfolded: &Graph, model: impl Into<NetworkSource<'a>>, library:
     let inputs = images(unfolded.side);
     let images = inputs.len();
     let threads = thread::available_parallelism().map_or(1, usize::from);
-    let mut session = OnnxModel::open(library, model, SessionOptions { device: Device::Cpu, threads })?;
+    let mut session = OnnxModel::open(library, model, SessionOptions::on_processor(threads))?;
     let batch: Vec<f32> = inputs.concat();
     let shape = (images, 3, unfolded.side, unfolded.side);
     let view = ArrayView4::from_shape(shape, &batch).map_err(|error| FoldError::Input(error.to_string()))?;

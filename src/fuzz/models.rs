@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::bundle::{BoundCalibration, Calibration, Class, Manifest, Pixels, inputs_sha256};
 use crate::classify::{Classifier, ClassifyError, Input, Prediction, Scorer};
-use crate::engine::{Budget, Engine};
+use crate::engine::{Budget, Crew, Engine};
 use crate::pixels::DecodeLimits;
 use crate::registry::{RequestStats, ServedModel};
 use crate::runtime::{Device, Outputs, Runner, RuntimeError};
@@ -122,14 +122,15 @@ pub(super) fn served() -> ServedModel {
     let calibration = BoundCalibration { id: "fuzz".into(), content: calibration(&manifest), familiarity: None };
     let classifier = Classifier::new(manifest.clone(), LIMITS, Box::new(Sums)).with_max_batch(4);
     let max_batch = classifier.max_batch();
-    let engine = Engine::start(vec![classifier], 64, Arc::new(Budget::new(1))).expect("a thread can be started");
+    let engine =
+        Engine::start(Crew::Together(vec![classifier]), 64, Arc::new(Budget::new(1))).expect("a thread can be started");
     ServedModel {
         name: "test".into(),
         version: "1".into(),
         scorer: Scorer::new(manifest.clone(), Some(calibration)),
         manifest,
         evaluation: None,
-        device: Device::Cpu,
+        devices: vec![Device::Cpu],
         max_batch,
         pixels: Pixels::Exact,
         engine,

@@ -200,6 +200,17 @@ impl TensorBatch {
         Ok(())
     }
 
+    /// Copies the first picture's values to `place`.
+    ///
+    /// # Errors
+    /// When `place` has more or fewer of them, or there is no picture; then nothing is copied.
+    pub fn copy_first(&self, place: &mut [f32]) -> Result<(), TensorLength> {
+        let wrong = TensorLength { found: 4 * self.values.len().min(self.item()), expected: 4 * place.len() };
+        let first = self.values.get(..self.item()).filter(|first| first.len() == place.len()).ok_or(wrong)?;
+        place.copy_from_slice(first);
+        Ok(())
+    }
+
     /// Holds as many blank pictures and nothing else: a batch to measure and to warm a network with.
     pub fn fill(&mut self, pictures: usize) {
         self.clear();

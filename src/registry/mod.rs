@@ -11,10 +11,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use crate::bundle::{Bundle, BundleError, Pixels, Repository, VersionFolder, VersionPolicy, sha256_hex};
 use crate::engine::Budget;
 use crate::pixels::DecodeLimits;
-use crate::runtime::{Library, NetworkCache, SessionOptions};
+use crate::runtime::{Library, NetworkCache, Place};
 
 pub use error::RegistryError;
 pub use index::{IndexEntry, ModelState};
@@ -24,10 +26,10 @@ pub use requests::{RequestCounts, RequestStats};
 /// How a model is opened.
 #[derive(Debug, Clone)]
 pub struct ModelOptions {
-    /// Sessions, each with a worker.
+    /// Where it runs, and how sessions are opened there.
+    pub place: Place,
+    /// Pictures that are decoded at once; on the processor, each by a worker with a session of its own.
     pub workers: usize,
-    /// How each is opened.
-    pub session: SessionOptions,
     /// How large a picture may be.
     pub limits: DecodeLimits,
     /// Pictures that may wait.
@@ -387,6 +389,11 @@ impl Registry {
         self.filled.load(Ordering::Acquire)
     }
 
+    /// Why a model has no device left, once one has none.
+    pub fn lost_devices(&self) -> watch::Receiver<Option<String>> {
+        self.budget.lost()
+    }
+
     /// Panics of workers outside of what guards each picture.
     pub fn worker_panics(&self) -> u64 {
         self.budget.panics()
@@ -454,9 +461,10 @@ fn announce(model: &ServedModel, options: &ModelOptions) {
         Some(bound) => (bound.id.as_str(), "scores are calibrated probabilities"),
         None => ("none", "not calibrated: scores are the softmax of the logits"),
     };
+    let devices: Vec<String> = model.devices.iter().map(ToString::to_string).collect();
     tracing::info!(
         model = %model.name, version = %model.version, arch = %model.manifest.arch,
-        classes = model.manifest.classes.len(), device = %model.device, workers = options.workers,
-        threads = options.session.threads, max_batch = model.max_batch, calibration, "model ready ({scale})"
+        classes = model.manifest.classes.len(), device = devices.join(","), workers = options.workers,
+        threads = options.place.session.threads, max_batch = model.max_batch, calibration, "model ready ({scale})"
     );
 }

@@ -3,7 +3,7 @@
 //! Opening a network costs an optimisation pass and, per session, a copy of its weights. The runtime can write the
 //! optimised graph with its weights in a side file; opened from there, the weights are mapped and shared by all
 //! sessions and processes. An entry is named by everything that it depends on: the network's SHA-256, the runtime's
-//! build and the processor's features. It is made in a folder of its own and renamed into place, and never changed
+//! build, the processor's features, and the provider with its precision and options. It is made in a folder of its own and renamed into place, and never changed
 //! afterwards. Whoever can write the cache can change what runs.
 
 use std::fs::{self, File};
@@ -78,7 +78,7 @@ impl NetworkCache {
         let plain = |opened: &mut dyn FnMut(OnnxModel) -> Result<(), E>, sessions: usize| {
             (0..sessions).try_for_each(|_| opened(OnnxModel::open(library, read()?, options)?))
         };
-        let Some(entry) = self.entry(network) else { return plain(&mut opened, sessions) };
+        let Some(entry) = self.entry(network, options) else { return plain(&mut opened, sessions) };
         if !self.vouches(&entry, network) {
             let source = read()?;
             if !entry.join(GRAPH).is_file()
@@ -104,23 +104,24 @@ impl NetworkCache {
         plain(&mut opened, left)
     }
 
-    /// A note that was kept with `network`'s entry.
-    pub fn note<T: DeserializeOwned>(&self, network: &NetworkFile, name: &str) -> Option<T> {
-        serde_json::from_slice(&fs::read(self.entry(network)?.join(name)).ok()?).ok()
+    /// A note that was kept with `network`'s entry for what `options` says of the device.
+    pub fn note<T: DeserializeOwned>(&self, network: &NetworkFile, options: SessionOptions, name: &str) -> Option<T> {
+        serde_json::from_slice(&fs::read(self.entry(network, options)?.join(name)).ok()?).ok()
     }
 
     /// Keeps a note with `network`'s entry, if there is one and it can be written.
-    pub fn keep_note<T: Serialize>(&self, network: &NetworkFile, name: &str, note: &T) {
-        let Some(entry) = self.entry(network).filter(|entry| entry.is_dir()) else { return };
+    pub fn keep_note<T: Serialize>(&self, network: &NetworkFile, options: SessionOptions, name: &str, note: &T) {
+        let Some(entry) = self.entry(network, options).filter(|entry| entry.is_dir()) else { return };
         let written = serde_json::to_vec(note).map_err(io::Error::other).and_then(|n| replace(&entry.join(name), &n));
         if let Err(error) = written {
             tracing::debug!(%error, name, "a note could not be written to the cache");
         }
     }
 
-    fn entry(&self, network: &NetworkFile) -> Option<PathBuf> {
+    fn entry(&self, network: &NetworkFile, options: SessionOptions) -> Option<PathBuf> {
         let mut key = Sha256::new();
-        for part in [network.sha256.as_str(), ort::info(), &processor()] {
+        let provider = options.device.identity(&options.cuda);
+        for part in [network.sha256.as_str(), ort::info(), &processor(), &provider] {
             key.update(part.as_bytes());
             key.update([0]);
         }

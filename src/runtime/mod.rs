@@ -4,12 +4,15 @@ mod cache;
 mod library;
 mod model;
 mod plain;
+mod provider;
 
 pub use cache::{NetworkCache, NetworkFile};
 pub use library::{Library, LibraryError, disable_telemetry};
-pub use model::{Device, OnnxModel, RuntimeError, SessionOptions};
+pub use model::{OnnxModel, RuntimeError, SessionOptions};
 pub use plain::PlainSession;
+pub use provider::{ArenaGrowth, CannotUse, ConvolutionSearch, CudaOptions, Device, Place, Wanted};
 
+use std::ops::DerefMut;
 use std::path::Path;
 
 use ndarray::{Array2, ArrayView4};
@@ -59,4 +62,17 @@ pub trait Runner: Send {
 
     /// Has the features given, too, if the network has them. Until then only the logits are.
     fn give_features(&mut self) {}
+
+    /// Memory for so many values that pictures are copied from with the least effort.
+    fn host_memory(&self, values: usize) -> HostMemory {
+        plain_memory(values)
+    }
+}
+
+/// Values in the processor's memory, all 0 at first.
+pub type HostMemory = Box<dyn DerefMut<Target = [f32]> + Send>;
+
+/// Memory like any other.
+pub fn plain_memory(values: usize) -> HostMemory {
+    Box::new(vec![0.0; values])
 }

@@ -1,52 +1,41 @@
 //! A session over one network.
 
-use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
 use ort::logging::LogLevel;
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{RunOptions, Session, SessionOutputs};
 use ort::value::{Tensor, TensorRef};
 
-use super::{FEATURES, Library, NetworkSource, Outputs, Runner};
+use super::provider::{CudaOptions, Device};
+use super::{FEATURES, HostMemory, Library, NetworkSource, Outputs, Runner, plain_memory};
 use crate::stop::Stop;
-
-/// Where a network runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Device {
-    /// The processor.
-    Cpu,
-    /// An NVIDIA GPU; an error if it cannot be used.
-    Cuda,
-    /// CUDA if it works, otherwise the processor, with one line in the log.
-    Auto,
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-            Self::Auto => "auto",
-        })
-    }
-}
 
 /// How a session is opened.
 #[derive(Debug, Clone, Copy)]
 pub struct SessionOptions {
     /// Where it runs.
     pub device: Device,
-    /// Threads that work on one picture.
+    /// Threads that work on one picture, on the processor.
     pub threads: usize,
+    /// How CUDA is set up, where it runs there.
+    pub cuda: CudaOptions,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, threads: 1 }
+        Self::on_processor(1)
+    }
+}
+
+impl SessionOptions {
+    /// On the processor, with so many threads.
+    pub fn on_processor(threads: usize) -> Self {
+        Self { device: Device::Cpu, threads, cuda: CudaOptions::default() }
     }
 }
 
@@ -56,11 +45,24 @@ pub enum RuntimeError {
     /// The network could not be opened.
     #[error("ONNX Runtime cannot open the network: {0}")]
     Open(String),
-    /// CUDA was asked for and cannot be used.
+    /// A device was asked for and cannot be used.
     #[error(
-        "--device cuda cannot be used: {0}: use --device auto or cpu, or install the CUDA build of ONNX Runtime and its driver"
+        "--device {device} cannot be used: {reason}: use --device auto or cpu, or install the CUDA build of ONNX Runtime and its driver"
     )]
-    Cuda(String),
+    Device {
+        /// The device.
+        device: Device,
+        /// What its driver says.
+        reason: String,
+    },
+    /// A device that was used can be used no longer.
+    #[error("the device {device} failed, and nothing more can run on it: {reason}")]
+    Lost {
+        /// The device.
+        device: Device,
+        /// What its driver says.
+        reason: String,
+    },
     /// A run failed.
     #[error("ONNX Runtime failed: {0}")]
     Run(String),
@@ -72,41 +74,58 @@ pub enum RuntimeError {
 /// Name of the input.
 const INPUT: &str = "images";
 
-static SAID_ONCE: std::sync::Once = std::sync::Once::new();
-
-/// One session.
+/// One session, or a handle on one that several threads share. Each runs a batch at a time; on a device of its own, the next
+/// handle's pictures are copied there meanwhile.
 pub struct OnnxModel {
-    session: Session,
+    session: Arc<Mutex<Session>>,
     device: Device,
-    /// Names of the outputs that a run gives: the first, which is the logits, and perhaps the features.
+    /// Names of all outputs, the first of which is the logits.
+    outputs: Arc<[String]>,
+    /// Names of the outputs that a run gives: the logits, and perhaps the features.
     wanted: Arc<[String]>,
 }
 
 impl OnnxModel {
-    /// Opens `model`. With [`Device::Auto`], a CUDA failure is logged and the processor is used.
+    /// Opens `model` on the device of `options`.
     ///
     /// # Errors
-    /// When it is no network that ONNX Runtime can open, or CUDA was demanded and fails.
+    /// When it is no network that ONNX Runtime can open, or the device cannot be used.
     pub fn open<'a>(
         library: &Library,
         model: impl Into<NetworkSource<'a>>,
         options: SessionOptions,
     ) -> Result<Self, RuntimeError> {
-        let model = model.into();
-        let on_cuda = || Self::on_cuda(library, model, options).map_err(|reason| concise(&reason));
-        match options.device {
-            Device::Cpu => {}
-            Device::Cuda => return on_cuda().map_err(RuntimeError::Cuda),
-            Device::Auto => match on_cuda() {
-                Ok(session) => return Ok(session),
-                // Every worker opens a session; one line tells it.
-                Err(reason) => SAID_ONCE.call_once(|| tracing::info!(%reason, "CUDA is not used; running on the CPU")),
-            },
+        Self::open_read(library, options, || Ok(model.into()))
+    }
+
+    /// As [`Self::open`], but has the network read only once the device is found to be there.
+    ///
+    /// # Errors
+    /// `read`'s, too.
+    pub fn open_read<'a, E: From<RuntimeError>>(
+        library: &Library,
+        options: SessionOptions,
+        read: impl FnOnce() -> Result<NetworkSource<'a>, E>,
+    ) -> Result<Self, E> {
+        let open = |error: ort::Error| match options.device {
+            Device::Cpu => RuntimeError::Open(error.to_string()),
+            // Without a driver, a provider may register, and the session not open.
+            device => device.failed(&error.to_string()),
+        };
+        let builder = builder(library, options).map_err(open)?;
+        let builder = options.device.register(builder, &options.cuda)?;
+        Ok(Self::of(commit(builder, read()?).map_err(open)?, options.device))
+    }
+
+    /// Another handle on the same session, so on the same weights.
+    #[must_use]
+    pub fn shared(&self) -> Self {
+        Self {
+            session: self.session.clone(),
+            device: self.device,
+            outputs: self.outputs.clone(),
+            wanted: self.wanted.clone(),
         }
-        let session = builder(library, options)
-            .and_then(|b| commit(b, model))
-            .map_err(|error| RuntimeError::Open(error.to_string()))?;
-        Ok(Self::of(session, Device::Cpu))
     }
 
     /// Opens a graph that the runtime optimised before, on the processor; weights in its side file are mapped.
@@ -122,32 +141,13 @@ impl OnnxModel {
         Ok(Self::of(session, Device::Cpu))
     }
 
-    #[cfg(not(feature = "cuda"))]
-    fn on_cuda(_: &Library, _: NetworkSource<'_>, _: SessionOptions) -> Result<Self, String> {
-        Err("this build has no CUDA support (cargo feature `cuda`)".into())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn on_cuda(library: &Library, model: NetworkSource<'_>, options: SessionOptions) -> Result<Self, String> {
-        use ort::ep;
-        // EXHAUSTIVE would stall on each new batch size.
-        let cuda = ep::CUDA::default()
-            .with_conv_algorithm_search(ep::cuda::ConvAlgorithmSearch::Heuristic)
-            .build()
-            .error_on_failure();
-        let session = builder(library, options)
-            .and_then(|b| Ok(b.with_execution_providers([cuda])?))
-            .and_then(|b| commit(b, model))
-            .map_err(|error| error.to_string())?;
-        Ok(Self::of(session, Device::Cuda))
-    }
-
     fn of(session: Session, device: Device) -> Self {
-        let wanted = session.outputs().iter().take(1).map(|output| output.name().to_owned()).collect();
-        Self { session, device, wanted }
+        let outputs: Arc<[String]> = session.outputs().iter().map(|output| output.name().to_owned()).collect();
+        let wanted = outputs.iter().take(1).cloned().collect();
+        Self { session: Arc::new(Mutex::new(session)), device, outputs, wanted }
     }
 
-    /// The device that runs: never [`Device::Auto`].
+    /// The device that runs it.
     pub fn device(&self) -> Device {
         self.device
     }
@@ -157,8 +157,7 @@ impl OnnxModel {
     /// # Errors
     /// When the runtime fails or the batch is empty.
     pub fn run_batch(&mut self, images: ArrayView4<'_, f32>) -> Result<Vec<ArrayD<f32>>, RuntimeError> {
-        let all: Vec<String> = self.session.outputs().iter().map(|output| output.name().to_owned()).collect();
-        self.run_until(images, &Stop::default(), &all)
+        self.run_until(images, &Stop::default(), &self.outputs.clone())
     }
 
     /// The outputs of the names `wanted`, in their order. The runtime computes no other.
@@ -171,7 +170,7 @@ impl OnnxModel {
         if images.shape()[0] == 0 {
             return Err(RuntimeError::Run("the batch is empty".into()));
         }
-        let fail = |error: ort::Error| RuntimeError::Run(error.to_string());
+        let fail = |error: ort::Error| self.device.fault(error.to_string());
         if stop.asked() {
             return Err(RuntimeError::Stopped);
         }
@@ -191,23 +190,55 @@ impl OnnxModel {
             };
             wanted.iter().map(take).collect()
         };
-        if wanted.len() == self.session.outputs().len() {
+        if self.device == Device::Cpu && wanted.len() == self.outputs.len() {
             let input = TensorRef::from_array_view(images).map_err(fail)?;
-            let found = self.session.run_with_options(ort::inputs![INPUT => input], &options);
+            let mut session = self.session();
+            let found = session.run_with_options(ort::inputs![INPUT => input], &options);
             return take(&found.map_err(took_place)?);
         }
-        // A selection of outputs in the options could not be shared with who ends the run; bound ones can.
-        let mut binding = self.session.create_binding().map_err(fail)?;
-        // One that only borrows its values is copied by ort in a way that waits for itself (2.0.0-rc.15).
-        let input = Tensor::from_array(images.to_owned()).map_err(fail)?;
-        binding.bind_input(INPUT, &input).map_err(fail)?;
+        // A selection of outputs in the options could not be shared with who ends the run; bound ones can. Binding an input copies
+        // it to a device that is not the processor.
+        let mut binding = self.session().create_binding().map_err(fail)?;
+        if self.device == Device::Cpu {
+            // One that only borrows its values is copied by ort in a way that waits for itself (2.0.0-rc.15).
+            let input = Tensor::from_array(images.to_owned()).map_err(fail)?;
+            binding.bind_input(INPUT, &input).map_err(fail)?;
+        } else {
+            let input = TensorRef::from_array_view(images).map_err(fail)?;
+            binding.bind_input(INPUT, &input).map_err(fail)?;
+        }
         let memory = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput);
         let memory = memory.map_err(fail)?;
         for name in wanted {
             binding.bind_output_to_device(name, &memory).map_err(fail)?;
         }
-        let found = self.session.run_binding_with_options(&binding, &options);
+        let mut session = self.session();
+        let found = session.run_binding_with_options(&binding, &options);
         take(&found.map_err(took_place)?)
+    }
+
+    /// The session, for one run. What a panic left is as good as before: the runtime's own state is not Rust's.
+    fn session(&self) -> MutexGuard<'_, Session> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory that a device copies from without another copy.
+struct Pinned {
+    tensor: Tensor<f32>,
+}
+
+impl Deref for Pinned {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.tensor.extract_tensor().1
+    }
+}
+
+impl DerefMut for Pinned {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        self.tensor.extract_tensor_mut().1
     }
 }
 
@@ -222,9 +253,29 @@ impl Runner for OnnxModel {
     }
 
     fn give_features(&mut self) {
-        let has = self.session.outputs().iter().any(|output| output.name() == FEATURES);
+        let has = self.outputs.iter().any(|output| output == FEATURES);
         if has && self.wanted.len() == 1 {
             self.wanted = self.wanted.iter().cloned().chain([FEATURES.to_owned()]).collect();
+        }
+    }
+
+    fn host_memory(&self, values: usize) -> HostMemory {
+        let Device::Cuda(number) = self.device else { return plain_memory(values) };
+        let pinned = || {
+            let number = i32::try_from(number).unwrap_or_default();
+            let info =
+                MemoryInfo::new(AllocationDevice::CUDA_PINNED, number, AllocatorType::Device, MemoryType::CPUInput)?;
+            let allocator = Allocator::new(&self.session(), info)?;
+            let mut tensor = Tensor::<f32>::new(&allocator, [values])?;
+            tensor.extract_tensor_mut().1.fill(0.0);
+            Ok::<_, ort::Error>(Pinned { tensor })
+        };
+        match pinned() {
+            Ok(pinned) => Box::new(pinned),
+            Err(error) => {
+                tracing::warn!(%error, device = %self.device, "no memory could be pinned for the device; copies to it take longer");
+                plain_memory(values)
+            }
         }
     }
 }
@@ -235,12 +286,6 @@ fn rows(output: ArrayD<f32>, name: &str) -> Result<Array2<f32>, RuntimeError> {
     output
         .into_dimensionality::<Ix2>()
         .map_err(|_| RuntimeError::Run(format!("the output {name} has the shape {shape:?}; it must be [N, values]")))
-}
-
-/// What the driver said, out of the runtime's account of where it heard it.
-fn concise(reason: &str) -> String {
-    let said = reason.find("CUDA failure").map_or(reason, |at| &reason[at..]);
-    said.split(" ; ").next().unwrap_or(said).trim().to_owned()
 }
 
 pub(super) fn builder(library: &Library, options: SessionOptions) -> ort::Result<SessionBuilder> {
@@ -269,17 +314,4 @@ pub(super) fn optimised(builder: SessionBuilder, graph: &Path, weights: &str) ->
         .with_optimized_model_path(graph)?
         .with_config_entry("session.optimized_model_external_initializers_file_name", weights)?
         .with_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::concise;
-
-    #[test]
-    fn a_cuda_failure_is_told_in_the_drivers_words() {
-        let told =
-            "a.cc:122 std::conditional_t<…> CUDA failure 35: CUDA driver version is insufficient ; GPU=-1 ; file=b.cc";
-        assert_eq!(concise(told), "CUDA failure 35: CUDA driver version is insufficient");
-        assert_eq!(concise("this build has no CUDA support"), "this build has no CUDA support");
-    }
 }

@@ -68,6 +68,7 @@ codes! {
     Memory = SERVICE_UNAVAILABLE "memory",
     MethodNotAllowed = METHOD_NOT_ALLOWED "method_not_allowed",
     NoDefaultModel = NOT_FOUND "no_default_model",
+    NoDevice = SERVICE_UNAVAILABLE "no_device",
     NoImages = BAD_REQUEST "no_images",
     #[cfg(feature = "grpc")]
     NoSuchMethod = NOT_FOUND "no_such_method",
@@ -95,6 +96,7 @@ impl Code {
             | Self::KeyConcurrency
             | Self::Loading
             | Self::Memory
+            | Self::NoDevice
             | Self::QueueFull
             | Self::SlowBody
             | Self::TooLate

@@ -107,6 +107,9 @@ impl From<&ClassifyError> for Problem {
         if let ClassifyError::Deadline = error {
             return Self::new(Code::Deadline, "the deadline passed while the image waited");
         }
+        if error.is_lost_device() {
+            return no_device();
+        }
         if let ClassifyError::Tensor { .. } = error {
             return Self::new(Code::BadTensor, error.to_string());
         }
@@ -160,6 +163,7 @@ impl From<Refused> for Problem {
             }
             Refused::Late => Self::new(Code::Deadline, refused.to_string()),
             Refused::Closed => draining(),
+            Refused::NoDevice => no_device(),
         }
     }
 }
@@ -180,6 +184,13 @@ impl From<&RegistryError> for Problem {
 pub(crate) fn loading() -> Problem {
     let detail = "the server is still opening its models: try again";
     Problem::new(Code::Loading, detail).retry_in(Duration::from_secs(1))
+}
+
+/// Every device of a model has failed, and the process ends.
+fn no_device() -> Problem {
+    let detail = "the server has lost the device that ran the network, and ends: try again once it was started anew";
+    let problem = Problem::new(Code::NoDevice, detail);
+    Problem { retry_after: Some(Duration::from_secs(5)), ..problem }
 }
 
 pub(crate) fn draining() -> Problem {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use super::control::Models;
 use super::problem::Problem;
 use crate::bundle::Group;
 use crate::classify::{Prediction, Scored};
+use crate::engine::DeviceStats;
 use crate::registry::ServedModel;
 
 /// A form that metrics are written in.
@@ -116,6 +118,22 @@ struct GroupLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct DeviceLabels {
+    model: String,
+    version: String,
+    device: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RunLabels {
+    model: String,
+    version: String,
+    device: String,
+    /// Images in the run.
+    images: u64,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
 }
@@ -173,6 +191,11 @@ pub(crate) struct Telemetry {
     ready: Family<VersionLabels, Gauge>,
     build: Family<BuildLabels, Gauge>,
     info: Family<InfoLabels, Gauge>,
+    device_images: Family<DeviceLabels, Counter>,
+    device_runs: Family<RunLabels, Counter>,
+    device_waiting: Family<DeviceLabels, Counter<f64, AtomicU64>>,
+    device_network: Family<DeviceLabels, Counter<f64, AtomicU64>>,
+    device_lost: Family<DeviceLabels, Gauge>,
     worker_panics: Counter,
     /// Open connections.
     pub(crate) connections: Gauge,
@@ -218,6 +241,11 @@ impl Telemetry {
             ready: Family::default(),
             build: Family::default(),
             info: Family::default(),
+            device_images: Family::default(),
+            device_runs: Family::default(),
+            device_waiting: Family::default(),
+            device_network: Family::default(),
+            device_lost: Family::default(),
             worker_panics: Counter::default(),
             connections: Gauge::default(),
             in_flight: Gauge::default(),
@@ -246,6 +274,11 @@ impl Telemetry {
             capacity "queue_capacity_images" "Largest number of images that can wait for a worker"
             running "running_images" "Images that workers are processing"
             ready "model_ready" "1 for each version that is ready"
+            device_images "device_images" "Images that a device beside the processor has run"
+            device_runs "device_runs" "Runs of the network on a device beside the processor, by the images in them"
+            device_waiting "device_waiting_seconds" "Time that a device beside the processor has waited for images"
+            device_network "device_network_seconds" "Time that a device beside the processor has run the network"
+            device_lost "device_lost" "1 for a device that has failed and is used no longer, otherwise 0"
             worker_panics "worker_panics" "Panics of workers between images: a bug in the server; the worker continues"
             connections "connections" "Open connections"
             in_flight "requests_in_flight" "Requests in progress"
@@ -321,6 +354,21 @@ impl Telemetry {
         })
     }
 
+    fn device(&self, model: &ServedModel, stats: DeviceStats) {
+        let DeviceStats { device, images, batches, waiting, network, lost } = stats;
+        let (name, version) = (model.name.clone(), model.version.clone());
+        let labels = DeviceLabels { model: name.clone(), version: version.clone(), device: device.clone() };
+        self.device_images.get_or_create(&labels).inc_by(images);
+        self.device_waiting.get_or_create(&labels).inc_by(waiting.as_secs_f64());
+        self.device_network.get_or_create(&labels).inc_by(network.as_secs_f64());
+        self.device_lost.get_or_create(&labels).set(lost.into());
+        for (images, runs) in batches {
+            let (model, version, device) = (name.clone(), version.clone(), device.clone());
+            let labels = RunLabels { model, version, device, images: images as u64 };
+            self.device_runs.get_or_create(&labels).inc_by(runs);
+        }
+    }
+
     /// Everything.
     pub(crate) fn text(&self, registry: &Models, form: Form) -> String {
         let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
@@ -330,6 +378,12 @@ impl Telemetry {
         self.ready.clear();
         self.build.clear();
         self.info.clear();
+        // Told anew as the engines count them: a model that is loaded again begins at 0, as a process does.
+        self.device_images.clear();
+        self.device_runs.clear();
+        self.device_waiting.clear();
+        self.device_network.clear();
+        self.device_lost.clear();
         let precisions: BTreeSet<&str> = registry.models().iter().map(|model| model.manifest.precision()).collect();
         let precision = precisions.into_iter().collect::<Vec<_>>().join(",");
         self.build.get_or_create(&BuildLabels { version: env!("CARGO_PKG_VERSION"), precision }).set(1);
@@ -342,6 +396,9 @@ impl Telemetry {
             self.queue.get_or_create(&labels).inc_by(model.engine.queued() as i64);
             self.capacity.get_or_create(&labels).inc_by(model.engine.capacity() as i64);
             self.running.get_or_create(&labels).inc_by(model.engine.running() as i64);
+            for device in model.engine.stats().devices {
+                self.device(&model, device);
+            }
             let labels = VersionLabels { model: model.name.clone(), version: model.version.clone() };
             self.ready.get_or_create(&labels).set(1);
         }

@@ -380,7 +380,7 @@ pub(crate) struct ModelCard {
     pub(crate) name: String,
     /// The version served.
     pub(crate) version: String,
-    /// Where it runs: `cpu` or `cuda`.
+    /// Where it runs: `cpu`, or GPUs, such as `cuda:0,cuda:1`.
     pub(crate) device: String,
     /// What it computes with: `float32` or `int8`.
     pub(crate) precision: &'static str,
@@ -489,7 +489,7 @@ impl ModelCard {
             version: model.version.clone(),
             precision: model.manifest.precision(),
             pixels: model.pixels,
-            device: model.device.to_string(),
+            device: model.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
             scale: model.scorer.scale(),
             calibration: calibration
                 .map(|bound| CalibrationCard::of(bound, model.scorer.familiarities()))

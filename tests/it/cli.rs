@@ -93,7 +93,7 @@ fn what_cannot_start_says_what_was_tried() {
     let (at, state) = (at.to_str().unwrap(), state.to_str().unwrap());
     fs::write(state, "").unwrap();
     let (version, model) = ("models/cifar10-lt/1", "models/cifar10-lt");
-    let cases: [(&[&str], &str); 18] = [
+    let cases: [(&[&str], &str); 20] = [
         (&["score", "--model", "cifar10-lt", picture_path], "cifar10-lt: no such folder; is it models/cifar10-lt?"),
         (&["score", "--model", "README.md", picture_path], "README.md: it is a file: a bundle is a folder"),
         (&["score", "--model", model, "nothere/"], "nothere/: no such file or folder"),
@@ -127,7 +127,15 @@ fn what_cannot_start_says_what_was_tried() {
             "models: it is a repository, which holds models/cifar10-lt: give one",
         ),
         (&["serve", "--addr", "127.0.0.1:0", "--models", "models/cifar10-lt"], "is a bundle: give the folder above"),
-        (&["score", "--model", "models/cifar10-lt", "--device", "cuda", picture_path], "--device cuda cannot be used"),
+        (
+            &["score", "--model", model, "--device", "cuda", picture_path],
+            "--device cuda:0 cannot be used: this build has",
+        ),
+        (
+            &["score", "--model", model, "--device", "cuda:1", picture_path],
+            "--device cuda:1 cannot be used: this build has",
+        ),
+        (&["serve", "--addr", "127.0.0.1:0", "--device", "cuda:2,0"], "--device cuda:2 cannot be used: this build has"),
         (&["serve", "--addr", "127.0.0.1:0", "--default-model", "x"], "--default-model \"x\""),
         (&["serve", "--addr", "127.0.0.1:0", "--models", "/nowhere"], "/nowhere"),
     ];
@@ -140,6 +148,11 @@ fn what_cannot_start_says_what_was_tried() {
     let out = nbn(&["score", "--model", "models/cifar10-lt", "--device", "auto", picture_path]);
     assert!(out.status.success(), "{}", text(&out.stderr));
     assert_eq!(nbn(&["serve", "--workers", "0"]).status.code(), Some(2));
+    for wrong in ["gpu", "cuda:", "cuda:x", "cuda:0,0"] {
+        let out = nbn(&["score", "--model", model, "--device", wrong, picture_path]);
+        assert_eq!(out.status.code(), Some(2), "{wrong}");
+        assert!(text(&out.stderr).contains(&format!("{wrong:?}")), "{}", text(&out.stderr));
+    }
 }
 
 #[test]

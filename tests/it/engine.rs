@@ -3,14 +3,15 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use nbn::classify::{Classifier, ClassifyError, Input, Prepare, StageTimes};
-use nbn::engine::{Budget, Engine, Refused};
+use nbn::classify::{Classifier, ClassifyError, Executor, Input, Network, Prepare, Preparer, StageTimes};
+use nbn::engine::{Budget, Crew, Engine, Refused};
 use nbn::pixels::{DecodeLimits, Picture, TensorBatch, TensorLength};
 use nbn::runtime::{NetworkCache, Outputs, Runner, RuntimeError, SessionOptions};
 use nbn::stop::Stop;
 use ndarray::{Array2, ArrayView4};
 use serde_json::json;
 
+use crate::accelerator::Accelerator;
 use crate::support::{Endless, Server, library, model_of, picture, shipped};
 
 /// Gives each picture's first value back as its first logit and its only feature.
@@ -43,31 +44,97 @@ fn marked(mark: f32) -> Input {
     Input::Pixels(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>().into())
 }
 
+/// Decodes a mark, and sometimes takes its time.
+struct Marks {
+    random: std::sync::Mutex<fastrand::Rng>,
+}
+
+impl Marks {
+    fn boxed(seed: u64) -> Box<Self> {
+        Box::new(Self { random: std::sync::Mutex::new(fastrand::Rng::with_seed(seed)) })
+    }
+}
+
+impl Prepare for Marks {
+    fn shape(&self) -> [usize; 3] {
+        [3, 32, 32]
+    }
+
+    fn normalize_into(&self, _: &Picture, _: &mut TensorBatch) -> Result<(), TensorLength> {
+        Ok(())
+    }
+
+    fn prepare_into(&self, bytes: &[u8], stop: &Stop, batch: &mut TensorBatch) -> Result<StageTimes, ClassifyError> {
+        std::thread::sleep(Duration::from_micros(self.random.lock().unwrap().u64(0..300)));
+        if stop.asked() {
+            return Err(ClassifyError::Deadline);
+        }
+        let Input::Pixels(tensor) = marked(f32::from_le_bytes(bytes.try_into().unwrap())) else { unreachable!() };
+        batch.push_bytes(&tensor)?;
+        Ok(StageTimes::default())
+    }
+}
+
+/// The structure of an engine, and the devices that it can lose.
+fn crew(random: &mut fastrand::Rng, seed: u64, apart: bool) -> (Crew, Vec<Accelerator>) {
+    let (workers, max_batch) = (random.usize(1..4), random.usize(1..12));
+    let manifest = Arc::new(shipped().manifest);
+    if !apart {
+        let classifier = |n| {
+            let runner = Marking { random: fastrand::Rng::with_seed(seed * 10 + n as u64) };
+            let classifier = Classifier::with_parts(manifest.clone(), Marks::boxed(seed + n as u64), Box::new(runner));
+            classifier.with_max_batch(max_batch)
+        };
+        return (Crew::Together((0..workers).map(classifier).collect()), Vec::new());
+    }
+    let time = |random: &mut fastrand::Rng, most| Duration::from_micros(random.u64(0..most));
+    let devices: Vec<Accelerator> = (0..random.u32(1..4))
+        .map(|n| Accelerator::new(n, time(random, 600), time(random, 60), 10))
+        .inspect(|device| device.fail(50))
+        .collect();
+    let executors = |device: &Accelerator| {
+        let executor =
+            || Executor::new(Network::new(manifest.clone(), device.handle()).with_max_batch(max_batch).with_features());
+        std::iter::repeat_with(executor).take(2).collect()
+    };
+    let named = devices.iter().enumerate().map(|(n, device)| (n.to_string(), executors(device))).collect();
+    let preparers = (0..workers).map(|n| Preparer::new(Marks::boxed(seed + n as u64))).collect();
+    (Crew::Apart { preparers, devices: named }, devices)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancellations() {
-    for seed in 0..24 {
+async fn each_reply_belongs_to_its_own_picture_under_random_batches_cancellations_and_lost_devices() {
+    for (seed, apart) in (0..32).map(|seed| (seed, seed % 2 == 1)) {
         let mut random = fastrand::Rng::with_seed(seed);
-        let (workers, max_batch) = (random.usize(1..4), random.usize(1..12));
-        let manifest = Arc::new(shipped().manifest);
-        let classifiers = (0..workers)
-            .map(|n| {
-                let runner = Marking { random: fastrand::Rng::with_seed(seed * 10 + n as u64) };
-                Classifier::new(manifest.clone(), DecodeLimits::default(), Box::new(runner)).with_max_batch(max_batch)
-            })
-            .collect();
-        let engine = Engine::start(classifiers, 64, Arc::new(Budget::new(random.usize(1..4)))).unwrap();
-        let (mut answered, mut left, mut refused) = (0, 0, 0);
+        let (crew, mut devices) = crew(&mut random, seed, apart);
+        let budget = Arc::new(Budget::new(random.usize(1..4)));
+        let engine = Engine::start(crew, 64, budget.clone()).unwrap();
+        // All but the last, or all of them.
+        let all = random.bool();
+        let mut losses: Vec<u32> = devices.iter().map(|_| random.u32(20..120)).collect();
+        let (mut answered, mut left, mut refused, mut without) = (0, 0, 0, 0);
         let mut open = Vec::new();
         for request in 0..120u32 {
+            if let Some(at) = losses.iter().position(|&when| when <= request)
+                && (all || devices.len() > 1)
+            {
+                devices.swap_remove(at).lose();
+                losses.swap_remove(at);
+            }
             let marks: Vec<f32> = (0..random.u32(1..9)).map(|n| (request * 16 + n) as f32).collect();
             let deadline = (random.u8(0..8) == 0).then(|| Instant::now() + Duration::from_micros(random.u64(0..3000)));
-            match engine.submit(marks.iter().map(|&m| marked(m)).collect(), deadline) {
+            let mut input = |mark: f32| match random.bool() {
+                true => marked(mark),
+                false => Input::Encoded(mark.to_le_bytes().to_vec().into()),
+            };
+            match engine.submit(marks.iter().map(|&m| input(m)).collect(), deadline) {
                 Ok(tickets) => open.extend(tickets.into_iter().zip(marks)),
                 Err(Refused::Full { retry_after } | Refused::TooSlow { retry_after }) => {
                     assert!(retry_after >= Duration::from_secs(1));
                     refused += 1;
                 }
                 Err(Refused::Late) => refused += 1,
+                Err(Refused::NoDevice) if devices.is_empty() && apart => without += 1,
                 Err(error) => panic!("{error}"),
             }
             while open.len() > random.usize(0..80) {
@@ -83,23 +150,155 @@ async fn each_reply_belongs_to_its_own_picture_under_random_batches_and_cancella
                         assert_eq!(prediction.features, Some(vec![mark]), "seed {seed}");
                     }
                     Err(ClassifyError::Deadline) => {}
+                    Err(ClassifyError::Runtime(RuntimeError::Lost { .. })) if devices.is_empty() && apart => {
+                        without += 1
+                    }
                     Err(error) => panic!("seed {seed}, mark {mark}: {error}"),
                 }
                 answered += 1;
             }
         }
         for (ticket, mark) in open {
-            if let Ok(prediction) = ticket.await.expect("an answer") {
-                assert_eq!(prediction.logits.values()[0], mark, "seed {seed}");
+            match ticket.await.expect("an answer") {
+                Ok(prediction) => assert_eq!(prediction.logits.values()[0], mark, "seed {seed}"),
+                Err(ClassifyError::Deadline) => {}
+                Err(ClassifyError::Runtime(RuntimeError::Lost { .. })) if devices.is_empty() && apart => without += 1,
+                Err(error) => panic!("seed {seed}, mark {mark}: {error}"),
             }
         }
-        assert!(answered > 20 && left > 20, "seed {seed}: {answered} answered, {left} left, {refused} refused");
+        assert!(
+            answered + without > 20 && left + without > 20,
+            "seed {seed}: {answered} answered, {left} left, {refused} refused"
+        );
         let deadline = Instant::now() + Duration::from_secs(5);
         while engine.queued() + engine.running() > 0 {
             assert!(Instant::now() < deadline, "seed {seed}: {} queued", engine.queued());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        let stats = engine.stats();
+        assert_eq!(
+            stats.devices.iter().map(|device| device.images).sum::<u64>(),
+            if apart { stats.succeeded } else { 0 }
+        );
+        assert_eq!(
+            budget.lost().borrow().is_some(),
+            without > 0 || (apart && devices.is_empty() && stats.devices.iter().all(|d| d.lost))
+        );
+        drop(engine);
+        assert!(budget.wait_for_workers(Instant::now() + Duration::from_secs(5)), "seed {seed}: threads are left");
     }
+}
+
+#[test]
+fn what_was_on_a_device_that_is_lost_under_load_is_answered_by_another_and_without_any_told_so() {
+    let manifest = Arc::new(shipped().manifest);
+    let devices: Vec<Accelerator> =
+        (0..2).map(|n| Accelerator::new(n, Duration::from_millis(2), Duration::from_micros(100), 10)).collect();
+    let executors = |device: &Accelerator| {
+        let executor = || Executor::new(Network::new(manifest.clone(), device.handle()).with_max_batch(8));
+        std::iter::repeat_with(executor).take(2).collect()
+    };
+    let crew = Crew::Apart {
+        preparers: vec![Preparer::new(Marks::boxed(1))],
+        devices: devices.iter().enumerate().map(|(n, device)| (format!("cuda:{n}"), executors(device))).collect(),
+    };
+    let budget = Arc::new(Budget::new(1));
+    let engine = Engine::start(crew, 400, budget.clone()).unwrap();
+    let ask = |marks: std::ops::Range<u32>| -> Vec<_> {
+        let inputs = marks.clone().map(|mark| match mark % 2 {
+            0 => marked(mark as f32),
+            _ => Input::Encoded((mark as f32).to_le_bytes().to_vec().into()),
+        });
+        engine.submit(inputs.collect(), None).unwrap().into_iter().zip(marks).collect()
+    };
+    let both = ask(0..200);
+    std::thread::sleep(Duration::from_millis(10));
+    devices[0].lose();
+    for (ticket, mark) in both.into_iter().chain(ask(200..400)) {
+        assert_eq!(ticket.wait().unwrap().unwrap().logits.values()[0], mark as f32);
+    }
+    let stats = engine.stats();
+    let lost: Vec<bool> = stats.devices.iter().map(|device| device.lost).collect();
+    assert_eq!((lost, stats.succeeded), (vec![true, false], 400));
+    assert!(stats.devices.iter().all(|device| device.images > 0), "{stats:?}");
+    assert!(budget.lost().borrow().is_none());
+    let last = ask(400..600);
+    devices[1].lose();
+    let mut refused = 0;
+    for (ticket, mark) in last {
+        match ticket.wait().unwrap() {
+            Ok(prediction) => assert_eq!(prediction.logits.values()[0], mark as f32),
+            Err(ClassifyError::Runtime(RuntimeError::Lost { .. })) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 0);
+    assert!(matches!(engine.submit(vec![marked(1.0)], None), Err(Refused::NoDevice)));
+    assert!(matches!(engine.submit_waiting(marked(1.0)), Err(Refused::NoDevice)));
+    assert!(
+        budget.lost().borrow().as_deref().is_some_and(|reason| reason.contains("cuda:1")),
+        "{:?}",
+        *budget.lost().borrow()
+    );
+    drop(engine);
+    assert!(budget.wait_for_workers(Instant::now() + Duration::from_secs(5)));
+}
+
+#[tokio::test]
+async fn a_server_that_has_lost_its_device_says_so_to_everybody() {
+    let manifest = Arc::new(shipped().manifest);
+    let device = Accelerator::new(3, Duration::from_millis(1), Duration::ZERO, 10);
+    let crew = Crew::Apart {
+        preparers: vec![Preparer::new(Box::new(Trap))],
+        devices: vec![("cuda:3".into(), vec![Executor::new(Network::new(manifest.clone(), device.handle()))])],
+    };
+    let engine = Engine::start(crew, 64, Arc::new(Budget::new(1))).unwrap();
+    let model = crate::support::model_over(engine, manifest, 1);
+    let server = Server::of(vec![model], nbn::serve::RequestLimits::default()).await;
+    assert_eq!(server.post("/v1/classify", "image/png", "a").await.status, 200);
+    let metrics = async || String::from_utf8(server.get("/metrics").await.body).unwrap();
+    let of_device = r#"{model="test",version="1",device="cuda:3""#;
+    let told = metrics().await;
+    for line in [
+        format!("nbn_device_images_total{of_device}}} 1"),
+        format!(r#"nbn_device_runs_total{of_device},images="1"}} 1"#),
+        format!("nbn_device_lost{of_device}}} 0"),
+    ] {
+        assert!(told.lines().any(|found| found == line), "no {line} in {told}");
+    }
+    assert!(told.contains("nbn_device_waiting_seconds_total{") && told.contains("nbn_device_network_seconds_total{"));
+    device.lose();
+    for _ in 0..2 {
+        let answer = server.post("/v1/classify", "image/png", "a").await;
+        assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("no_device")));
+        assert!(answer.headers.contains_key("retry-after"));
+    }
+    assert!(metrics().await.contains(&format!("nbn_device_lost{of_device}}} 1")));
+}
+
+#[test]
+fn a_picture_that_cannot_be_prepared_or_is_of_another_size_costs_no_other() {
+    let manifest = Arc::new(shipped().manifest);
+    let device = Accelerator::new(0, Duration::from_millis(1), Duration::ZERO, 10);
+    let executor = || Executor::new(Network::new(manifest.clone(), device.handle()).with_max_batch(8));
+    let crew = Crew::Apart {
+        preparers: vec![Preparer::new(Box::new(Trap)), Preparer::new(Box::new(Trap))],
+        devices: vec![("cuda:0".into(), vec![executor(), executor()])],
+    };
+    let engine = Engine::start(crew, 64, Arc::new(Budget::new(2))).unwrap();
+    let inputs = [
+        Input::Encoded(b"a"[..].into()),
+        Input::Encoded(b"!"[..].into()),
+        marked(7.0),
+        Input::Pixels(vec![0; 100].into()),
+        Input::Encoded(b"b"[..].into()),
+    ];
+    let replies: Vec<_> =
+        engine.submit(inputs.into(), None).unwrap().into_iter().map(|ticket| ticket.wait().unwrap()).collect();
+    let first = |n: usize| replies[n].as_ref().map(|prediction| prediction.logits.values()[0]).ok();
+    assert_eq!([0, 1, 2, 3, 4].map(first), [Some(0.5), None, Some(7.0), None, Some(0.5)]);
+    assert!(matches!(replies[1], Err(ClassifyError::Panic(_))) && matches!(replies[3], Err(ClassifyError::Tensor(_))));
+    assert_eq!((engine.queued(), engine.running()), (0, 0));
 }
 
 #[tokio::test]
@@ -107,7 +306,7 @@ async fn what_other_models_take_of_the_processors_counts_in_when_an_answer_can_c
     let budget = Arc::new(Budget::new(1));
     let runner = Marking { random: fastrand::Rng::with_seed(1) };
     let classifier = Classifier::new(Arc::new(shipped().manifest), DecodeLimits::default(), Box::new(runner));
-    let engine = Engine::start(vec![classifier], 64, budget.clone()).unwrap();
+    let engine = Engine::start(Crew::Together(vec![classifier]), 64, budget.clone()).unwrap();
     for picture in 0..8 {
         let another_model = budget.take();
         let ticket = engine.submit(vec![marked(1.0)], None).unwrap().remove(0);
@@ -263,7 +462,7 @@ fn a_worker_that_panics_between_pictures_is_counted_and_goes_on() {
     let runner = Marking { random: fastrand::Rng::with_seed(5) };
     let classifier = Classifier::new(manifest, DecodeLimits::default(), Box::new(runner));
     let budget = Arc::new(Budget::new(1));
-    let engine = Engine::start(vec![classifier], 8, budget.clone()).unwrap();
+    let engine = Engine::start(Crew::Together(vec![classifier]), 8, budget.clone()).unwrap();
     for panics in 1..=3 {
         let grenade = Input::Encoded(bytes::Bytes::from_owner(Grenade(b"no picture")));
         let ticket = engine.submit_waiting(grenade).unwrap();
@@ -287,7 +486,7 @@ fn decoding_ends_when_its_caller_goes_and_when_its_deadline_passes() {
     let manifest = Arc::new(shipped().manifest);
     let runner = Marking { random: fastrand::Rng::with_seed(5) };
     let classifier = Classifier::new(manifest, DecodeLimits::default(), Box::new(runner));
-    let engine = Engine::start(vec![classifier], 8, Arc::new(Budget::new(1))).unwrap();
+    let engine = Engine::start(Crew::Together(vec![classifier]), 8, Arc::new(Budget::new(1))).unwrap();
     let slow: bytes::Bytes = scans(6000, 6000, 64).into();
     // Whole, it takes a worker several hundred milliseconds in any build.
     let began = Instant::now();
@@ -316,7 +515,7 @@ fn the_kept_network_gives_the_same_logits_and_survives_what_happens_to_the_cache
     let png = picture(50, 40, image::ImageFormat::Png);
     let logits = |cache: &NetworkCache| {
         let options = SessionOptions::default();
-        let (mut classifiers, _) =
+        let mut classifiers =
             Classifier::open_many(&bundle, library(), options, DecodeLimits::default(), cache, 2).unwrap();
         let one = |c: &mut Classifier| {
             let outcome =

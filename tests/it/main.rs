@@ -4,6 +4,7 @@
 #[cfg(not(feature = "dev"))]
 compile_error!("the tests need every feature: cargo test --features dev");
 
+mod accelerator;
 mod batch;
 mod calibration;
 mod cli;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nbn::bundle::{Bundle, Color, Ending, Filter, Layout, Manifest, Reference, Resize, Scale, Size};
 use nbn::fold::onnx::Network;
-use nbn::runtime::{Device, OnnxModel, Runner, SessionOptions};
+use nbn::runtime::{OnnxModel, Runner, SessionOptions};
 use nbn::serve::ServeOptions;
 use nbn::stop::Stop;
 use ndarray::{Array4, Axis, concatenate};
@@ -40,7 +40,7 @@ fn export(name: &str, folder: &Path, more: &[&str]) -> (PathBuf, Manifest) {
 
 fn logits(bundle: &Path, images: &Array4<f32>) -> Vec<f64> {
     let bytes = fs::read(bundle.join("model.onnx")).unwrap();
-    let mut model = OnnxModel::open(library(), &bytes, SessionOptions { device: Device::Cpu, threads: 1 }).unwrap();
+    let mut model = OnnxModel::open(library(), &bytes, SessionOptions::default()).unwrap();
     let outputs = model.run(images.view(), &Stop::default()).unwrap();
     outputs.logits.iter().map(|&v| f64::from(v)).collect()
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use image::{Rgb, RgbImage};
 use nbn::bundle::{Bundle, Pixels, Quantization};
 use nbn::data::{Form, LabelledImages, answers_of};
-use nbn::runtime::SessionOptions;
+use nbn::runtime::Place;
 use serde_json::Value;
 
 use crate::familiarity::{copied, set};
@@ -79,9 +79,8 @@ fn beside(first: &Path, second: &Path, images: &Path) -> (f64, f64) {
     let first = Bundle::load(first).unwrap();
     let labels: Vec<String> = first.manifest.classes.iter().map(|class| class.label.clone()).collect();
     let images = LabelledImages::open(images, Form::Folder, &labels).unwrap();
-    let logits = |bundle: &Bundle| {
-        answers_of(bundle, library(), SessionOptions::default(), &images, Pixels::Exact, &|| {}).unwrap()
-    };
+    let logits =
+        |bundle: &Bundle| answers_of(bundle, library(), &Place::default(), &images, Pixels::Exact, &|| {}).unwrap();
     let (a, b) = (logits(&first), logits(&Bundle::load(second).unwrap()));
     assert!(a.features.is_some() == b.features.is_some());
     let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;

@@ -8,10 +8,10 @@ use std::time::Duration;
 use nbn::bundle::VersionPolicy;
 use nbn::bundle::{Bundle, Manifest};
 use nbn::classify::{Classifier, Scorer};
-use nbn::engine::{Budget, Engine};
+use nbn::engine::{Budget, Crew, Engine};
 use nbn::pixels::DecodeLimits;
 use nbn::registry::{BatchChoice, ModelOptions, Registry, RegistryOptions, RequestStats, ServedModel};
-use nbn::runtime::{Device, Library, NetworkCache, Outputs, Runner, RuntimeError, SessionOptions};
+use nbn::runtime::{Device, Library, NetworkCache, Outputs, Place, Runner, RuntimeError};
 use nbn::serve::{self, Ended, Listeners, RequestLimits, ServeOptions};
 use nbn::stop::Stop;
 use ndarray::{Array2, ArrayView4};
@@ -314,7 +314,7 @@ impl Server {
 pub(crate) fn model_options() -> ModelOptions {
     ModelOptions {
         workers: 2,
-        session: SessionOptions { device: Device::Cpu, threads: 1 },
+        place: Place::default(),
         limits: DecodeLimits::default(),
         queue: 64,
         batch: BatchChoice::Fixed(4),
@@ -329,17 +329,20 @@ pub(crate) fn model(manifest: Arc<Manifest>, runner: impl Runner + 'static, queu
 
 pub(crate) fn model_of(classifier: Classifier, manifest: Arc<Manifest>, queue: usize) -> ServedModel {
     let max_batch = classifier.max_batch();
-    let engine = Engine::start(vec![classifier], queue, Arc::new(Budget::new(1))).unwrap();
+    let engine = Engine::start(Crew::Together(vec![classifier]), queue, Arc::new(Budget::new(1))).unwrap();
+    model_over(engine, manifest, max_batch)
+}
+
+pub(crate) fn model_over(engine: Engine, manifest: Arc<Manifest>, max_batch: usize) -> ServedModel {
     let scorer = Scorer::new(manifest.clone(), None);
     let (name, version, requests) = ("test".into(), "1".into(), RequestStats::default());
-    let device = Device::Cpu;
     ServedModel {
         name,
         version,
         manifest,
         scorer,
         evaluation: None,
-        device,
+        devices: vec![Device::Cpu],
         max_batch,
         pixels: nbn::bundle::Pixels::Exact,
         engine,

@@ -7,7 +7,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use nbn::bundle::{Bundle, Class, Pixels};
 use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_of};
-use nbn::runtime::{Device, Library, SessionOptions};
+use nbn::runtime::{Library, Place, SessionOptions, Wanted};
 
 use super::calibrate::target::given;
 use nbn::files::Named;
@@ -30,7 +30,7 @@ pub(crate) struct Dataset {
 pub(crate) struct RuntimeArgs {
     /// Device that runs the network; auto uses CUDA if it works, otherwise the processor
     #[arg(long, default_value = "cpu")]
-    device: Device,
+    device: Wanted,
     /// Path of ONNX Runtime's shared library, if it is not found automatically
     #[arg(long)]
     onnxruntime: Option<PathBuf>,
@@ -94,7 +94,7 @@ impl Dataset {
         let (images, records) = images(&self.data, Some(form), records, classes)?;
         let bar = bar(images.len(), "network");
         let answers =
-            answers_of(bundle, runtime.library()?, runtime.session(), &images, runtime.pixels, &|| bar.inc(1))?;
+            answers_of(bundle, runtime.library()?, &runtime.place(), &images, runtime.pixels, &|| bar.inc(1))?;
         bar.finish_and_clear();
         Ok((answers.logits.clone(), Some((images, answers)), records))
     }
@@ -105,8 +105,8 @@ impl RuntimeArgs {
         Ok(Library::load(self.onnxruntime.as_deref())?)
     }
 
-    pub(crate) fn session(&self) -> SessionOptions {
-        SessionOptions { device: self.device, threads: 1 }
+    pub(crate) fn place(&self) -> Place {
+        Place { wanted: self.device.clone(), session: SessionOptions::on_processor(1) }
     }
 }
 

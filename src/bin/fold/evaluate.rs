@@ -119,7 +119,7 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
 fn foreign(bundle: &Bundle, folder: &Path, runtime: &RuntimeArgs) -> anyhow::Result<(String, Answers)> {
     let images = LabelledImages::without_classes(folder)?;
     let bar = bar(images.len(), "unlike");
-    let answers = answers_of(bundle, runtime.library()?, runtime.session(), &images, runtime.pixels, &|| bar.inc(1))?;
+    let answers = answers_of(bundle, runtime.library()?, &runtime.place(), &images, runtime.pixels, &|| bar.inc(1))?;
     bar.finish_and_clear();
     Ok((folder.file_name().unwrap_or_default().to_string_lossy().into_owned(), answers))
 }

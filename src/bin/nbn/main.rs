@@ -17,7 +17,9 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use nbn::features::long_version;
 use nbn::memory::{self, Counting};
 use nbn::pixels::DecodeLimits;
-use nbn::runtime::{Device, NetworkCache, SessionOptions, disable_telemetry};
+use nbn::runtime::{
+    ArenaGrowth, ConvolutionSearch, CudaOptions, NetworkCache, Place, SessionOptions, Wanted, disable_telemetry,
+};
 
 /// Decoding is ended when it takes more memory than it may.
 #[global_allocator]
@@ -92,15 +94,30 @@ enum DocumentFormat {
 #[derive(Args)]
 #[command(next_help_heading = "Networks and processors")]
 struct EngineArgs {
-    /// Number of sessions that run in parallel [default: available processors / threads]
+    /// Number of images that are decoded in parallel; on the processor, each worker runs the network in a session of its own
+    /// [default: available processors / threads]
     #[arg(long, env = "NBN_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
-    /// Threads per session
+    /// Threads per session, on the processor
     #[arg(long, env = "NBN_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
-    /// Device that runs the networks; auto uses CUDA if it works, otherwise the processor
-    #[arg(long, env = "NBN_DEVICE", default_value = "cpu")]
-    device: Device,
+    /// Device that runs the networks: cpu, cuda (the first GPU), cuda:1, cuda:0,1, or auto, which uses CUDA if it works and
+    /// otherwise the processor
+    #[arg(long, env = "NBN_DEVICE", default_value = "cpu", value_name = "DEVICE")]
+    device: Wanted,
+    /// Most memory of a GPU that the weights and values of one model may take, in MiB [default: all]
+    #[arg(long, env = "NBN_CUDA_MEMORY_MB", value_name = "MIB", value_parser = clap::value_parser!(u32).range(16..))]
+    cuda_memory_mb: Option<u32>,
+    /// How this memory grows: by what is requested, or by doubling, which takes more and asks the driver less often
+    #[arg(long, env = "NBN_CUDA_ARENA", default_value = "requested", value_name = "GROWTH")]
+    cuda_arena: ArenaGrowth,
+    /// How cuDNN chooses among its convolutions: by heuristic rules; exhaustive, by trying all of them for every batch size while
+    /// a model is opened; or fixed, always the same
+    #[arg(long, env = "NBN_CUDA_CONVOLUTIONS", default_value = "heuristic", value_name = "SEARCH")]
+    cuda_convolutions: ConvolutionSearch,
+    /// Let GPUs round the factors of products to TensorFloat-32: faster, and scores differ in their third digit
+    #[arg(long, env = "NBN_CUDA_TF32")]
+    cuda_tf32: bool,
     /// Largest accepted image, in pixels (width × height)
     #[arg(long, env = "NBN_MAX_PIXELS", default_value_t = DecodeLimits::default().max_pixels)]
     max_pixels: u64,
@@ -183,8 +200,15 @@ impl EngineArgs {
         self.workers.map_or((processors / usize::from(self.threads)).max(1), usize::from)
     }
 
-    fn session(&self) -> SessionOptions {
-        SessionOptions { device: self.device, threads: self.threads.into() }
+    fn place(&self) -> Place {
+        let cuda = CudaOptions {
+            memory: self.cuda_memory_mb.map(|mib| (mib as usize) << 20),
+            arena: self.cuda_arena,
+            convolutions: self.cuda_convolutions,
+            tf32: self.cuda_tf32,
+        };
+        let session = SessionOptions { cuda, ..SessionOptions::on_processor(self.threads.into()) };
+        Place { wanted: self.device.clone(), session }
     }
 
     fn limits(&self) -> DecodeLimits {

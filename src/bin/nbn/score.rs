@@ -355,7 +355,7 @@ fn start(args: &Score, bundle: Bundle, budget: &Arc<Budget>) -> anyhow::Result<S
     let workers = args.engine.workers();
     let options = ModelOptions {
         workers,
-        session: args.engine.session(),
+        place: args.engine.place(),
         limits: DecodeLimits { pixels: args.pixels, ..args.engine.limits() },
         queue: QUEUE * workers,
         batch: BatchChoice::Measured,

@@ -233,7 +233,7 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         require_calibration: args.require_calibration,
         model: ModelOptions {
             workers: engine.workers(),
-            session: engine.session(),
+            place: engine.place(),
             limits: DecodeLimits { pixels: PixelsOf::of_all(&args.pixels), ..engine.limits() },
             queue: args.queue as usize,
             batch: args.max_batch,
@@ -249,7 +249,10 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
         move || registry.fill()
     });
     let (failure, mut failed) = oneshot::channel();
-    tokio::spawn(watch_filling(filled, failure, stop));
+    tokio::spawn(watch_filling(filled, failure, stop.clone()));
+    let mut lost = registry.lost_devices();
+    let watched = lost.clone();
+    tokio::spawn(watch_devices(watched, stop));
     on_hangup(registry.clone(), keys.clone(), tls, args.api_keys_file.clone())?;
     let options = ServeOptions {
         limits: RequestLimits {
@@ -274,6 +277,11 @@ async fn serve(args: Serve) -> anyhow::Result<ExitCode> {
     let ended = serve::run(listeners, registry.clone(), options, stopped).await;
     if let Ok(error) = failed.try_recv() {
         return Err(error);
+    }
+    if let Some(reason) = lost.borrow_and_update().clone() {
+        // What its driver holds for other models is as lost, and may not let go: nothing waits for it.
+        tracing::error!(reason, "a model has no device left: the server ends, to be started anew");
+        exit_at_once(1);
     }
     if ended == Ended::DeadlinePassed {
         tracing::error!(seconds = args.drain_timeout, "requests were still open at the end of --drain-timeout");
@@ -359,6 +367,13 @@ async fn watch_filling(
     // Told before the stop: whoever sees that must find the reason.
     let _ = failure.send(error);
     let _ = stop.send(true);
+}
+
+/// Stops the server once a model has no device left: within a process, a device does not heal.
+async fn watch_devices(mut lost: watch::Receiver<Option<String>>, stop: watch::Sender<bool>) {
+    if lost.wait_for(Option::is_some).await.is_ok() {
+        let _ = stop.send(true);
+    }
 }
 
 async fn listen(flag: &str, addr: SocketAddr) -> anyhow::Result<TcpListener> {

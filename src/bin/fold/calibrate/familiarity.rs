@@ -52,7 +52,7 @@ pub(super) fn fit(
             each_answer(
                 bundle,
                 runtime.library()?,
-                runtime.session(),
+                &runtime.place(),
                 &images,
                 runtime.pixels,
                 &|| bar.inc(1),
