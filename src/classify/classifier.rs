@@ -43,12 +43,18 @@ impl Classifier {
         limits: DecodeLimits,
     ) -> Result<(Self, Device), ClassifyError> {
         let open = |device| on_device(bundle, library, device, place.session);
-        let apart = place.wanted.first().apart(open)?.and_then(|mut opened| opened.pop());
-        let model = apart.map_or_else(|| open(Device::Cpu), Ok)?;
-        let device = model.device();
-        let mut classifier = Self::new(Arc::new(bundle.manifest.clone()), limits, Box::new(model));
-        classifier.network.warm()?;
-        Ok((classifier, device))
+        let warm = |model: OnnxModel| {
+            let device = model.device();
+            let mut classifier = Self::new(Arc::new(bundle.manifest.clone()), limits, Box::new(model));
+            classifier.network.warm()?;
+            Ok((classifier, device))
+        };
+        match place.wanted.first().apart(open)?.and_then(|mut opened| opened.pop()).map(warm) {
+            Some(Err(error)) if place.wanted.falls_back(&error) => {}
+            Some(warmed) => return warmed,
+            None => {}
+        }
+        warm(open(Device::Cpu)?)
     }
 
     /// Opens `workers` sessions over `bundle`'s network on the processor, through `cache`. They are not warm.

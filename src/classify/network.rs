@@ -126,7 +126,8 @@ impl Network {
     /// When it fails, or gives another number of logits than the manifest's classes.
     pub fn warm(&mut self) -> Result<(), ClassifyError> {
         let mut blank = self.blank(self.max_batch());
-        for size in self.sizes.clone() {
+        // From the largest on: what the runtime keeps for that holds what the others need, too.
+        for size in self.sizes.clone().into_iter().rev() {
             self.time(size, &mut blank)?;
         }
         Ok(())
@@ -156,6 +157,11 @@ impl Network {
             for (size, shortest) in &mut found {
                 *shortest = self.time(*size, &mut blank)?.min(*shortest);
             }
+        }
+        // What the largest took is not needed again, unless it is chosen.
+        self.runner.give_back();
+        if let Err(error) = self.time(1, &mut blank) {
+            tracing::debug!(%error, "memory of the largest batch could not be given back");
         }
         Ok(found)
     }
@@ -222,7 +228,7 @@ impl Network {
                 Err(error) => vec![Err(error)],
                 Ok(rows) => rows,
             };
-            let infer = began.elapsed();
+            let infer = self.runner.last_run().unwrap_or_else(|| began.elapsed());
             let mut leads = true;
             for answer in rows {
                 let is_first = leads && answer.is_ok();

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::state::{Job, Role, Running, Shared, State};
+use super::state::{Job, Role, Running, Shared};
 use super::{idle, ticket};
 use crate::classify::{ClassifyError, Executed, Executor, Preparer, Ready};
 use crate::runtime::RuntimeError;
@@ -41,23 +41,26 @@ impl Drop for Preparing<'_> {
 /// Prepares one picture. False when the engine is closed and nothing is left to prepare.
 pub(super) fn prepare(shared: &Shared, preparer: &mut Preparer) -> bool {
     if idle::wait(&shared.state, Role::Worker).queue.is_empty() {
-        // Who waits for the last picture to be prepared learns that there is none.
-        idle::wake(shared.lock(), Role::Executor(0), usize::MAX);
+        // Whoever waits for the last picture to be prepared learns that there is none.
+        let everybody = shared.lock().all_idle();
+        everybody.into_iter().for_each(|thread| thread.unpark());
         return false;
     }
     let turn = Instant::now();
     let place = shared.budget.take();
-    let (job, memory) = {
+    let taken = {
         let mut state = shared.lock();
         if !state.has_room_for_ready() {
             return true;
         }
-        let Some(job) = state.next_job() else { return true };
-        state.preparing += 1;
-        (job, state.spare.pop())
+        let job = state.next_job();
+        state.preparing += usize::from(job.is_some());
+        job.map(|job| (job, state.spare.pop()))
     };
-    let preparing = Preparing(shared);
     shared.told_room();
+    // Of those that waited, nobody may be left.
+    let Some((job, memory)) = taken else { return true };
+    let preparing = Preparing(shared);
     let began = Instant::now();
     let prepared = preparer.prepare(&job.input, job.caller.stop(), memory);
     drop(place);
@@ -91,13 +94,13 @@ pub(super) fn prepare(shared: &Shared, preparer: &mut Preparer) -> bool {
 /// Runs one batch on the device of this number. False when the device was lost, or the engine is closed and everything is done.
 pub(super) fn execute(shared: &Shared, device: usize, executor: &mut Executor) -> bool {
     let mut state = idle::wait(&shared.state, Role::Executor(device));
-    if state.ready.is_empty() || state.devices[device].is_lost() {
+    if !state.is_ready() || state.devices[device].is_lost() {
         return false;
     }
     let turn = Instant::now();
     let taken = state.next_ready(executor.max_batch());
     state.running += taken.len();
-    let waited_for = state.idle_for_room(taken.len());
+    let waited_for = state.idle_for_room();
     drop(state);
     waited_for.into_iter().for_each(|worker| worker.unpark());
     shared.told_room();
@@ -111,19 +114,34 @@ pub(super) fn execute(shared: &Shared, device: usize, executor: &mut Executor) -
     {
         let mut state = shared.lock();
         state.spare.extend(memories);
+        let kept = state.room_for_ready;
+        state.spare.truncate(kept);
         state.devices[device].begin();
     }
-    let busy = Busy { shared, device, pictures: batch.len(), answered: 0 };
+    let busy = Busy { shared, device };
     let waited: Vec<Duration> = batch.iter().map(|(_, waited)| *waited).collect();
     let Executed { outcomes, lost } = executor.execute(&waited, &stop);
-    finish(busy, running, turn, &stop, &outcomes, &waited);
+    drop(busy);
     let mut batch = batch.into_iter();
-    for (outcome, (job, _)) in outcomes.into_iter().zip(batch.by_ref()) {
-        // The caller may have gone meanwhile.
-        let _ = job.reply.send(outcome);
-    }
+    let answered: Vec<_> = outcomes.into_iter().zip(batch.by_ref()).collect();
     if let Some(lost) = lost {
         lose(shared, device, executor, lost, batch.collect());
+    }
+    // Freed and counted before the answers are sent: whoever has one finds the engine's counts true.
+    drop(running);
+    let (outcomes, answered): (Vec<_>, Vec<_>) = answered.into_iter().unzip();
+    {
+        let mut state = shared.lock();
+        // A run that was ended says nothing of the pace.
+        if !stop.asked() {
+            state.runs.note(turn.elapsed(), 1);
+        }
+        state.stats.record(&outcomes, waited.iter().copied());
+        state.devices[device].count(&outcomes);
+    }
+    for (outcome, (job, _)) in outcomes.into_iter().zip(answered) {
+        // The caller may have gone meanwhile.
+        let _ = job.reply.send(outcome);
     }
     true
 }
@@ -132,13 +150,11 @@ pub(super) fn execute(shared: &Shared, device: usize, executor: &mut Executor) -
 struct Busy<'a> {
     shared: &'a Shared,
     device: usize,
-    pictures: usize,
-    answered: usize,
 }
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.shared.lock().devices[self.device].end(self.pictures, self.answered);
+        self.shared.lock().devices[self.device].end();
     }
 }
 
@@ -155,26 +171,6 @@ fn load(executor: &mut Executor, taken: Vec<Waiting>) -> (Vec<(Job, Duration)>, 
         memories.extend(ready.emptied());
     }
     (batch, memories)
-}
-
-/// Notes what a run has cost, before its answers are sent: whoever has one finds the engine's counts true.
-fn finish(
-    mut busy: Busy<'_>,
-    running: Running<'_>,
-    turn: Instant,
-    stop: &Stop,
-    outcomes: &[super::Reply],
-    waited: &[Duration],
-) {
-    busy.answered = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
-    let shared = busy.shared;
-    drop((busy, running));
-    let mut state = shared.lock();
-    // A run that was ended says nothing of the pace.
-    if !stop.asked() {
-        state.runs.note(turn.elapsed(), 1);
-    }
-    state.stats.record(outcomes, waited.iter().copied());
 }
 
 /// Takes a device out. The pictures that it left, numbered as they were loaded, are ready for the others; without any other,
@@ -201,16 +197,16 @@ fn lose(shared: &Shared, device: usize, executor: &Executor, lost: RuntimeError,
     if state.devices.iter().all(super::devices::Device::is_lost) {
         refused.extend(again.into_iter().map(|waiting| waiting.job));
         refused.extend(state.ready.drain(..).map(|waiting| waiting.job));
+        refused.extend(state.sent.drain(..).map(|waiting| waiting.job));
         refused.extend(state.queue.drain(..));
         state.dead = Some(lost.clone());
         shared.budget.note_lost(&lost.to_string());
     } else {
         again.into_iter().rev().for_each(|waiting| state.ready.push_front(waiting));
     }
-    let State { idle, .. } = &mut *state;
-    let woken: Vec<_> = idle.iter_mut().flat_map(|idle| idle.take(usize::MAX)).collect();
+    let everybody = state.all_idle();
     drop(state);
-    woken.into_iter().for_each(|thread| thread.unpark());
+    everybody.into_iter().for_each(|thread| thread.unpark());
     shared.told_room();
     for job in refused {
         let _ = job.reply.send(Err(ClassifyError::from(lost.clone())));

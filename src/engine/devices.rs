@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::Reply;
+
 /// What one device has done since the start.
 #[derive(Debug, Clone, Default)]
 pub struct DeviceStats {
@@ -10,7 +12,7 @@ pub struct DeviceStats {
     pub device: String,
     /// Pictures that were run.
     pub images: u64,
-    /// Runs of the network, by the pictures in them.
+    /// Runs of the network, by the pictures in them; what was ended before it was run is none.
     pub batches: BTreeMap<usize, u64>,
     /// Time without any run: it waited for pictures.
     pub waiting: Duration,
@@ -43,6 +45,7 @@ impl Device {
     }
 
     pub(super) fn lose(&mut self) {
+        self.settle();
         self.stats.lost = true;
     }
 
@@ -52,12 +55,20 @@ impl Device {
         self.running += 1;
     }
 
-    /// A run over `pictures` ended, of which `answered` have an answer.
-    pub(super) fn end(&mut self, pictures: usize, answered: usize) {
+    /// A run ended.
+    pub(super) fn end(&mut self) {
         self.settle();
         self.running -= 1;
-        self.stats.images += answered as u64;
-        *self.stats.batches.entry(pictures).or_default() += 1;
+    }
+
+    /// Counts what was answered.
+    pub(super) fn count(&mut self, outcomes: &[Reply]) {
+        for prediction in outcomes.iter().flatten() {
+            self.stats.images += 1;
+            if prediction.timings.leads_batch {
+                *self.stats.batches.entry(prediction.timings.batch).or_default() += 1;
+            }
+        }
     }
 
     /// What it has done until now.
@@ -70,6 +81,9 @@ impl Device {
     fn settle(&mut self) {
         let now = Instant::now();
         let passed = now - std::mem::replace(&mut self.since, now);
+        if self.stats.lost {
+            return;
+        }
         *(if self.running > 0 { &mut self.stats.network } else { &mut self.stats.waiting }) += passed;
     }
 }

@@ -185,6 +185,13 @@ impl Engine {
         }
         if state.waiting() + inputs.len() > capacity {
             state.drop_gone();
+            // Their places may be what preparers waited for, whatever becomes of these pictures.
+            let workers = state.idle_for_room();
+            drop(state);
+            workers.into_iter().for_each(|thread| thread.unpark());
+            self.shared.told_room();
+            state = self.shared.lock();
+            state.is_open()?;
         }
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             return Err(Refused::Late);
@@ -244,15 +251,14 @@ impl Engine {
         self.push(state, vec![input], None).pop().ok_or(Refused::Closed)
     }
 
-    /// Pictures that wait, for a worker or for a device.
+    /// Pictures that wait, for a worker or for a device, or are prepared for it.
     pub fn queued(&self) -> usize {
         self.shared.lock().waiting()
     }
 
-    /// Pictures that are at work.
+    /// Pictures that workers, or devices, are at.
     pub fn running(&self) -> usize {
-        let state = self.shared.lock();
-        state.preparing + state.running
+        self.shared.lock().running
     }
 
     /// Pictures that can wait at most.
@@ -277,7 +283,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.closed = true;
-        let woken: Vec<_> = state.idle.iter_mut().flat_map(|idle| idle.take(usize::MAX)).collect();
+        let woken = state.all_idle();
         drop(state);
         woken.into_iter().for_each(|thread| thread.unpark());
         self.shared.room.notify_all();

@@ -39,8 +39,10 @@ pub(super) struct Job {
 pub(super) struct State {
     /// Pictures that wait for a worker.
     pub(super) queue: VecDeque<Job>,
-    /// Pictures that wait for a device.
+    /// Pictures that were prepared and wait for a device.
     pub(super) ready: VecDeque<Waiting>,
+    /// Pictures that were sent as tensors and wait for a device.
+    pub(super) sent: VecDeque<Waiting>,
     /// Memory of pictures that were run.
     pub(super) spare: Vec<TensorBatch>,
     /// Pictures that preparers are at.
@@ -61,7 +63,7 @@ pub(super) struct State {
     pub(super) devices: Vec<Device>,
     /// Why no device is left.
     pub(super) dead: Option<RuntimeError>,
-    /// Pictures that may be ready or on the way there, at most; 0 where workers run the network themselves.
+    /// Pictures that may be prepared or on the way there, at most; 0 where workers run the network themselves.
     pub(super) room_for_ready: usize,
 }
 
@@ -73,8 +75,9 @@ impl Awaited for State {
             Role::Worker if self.queue.is_empty() => self.closed,
             Role::Worker => self.has_room_for_ready(),
             Role::Executor(device) => {
-                let done = || self.closed && self.queue.is_empty() && self.preparing == 0;
-                !self.ready.is_empty() || self.devices[device].is_lost() || done()
+                // What runs may come back from a device that is lost.
+                let done = || self.closed && self.queue.is_empty() && self.preparing + self.running == 0;
+                self.is_ready() || self.devices[device].is_lost() || done()
             }
         }
     }
@@ -93,15 +96,21 @@ impl State {
         if self.closed { Err(Refused::Closed) } else { Ok(()) }
     }
 
-    /// Pictures that wait.
+    /// Pictures that wait, or are prepared, for something to run the network.
     pub(super) fn waiting(&self) -> usize {
-        self.queue.len() + self.ready.len()
+        self.queue.len() + self.preparing + self.ready.len() + self.sent.len()
+    }
+
+    /// Whether a device has something to do.
+    pub(super) fn is_ready(&self) -> bool {
+        !self.ready.is_empty() || !self.sent.is_empty()
     }
 
     /// Drops the pictures that nobody waits for any more.
     pub(super) fn drop_gone(&mut self) {
         self.queue.retain(|job| !job.caller.gone());
         self.ready.retain(|waiting| !waiting.job.caller.gone());
+        self.sent.retain(|waiting| !waiting.job.caller.gone());
     }
 
     /// Whether one more picture may be prepared.
@@ -115,13 +124,18 @@ impl State {
         std::iter::from_fn(|| self.queue.pop_front()).find_map(|job| awaited(job, now))
     }
 
-    /// Up to `most` pictures that are ready and that somebody waits for.
+    /// Up to `most` pictures that are ready and that somebody waits for, in the order in which they came.
     pub(super) fn next_ready(&mut self, most: usize) -> Vec<Waiting> {
         let now = Instant::now();
-        let mut taken = Vec::with_capacity(most.min(self.ready.len()));
-        while taken.len() < most
-            && let Some(Waiting { job, ready, queued, since }) = self.ready.pop_front()
-        {
+        let mut taken = Vec::with_capacity(most.min(self.ready.len() + self.sent.len()));
+        while taken.len() < most {
+            let came = |waiting: &VecDeque<Waiting>| waiting.front().map(|waiting| waiting.job.submitted);
+            let from = match (came(&self.ready), came(&self.sent)) {
+                (Some(ready), Some(sent)) if sent < ready => &mut self.sent,
+                (Some(_), _) => &mut self.ready,
+                _ => &mut self.sent,
+            };
+            let Some(Waiting { job, ready, queued, since }) = from.pop_front() else { break };
             match awaited(job, now) {
                 Some(job) => taken.push(Waiting { job, ready, queued, since }),
                 None => self.spare.extend(ready.emptied()),
@@ -130,17 +144,24 @@ impl State {
         taken
     }
 
-    /// Preparers that can go on, to be woken once the lock was given back.
-    pub(super) fn idle_for_room(&mut self, pictures: usize) -> Vec<Thread> {
-        let wanted = pictures.min(self.queue.len());
-        self.idle[0].take(wanted)
+    /// Workers that can go on now that there is room again, to be woken once the lock was given back.
+    pub(super) fn idle_for_room(&mut self) -> Vec<Thread> {
+        let room = self.room_for_ready.saturating_sub(self.ready.len() + self.preparing);
+        self.idle[0].take(room.min(self.queue.len()))
+    }
+
+    /// Everybody who waits, to be woken once the lock was given back.
+    pub(super) fn all_idle(&mut self) -> Vec<Thread> {
+        self.idle.iter_mut().flat_map(|idle| idle.take(usize::MAX)).collect()
     }
 
     /// How long until a picture that came now would be begun, with so many workers, and executors of so large a batch.
     pub(super) fn wait(&self, workers: usize, executors: usize, max_batch: usize) -> Duration {
         let ahead = self.queue.len() + self.preparing + if executors == 0 { self.running } else { 0 };
         let prepared = ahead as f64 * self.pace.seconds() / workers.max(1) as f64;
-        let runs = (self.waiting() + self.preparing + self.running).div_ceil(max_batch.max(1));
+        let live = self.devices.iter().filter(|device| !device.is_lost()).count();
+        let executors = executors * live / self.devices.len().max(1);
+        let runs = (self.waiting() + self.running).div_ceil(max_batch.max(1));
         let run = runs as f64 * self.runs.seconds() / executors.max(1) as f64;
         Duration::try_from_secs_f64(prepared.max(run)).unwrap_or(Duration::MAX)
     }
@@ -151,7 +172,7 @@ impl State {
         let now = Instant::now();
         let job = Job { input, reply, caller: caller.clone(), submitted: now, deadline };
         match ready {
-            Some(ready) => self.ready.push_back(Waiting { job, ready, queued: Duration::ZERO, since: now }),
+            Some(ready) => self.sent.push_back(Waiting { job, ready, queued: Duration::ZERO, since: now }),
             None => self.queue.push_back(job),
         }
         Ticket::new(receiver, caller)
@@ -225,6 +246,11 @@ pub(super) struct Running<'a> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.shared.lock().running -= self.pictures;
+        let mut state = self.shared.lock();
+        state.running -= self.pictures;
+        if state.closed && state.running == 0 {
+            // They may have waited for these alone.
+            idle::wake(state, Role::Executor(0), usize::MAX);
+        }
     }
 }

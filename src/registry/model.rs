@@ -95,8 +95,10 @@ impl ServedModel {
         };
         let open = |device| on_device(&bundle, library, device, options.place.session);
         let opened = options.place.wanted.apart(open).map_err(failed)?;
-        let (crew, devices, max_batch) = match opened {
-            Some(opened) => apart(&bundle, options, opened),
+        let apart = opened.map(|opened| apart(&bundle, options, opened));
+        let (crew, devices, max_batch) = match apart {
+            Some(Err(error)) if options.place.wanted.falls_back(&error) => together(&bundle, library, options),
+            Some(started) => started,
             None => together(&bundle, library, options),
         }
         .map_err(failed)?;

@@ -14,6 +14,7 @@ pub use provider::{ArenaGrowth, CannotUse, ConvolutionSearch, CudaOptions, Devic
 
 use std::ops::DerefMut;
 use std::path::Path;
+use std::time::Duration;
 
 use ndarray::{Array2, ArrayView4};
 
@@ -62,6 +63,14 @@ pub trait Runner: Send {
 
     /// Has the features given, too, if the network has them. Until then only the logits are.
     fn give_features(&mut self) {}
+
+    /// Has the next run give back the memory that larger batches before it took, and that it does not need.
+    fn give_back(&mut self) {}
+
+    /// What the last run took, without waiting for others, where that is known.
+    fn last_run(&self) -> Option<Duration> {
+        None
+    }
 
     /// Memory for so many values that pictures are copied from with the least effort.
     fn host_memory(&self, values: usize) -> HostMemory {

@@ -2,7 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use ndarray::{Array2, ArrayD, ArrayView4, Ix2};
 use ort::logging::LogLevel;
@@ -74,8 +75,8 @@ pub enum RuntimeError {
 /// Name of the input.
 const INPUT: &str = "images";
 
-/// One session, or a handle on one that several threads share. Each runs a batch at a time; on a device of its own, the next
-/// handle's pictures are copied there meanwhile.
+/// One session, or a handle on one that several threads share, which run a batch one after the other: ONNX Runtime's own locks do
+/// not cover all that a run uses.
 pub struct OnnxModel {
     session: Arc<Mutex<Session>>,
     device: Device,
@@ -83,6 +84,10 @@ pub struct OnnxModel {
     outputs: Arc<[String]>,
     /// Names of the outputs that a run gives: the logits, and perhaps the features.
     wanted: Arc<[String]>,
+    /// Whether the next run gives back memory.
+    gives_back: bool,
+    /// What the last run took.
+    took: Duration,
 }
 
 impl OnnxModel {
@@ -125,6 +130,8 @@ impl OnnxModel {
             device: self.device,
             outputs: self.outputs.clone(),
             wanted: self.wanted.clone(),
+            gives_back: false,
+            took: Duration::ZERO,
         }
     }
 
@@ -144,7 +151,14 @@ impl OnnxModel {
     fn of(session: Session, device: Device) -> Self {
         let outputs: Arc<[String]> = session.outputs().iter().map(|output| output.name().to_owned()).collect();
         let wanted = outputs.iter().take(1).cloned().collect();
-        Self { session: Arc::new(Mutex::new(session)), device, outputs, wanted }
+        Self {
+            session: Arc::new(Mutex::new(session)),
+            device,
+            outputs,
+            wanted,
+            gives_back: false,
+            took: Duration::ZERO,
+        }
     }
 
     /// The device that runs it.
@@ -174,7 +188,15 @@ impl OnnxModel {
         if stop.asked() {
             return Err(RuntimeError::Stopped);
         }
-        let options = Arc::new(RunOptions::new().map_err(fail)?);
+        let mut options = RunOptions::new().map_err(fail)?;
+        if std::mem::take(&mut self.gives_back) {
+            let arena = match self.device {
+                Device::Cpu => "cpu:0".to_owned(),
+                Device::Cuda(number) => format!("gpu:{number}"),
+            };
+            options.set("memory.enable_memory_arena_shrinkage", arena).map_err(fail)?;
+        }
+        let options = Arc::new(options);
         // Heard between two of the network's nodes, also when somebody asks before the run has begun.
         let running = Arc::downgrade(&options);
         stop.on_ask(move || {
@@ -190,36 +212,32 @@ impl OnnxModel {
             };
             wanted.iter().map(take).collect()
         };
-        if self.device == Device::Cpu && wanted.len() == self.outputs.len() {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not with the wait for another handle's run.
+        let began = Instant::now();
+        // On a device, all outputs are asked for: a bound input would be copied there on a stream of its own, which a run of a session
+        // that is shared does not wait for.
+        if self.device != Device::Cpu || wanted.len() == self.outputs.len() {
             let input = TensorRef::from_array_view(images).map_err(fail)?;
-            let mut session = self.session();
             let found = session.run_with_options(ort::inputs![INPUT => input], &options);
-            return take(&found.map_err(took_place)?);
+            let taken = take(&found.map_err(took_place)?);
+            self.took = began.elapsed();
+            return taken;
         }
-        // A selection of outputs in the options could not be shared with who ends the run; bound ones can. Binding an input copies
-        // it to a device that is not the processor.
-        let mut binding = self.session().create_binding().map_err(fail)?;
-        if self.device == Device::Cpu {
-            // One that only borrows its values is copied by ort in a way that waits for itself (2.0.0-rc.15).
-            let input = Tensor::from_array(images.to_owned()).map_err(fail)?;
-            binding.bind_input(INPUT, &input).map_err(fail)?;
-        } else {
-            let input = TensorRef::from_array_view(images).map_err(fail)?;
-            binding.bind_input(INPUT, &input).map_err(fail)?;
-        }
+        // A selection of outputs in the options could not be shared with who ends the run; bound ones can.
+        let mut binding = session.create_binding().map_err(fail)?;
+        // One that only borrows its values is copied by ort in a way that waits for itself (2.0.0-rc.15).
+        let input = Tensor::from_array(images.to_owned()).map_err(fail)?;
+        binding.bind_input(INPUT, &input).map_err(fail)?;
         let memory = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput);
         let memory = memory.map_err(fail)?;
         for name in wanted {
             binding.bind_output_to_device(name, &memory).map_err(fail)?;
         }
-        let mut session = self.session();
         let found = session.run_binding_with_options(&binding, &options);
-        take(&found.map_err(took_place)?)
-    }
-
-    /// The session, for one run. What a panic left is as good as before: the runtime's own state is not Rust's.
-    fn session(&self) -> MutexGuard<'_, Session> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+        let taken = take(&found.map_err(took_place)?);
+        self.took = began.elapsed();
+        taken
     }
 }
 
@@ -259,13 +277,21 @@ impl Runner for OnnxModel {
         }
     }
 
+    fn give_back(&mut self) {
+        self.gives_back = true;
+    }
+
+    fn last_run(&self) -> Option<Duration> {
+        Some(self.took)
+    }
+
     fn host_memory(&self, values: usize) -> HostMemory {
         let Device::Cuda(number) = self.device else { return plain_memory(values) };
         let pinned = || {
             let number = i32::try_from(number).unwrap_or_default();
             let info =
                 MemoryInfo::new(AllocationDevice::CUDA_PINNED, number, AllocatorType::Device, MemoryType::CPUInput)?;
-            let allocator = Allocator::new(&self.session(), info)?;
+            let allocator = Allocator::new(&self.session.lock().unwrap_or_else(PoisonError::into_inner), info)?;
             let mut tensor = Tensor::<f32>::new(&allocator, [values])?;
             tensor.extract_tensor_mut().1.fill(0.0);
             Ok::<_, ort::Error>(Pinned { tensor })

@@ -126,6 +126,14 @@ impl Wanted {
         }
     }
 
+    /// Whether the processor is taken where a device that opens cannot run the network: what it says is logged, once.
+    pub fn falls_back(&self, error: &dyn fmt::Display) -> bool {
+        if *self == Self::Auto {
+            SAID_ONCE.call_once(|| tracing::info!(%error, "CUDA is not used; running on the CPU"));
+        }
+        *self == Self::Auto
+    }
+
     /// Opens something on each of the devices that is not the processor; none where the processor is to run the network. With
     /// [`Wanted::Auto`], what CUDA says is logged, once, and the processor is used.
     ///
@@ -201,10 +209,12 @@ impl Device {
 
     /// What a failed run on it means: a fault of the device, after which nothing more can be run on it, or of this run.
     pub(super) fn fault(self, reason: String) -> RuntimeError {
-        // A CUDA context does not heal, whatever was its first error.
-        let words = ["CUDA failure", "CUDA error", "CUDNN failure", "CUBLAS failure", "CUFFT failure"];
+        // A CUDA context does not heal, but what failed for want of memory, or of a way to compute this, has not harmed it.
+        let lost = ["CUDA failure", "CUDA error", "CUDNN failure", "CUBLAS failure", "CUFFT failure"];
+        let harmless = ["out of memory", "ALLOC_FAILED", "NOT_SUPPORTED"];
+        let says = |words: &[&str]| words.iter().any(|word| reason.contains(word));
         match self {
-            Self::Cuda(_) if words.iter().any(|word| reason.contains(word)) => {
+            Self::Cuda(_) if says(&lost) && !says(&harmless) => {
                 RuntimeError::Lost { device: self, reason: concise(&reason) }
             }
             _ => RuntimeError::Run(reason),
@@ -259,7 +269,11 @@ mod tests {
         assert_eq!(concise("this build has no CUDA support"), "this build has no CUDA support");
         let lost = Device::Cuda(1).fault(told.into());
         assert!(matches!(lost, RuntimeError::Lost { device: Device::Cuda(1), .. }), "{lost}");
-        assert!(matches!(Device::Cuda(1).fault("a bad shape".into()), RuntimeError::Run(_)));
+        for not_lost in
+            ["a bad shape", "CUDA failure 2: out of memory ; GPU=0", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"]
+        {
+            assert!(matches!(Device::Cuda(1).fault(not_lost.into()), RuntimeError::Run(_)), "{not_lost}");
+        }
         assert!(matches!(Device::Cpu.fault(told.into()), RuntimeError::Run(_)));
     }
 
