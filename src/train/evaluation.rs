@@ -31,6 +31,8 @@ pub struct Accuracy {
     pub groups: BTreeMap<Group, f64>,
     /// Share of each class that was right; none without images of it.
     pub recall: Vec<Option<f64>>,
+    /// Mean length ‖f‖₂ of what the classifier sees, of the images of each group's classes.
+    pub feature_strength: BTreeMap<Group, f64>,
 }
 
 /// Index of the first of the largest values.
@@ -52,7 +54,7 @@ pub(super) fn evaluate(
     let (classes, (_, side)) = (job.classes.len(), job.recipe.sides()?);
     let limits = DecodeLimits::OFFLINE;
     let preprocessor = Preprocessor::new(job.recipe.preprocessing.clone(), limits);
-    let (mut hits, mut totals) = (vec![0usize; classes], vec![0usize; classes]);
+    let (mut hits, mut totals, mut lengths) = (vec![0usize; classes], vec![0usize; classes], vec![0.0; classes]);
     let pixels = 3 * side * side;
     for first in (0..images.len()).step_by(EVALUATION_BATCH) {
         let size = EVALUATION_BATCH.min(images.len() - first);
@@ -65,11 +67,15 @@ pub(super) fn evaluate(
             Ok::<_, TrainError>(())
         })?;
         let input = Tensor::<4>::from_data(TensorData::new(values, [size, 3, side, side]), &job.device);
-        let logits =
-            network.evaluate(state, input).into_data().convert::<f32>().try_into_vec::<f32>().unwrap_or_default();
-        for (row, &label) in logits.chunks_exact(classes).zip(&images.labels()[first..first + size]) {
+        let (logits, features) = network.evaluate_with_features(state, input);
+        let [_, dimensions] = features.dims();
+        let [logits, features] =
+            [logits, features].map(|rows| rows.into_data().convert::<f32>().try_into_vec::<f32>().unwrap_or_default());
+        let rows = logits.chunks_exact(classes).zip(features.chunks_exact(dimensions.max(1)));
+        for ((row, seen), &label) in rows.zip(&images.labels()[first..first + size]) {
             totals[label as usize] += 1;
             hits[label as usize] += usize::from(highest(row) == label as usize);
+            lengths[label as usize] += seen.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         }
     }
     let recall: Vec<Option<f64>> =
@@ -80,6 +86,14 @@ pub(super) fn evaluate(
             groups.entry(group).or_default().push(*recall);
         }
     }
+    let mut strength: BTreeMap<Group, (f64, usize)> = BTreeMap::new();
+    for (class, (length, total)) in job.classes.iter().zip(lengths.iter().zip(&totals)) {
+        if let Some(group) = class.group() {
+            let (lengths, images) = strength.entry(group).or_default();
+            (*lengths, *images) = (*lengths + length, *images + total);
+        }
+    }
+    strength.retain(|_, (_, images)| *images > 0);
     let right: usize = hits.iter().sum();
     Ok(Accuracy {
         set: name.to_owned(),
@@ -88,5 +102,6 @@ pub(super) fn evaluate(
         overall: right as f64 / images.len() as f64,
         groups: groups.into_iter().map(|(g, r)| (g, r.iter().sum::<f64>() / r.len() as f64)).collect(),
         recall,
+        feature_strength: strength.into_iter().map(|(g, (lengths, images))| (g, lengths / images as f64)).collect(),
     })
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::module::{batch_norm, batch_norm_train, conv2d, max_pool2d};
 use burn::tensor::ops::{ConvOptions, MaxPoolOptions};
 use burn::tensor::{Device, Tensor, TensorData, activation, s};
+use serde::Serialize;
 
 use super::TrainError;
 use super::kernels::{self, Convolution, convolve};
@@ -51,6 +52,23 @@ pub struct State {
     pub parameters: Vec<Tensor<1>>,
     /// Running mean and (unbiased) variance per norm.
     pub statistics: Vec<(Tensor<1>, Tensor<1>)>,
+}
+
+/// How large a norm's parameters are.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Strength {
+    /// The norm.
+    pub name: String,
+    /// C: its channels.
+    pub channels: usize,
+    /// ‖γ‖, of a normalised norm before it is normalised.
+    pub gamma: f64,
+    /// ‖β‖, likewise.
+    pub beta: f64,
+    /// α, where it is normalised: γ acts as α·γ/‖γ‖, whose elements are α/√C in the root mean square; where that is below 1,
+    /// features shrink.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
 }
 
 /// A network, without its values.
@@ -236,7 +254,7 @@ impl Network {
     /// One run in training mode over `images` [N, 3, H, W] with the tracked `parameters`.
     pub fn train(&self, parameters: &[Tensor<1>], state: &State, images: Tensor<4>) -> Trained {
         let mut statistics = state.statistics.clone();
-        let logits = self.run(parameters, images, |index, x, gamma, beta| {
+        let logits = self.run(parameters, images, None, |index, x, gamma, beta| {
             let count = x.samples();
             let (y, mean, variance) = x.normalize(gamma, beta);
             // PyTorch keeps the unbiased variance.
@@ -253,20 +271,43 @@ impl Network {
 
     /// The mean of the experts' logits [N, K] for `images`, in evaluation mode.
     pub fn evaluate(&self, state: &State, images: Tensor<4>) -> Tensor<2> {
-        let logits = self.run(&state.parameters, images, |index, x, gamma, beta| {
+        self.evaluate_with_features(state, images).0
+    }
+
+    /// As [`Self::evaluate`], and what the classifiers see, [N, D]: the experts' one after the other.
+    pub fn evaluate_with_features(&self, state: &State, images: Tensor<4>) -> (Tensor<2>, Tensor<2>) {
+        let mut features = Vec::new();
+        let logits = self.run(&state.parameters, images, Some(&mut features), |index, x, gamma, beta| {
             let (mean, variance) = state.statistics[index].clone();
             x.apply(gamma, beta, mean, variance)
         });
         let experts = logits.len() as f64;
         let sum = logits.into_iter().reduce(|a, b| a + b);
+        let none = || Tensor::zeros([0, 0], &Device::flex());
         // A network has one classifier at least.
-        sum.map_or_else(|| Tensor::zeros([0, 0], &Device::flex()), |sum| sum / experts)
+        let logits = sum.map_or_else(none, |sum| sum / experts);
+        (logits, if features.is_empty() { none() } else { Tensor::cat(features, 1) })
+    }
+
+    /// How large each norm's weight and bias are as they act, in the order of [`Self::norms`], of those that have them.
+    pub fn strengths(&self, state: &State) -> Vec<Strength> {
+        let norm_of = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let values = |index: usize| host(&state.parameters[index]);
+        let of = |(step, _): &(Step, Vec<usize>)| {
+            let Step::Norm { affine: Some((gamma, beta)), statistics, channels, magnitude } = step else { return None };
+            let [gamma, beta] = [gamma, beta].map(|index| norm_of(&values(*index)));
+            let alpha = magnitude.and_then(|(scale, index)| values(scale).get(index).copied()).map(f64::from);
+            let name = self.norms[*statistics].clone();
+            Some(Strength { name, channels: *channels, gamma, beta, alpha })
+        };
+        self.steps.iter().filter_map(of).collect()
     }
 
     fn run(
         &self,
         parameters: &[Tensor<1>],
         images: Tensor<4>,
+        mut features_seen: Option<&mut Vec<Tensor<2>>>,
         mut norm: impl FnMut(usize, Value, Tensor<1>, Tensor<1>) -> Value,
     ) -> Vec<Tensor<2>> {
         let on_processor = kernels::on_processor(&images.device());
@@ -330,7 +371,11 @@ impl Network {
                     let shape = &self.parameters[*weight].shape;
                     let (classes, features) = (shape[0], shape[1]);
                     let weight = parameters[*weight].clone().reshape([classes, features]).transpose();
-                    Value::Row(take(0).row().matmul(weight) + parameters[*bias].clone().reshape([1, classes]))
+                    let x = take(0).row();
+                    if let Some(seen) = &mut features_seen {
+                        seen.push(x.clone());
+                    }
+                    Value::Row(x.matmul(weight) + parameters[*bias].clone().reshape([1, classes]))
                 }
             };
             values.push(Some(value));

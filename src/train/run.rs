@@ -15,7 +15,7 @@ use super::TrainError;
 use super::blueprint;
 use super::evaluation::{Accuracy, evaluate, highest};
 use super::loader::{self, Loader};
-use super::network::{Network, State, host};
+use super::network::{Network, State, Strength, host};
 use super::objective::Objective;
 use super::optimizer::{Optimizer, learning_rate};
 use super::recipe::Recipe;
@@ -107,6 +107,8 @@ pub struct EpochReport {
     pub gradient_norm: f64,
     /// The acting magnitudes.
     pub magnitudes: Vec<f32>,
+    /// How large the norms are that may be normalised: those of the last stage.
+    pub norms: Vec<Strength>,
     /// Training images per second, in this process.
     pub images_per_second: f64,
     /// Seconds of training so far, without evaluation.
@@ -215,6 +217,7 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
             learning_rate: rate,
             gradient_norm,
             magnitudes: magnitudes(&network, &run.state, &found),
+            norms: last_stage(network.strengths(&run.state)),
             images_per_second: (progress.seen - seen_before) as f64 / (progress.seconds - seconds),
             seconds: progress.seconds,
             evaluation,
@@ -348,6 +351,13 @@ fn kept(job: &Job, run: &Resumable) -> String {
 /// The values to measure and to serve.
 fn averaged(run: &Resumable) -> &State {
     run.ema.as_ref().unwrap_or(&run.state)
+}
+
+/// Those of the last stage, whatever is normalised: so that runs with and without can be compared.
+fn last_stage(strengths: Vec<Strength>) -> Vec<Strength> {
+    let stage = |name: &str| name.split('.').find_map(|part| part.strip_prefix("layer")?.parse::<u32>().ok());
+    let last = strengths.iter().filter_map(|strength| stage(&strength.name)).max();
+    strengths.into_iter().filter(|strength| last.is_some() && stage(&strength.name) == last).collect()
 }
 
 fn magnitudes(network: &Network, state: &State, found: &architecture::Network) -> Vec<f32> {
