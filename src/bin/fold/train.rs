@@ -250,6 +250,7 @@ mod with {
             "{} already exists: continue it with --resume, or replace it with --overwrite",
             if args.out.exists() { args.out.display() } else { files.state.display() }
         );
+        nbn::memory::keep();
         let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         if args.threads > 0 {

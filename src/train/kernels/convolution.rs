@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -259,7 +258,7 @@ impl Extents {
                         let columns = band.0 * self.columns..(band.0 + band.1) * self.columns;
                         let mut out =
                             matrix_mut(output, self.group_filters(), plane).slice_move(ndarray::s![.., columns]);
-                        general_mat_mul(1.0, &filters, &patches, 0.0, &mut out);
+                        product(filters, patches, &mut out, Target::Fresh);
                     }
                 }
             },
@@ -278,7 +277,42 @@ impl Extents {
         matrix(scratch, self.patch(), columns)
     }
 
+    /// The convolution of a gradient with the turned filters that gives the gradient of the image, where that is one: the steps are
+    /// of one pixel.
+    fn turned(&self) -> Option<Self> {
+        let Convolution { stride, padding, groups } = self.options;
+        // The same on both axes.
+        let around = self.kernel[0].checked_sub(1 + padding).filter(|_| self.kernel[0] == self.kernel[1])?;
+        (stride == 1 && !self.is_pointwise()).then_some(Self {
+            channels: self.filters,
+            height: self.rows,
+            width: self.columns,
+            filters: self.channels,
+            rows: self.height,
+            columns: self.width,
+            options: Convolution { stride, padding: around, groups },
+            ..*self
+        })
+    }
+
+    /// The filters [F, C ÷ groups, KH, KW] as [`Self::turned`] takes them: [C, F ÷ groups, KH, KW], each turned by half a turn.
+    fn turned_filters(&self, weight: &[f32]) -> Vec<f32> {
+        let (area, channels, filters) =
+            (self.kernel[0] * self.kernel[1], self.channels / self.options.groups, self.group_filters());
+        let mut turned = vec![0.0; weight.len()];
+        for (at, filter) in weight.chunks_exact(area).enumerate() {
+            let (of_all, channel) = (at / channels, at % channels);
+            let (group, filter_of_group) = (of_all / filters, of_all % filters);
+            let to = ((group * channels + channel) * filters + filter_of_group) * area;
+            turned[to..to + area].iter_mut().zip(filter.iter().rev()).for_each(|(to, from)| *to = *from);
+        }
+        turned
+    }
+
     pub(super) fn input_gradient(&self, weight: &[f32], gradient: &[f32]) -> Vec<f32> {
+        if let Some(turned) = self.turned() {
+            return turned.output(gradient, &self.turned_filters(weight));
+        }
         let (image, group_image, group_output) = self.extents();
         let mut result = vec![0.0; self.images * image];
         let images = result.par_chunks_exact_mut(image);
@@ -296,7 +330,7 @@ impl Extents {
                         let pointwise = self.is_pointwise();
                         let to = if pointwise { &mut *result } else { &mut scratch[..self.patch() * columns] };
                         let mut patches = matrix_mut(to, self.patch(), columns);
-                        general_mat_mul(1.0, &filters.t(), &gradient, 0.0, &mut patches);
+                        product(filters.t(), gradient, &mut patches, Target::Fresh);
                         if !pointwise {
                             self.scatter(&mut scratch[..self.patch() * columns], band, result);
                         }
@@ -325,7 +359,7 @@ impl Extents {
                         let mut sum = matrix_mut(sum, self.group_filters(), self.patch());
                         for band in self.bands() {
                             let patches = self.patches(x, band, scratch);
-                            general_mat_mul(1.0, &self.band_of(gradient, band), &patches.t(), 1.0, &mut sum);
+                            product(self.band_of(gradient, band), patches.t(), &mut sum, Target::Sum);
                         }
                     }
                     sum
@@ -338,6 +372,52 @@ impl Extents {
             result.iter_mut().zip(sum).for_each(|(r, s)| *r += s);
         }
         result
+    }
+}
+
+/// What becomes of what a product is written to.
+#[derive(Clone, Copy, PartialEq)]
+enum Target {
+    /// It is overwritten.
+    Fresh,
+    /// It is added to.
+    Sum,
+}
+
+/// The matrix product of `a` and `b`, written to `c`, on this thread.
+///
+/// # Panics
+/// When their extents do not fit each other.
+fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, c: &mut ArrayViewMut2<'_, f32>, into: Target) {
+    let ((m, k), n) = (a.dim(), b.ncols());
+    assert!(b.nrows() == k && c.dim() == (m, n), "[{m}, {k}] × {:?} into {:?}", b.dim(), c.dim());
+    let [a_strides, b_strides, c_strides] = [a.strides(), b.strides(), c.strides()].map(|s| [s[0], s[1]]);
+    let kept = if into == Target::Sum { 1.0 } else { 0.0 };
+    // SAFETY: the views' own extents and strides, which ndarray has checked, say what is read and written; `c` is borrowed
+    // mutably, so it overlaps neither `a` nor `b`.
+    #[allow(unsafe_code)]
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            c_strides[1],
+            c_strides[0],
+            into == Target::Sum,
+            a.as_ptr(),
+            a_strides[1],
+            a_strides[0],
+            b.as_ptr(),
+            b_strides[1],
+            b_strides[0],
+            kept,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
     }
 }
 
