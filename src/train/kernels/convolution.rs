@@ -10,7 +10,7 @@ use rayon::prelude::*;
 const MOST_SUMS: usize = 16;
 const IMAGES_PER_SUM: usize = 4;
 /// Bytes of patches that are worked on at once: they should stay in a core's own cache.
-const PATCH_BYTES: usize = 96 << 10;
+const PATCH_BYTES: usize = 256 << 10;
 /// Fewer columns than these make poor matrix products.
 const MIN_COLUMNS: usize = 64;
 
