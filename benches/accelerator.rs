@@ -11,6 +11,7 @@
 
 #[path = "../tests/it/accelerator.rs"]
 mod accelerator;
+mod measure;
 
 use std::collections::VecDeque;
 use std::io::Cursor;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use accelerator::Accelerator;
 use anyhow::{Context, ensure};
+use measure::{median, photo, ratio};
 use nbn::bundle::{Bundle, Manifest};
 use nbn::classify::{Classifier, Executor, Input, Network, Preparer};
 use nbn::engine::{Budget, Crew, Engine, Ticket};
@@ -264,30 +266,4 @@ fn picture() -> Vec<u8> {
     // Writing to memory an image of this size cannot fail.
     let _ = image.write_to(&mut bytes, image::ImageFormat::Png);
     bytes.into_inner()
-}
-
-/// A JPEG of 500×375 with the entropy of a photo.
-fn photo() -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(1);
-    let image = image::RgbImage::from_fn(500, 375, |x, y| {
-        let noise = f32::from(random.u8(0..32));
-        let wave = |period: f32| ((x as f32 / period).sin() + (y as f32 / (period * 1.3)).cos()) * 50.0 + 115.0 + noise;
-        image::Rgb([wave(23.0) as u8, wave(41.0) as u8, wave(67.0) as u8])
-    });
-    let mut bytes = Cursor::new(Vec::new());
-    // Writing to memory an image of this size cannot fail.
-    let _ = image.write_to(&mut bytes, image::ImageFormat::Jpeg);
-    bytes.into_inner()
-}
-
-/// The median of the rounds' ratios, and the least and the greatest.
-fn ratio(of: &[f64], to: &[f64]) -> String {
-    let all: Vec<f64> = of.iter().zip(to).map(|(a, b)| a / b).collect();
-    let [least, most] = [f64::min, f64::max].map(|best| all.iter().copied().fold(all[0], best));
-    format!("{:.3} ({least:.3} to {most:.3})", median(all))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -9,6 +9,8 @@
 //! time is told, too: it needs no second run, so that a machine whose speed changes does not blur it.
 #![allow(missing_docs)]
 
+mod measure;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,6 +19,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use measure::median;
 use nbn::bundle::Bundle;
 use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
@@ -88,11 +91,6 @@ fn main() -> anyhow::Result<()> {
     }
     println!("of nbn score's workers' time the network has {:.3}, start not counted", median(shares));
     Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Seconds that the program takes from its start to its end.

@@ -9,7 +9,9 @@
 //! client shares the machine, so the client's time counts against it. Processor time per image tells the two apart.
 #![allow(missing_docs)]
 
-use std::io::{BufRead, BufReader, Cursor, Read, Write};
+mod measure;
+
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -18,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use measure::{median, photo, ratio};
 use nbn::bundle::Bundle;
 use nbn::classify::{Classifier, Input};
 use nbn::pixels::{DecodeLimits, Preprocessor};
@@ -133,39 +136,12 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The median of the rounds' ratios, and the least and the greatest.
-fn ratio(of: &[f64], to: &[f64]) -> String {
-    let all: Vec<f64> = of.iter().zip(to).map(|(a, b)| a / b).collect();
-    let [least, most] = [f64::min, f64::max].map(|best| all.iter().copied().fold(all[0], best));
-    format!("{:.3} ({least:.3} to {most:.3})", median(all))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// What the process has had of the processors since it began, in hundredths, as Linux counts it.
 fn processor_seconds(process: &str) -> anyhow::Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     let after_name = stat.rsplit_once(')').context("no name")?.1;
     let ticks = after_name.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
     Ok(ticks.sum::<Result<f64, _>>()? / 100.0)
-}
-
-/// A JPEG of 500×375 with the entropy of a photo.
-fn photo() -> Vec<u8> {
-    let mut state = 1u32;
-    let image = image::RgbImage::from_fn(500, 375, |x, y| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let noise = (state >> 27) as f32;
-        let wave = |period: f32| ((x as f32 / period).sin() + (y as f32 / (period * 1.3)).cos()) * 50.0 + 115.0 + noise;
-        image::Rgb([wave(23.0) as u8, wave(41.0) as u8, wave(67.0) as u8])
-    });
-    let mut bytes = Cursor::new(Vec::new());
-    // Writing to memory an image of this size cannot fail.
-    let _ = image.write_to(&mut bytes, image::ImageFormat::Jpeg);
-    bytes.into_inner()
 }
 
 /// Images per second of `workers` threads that do nothing but classify `input` in batches.

@@ -137,19 +137,12 @@ impl Certificate {
         if Some(measured.as_str()) == calibration {
             return false;
         }
-        let agreement = self.softmax_agreement.take().unwrap_or(self.agreement);
-        let slices = std::mem::take(&mut self.softmax);
-        let data = std::mem::take(&mut self.data);
+        self.calibration = None;
+        self.scorer = SOFTMAX.into();
         // The softmax was fitted to nothing.
-        *self = Self {
-            data,
-            fitted_to_them: false,
-            scorer: SOFTMAX.into(),
-            calibration: None,
-            agreement,
-            slices,
-            ..self.clone()
-        };
+        self.fitted_to_them = false;
+        self.agreement = self.softmax_agreement.take().unwrap_or(self.agreement);
+        self.slices = std::mem::take(&mut self.softmax);
         true
     }
 }

@@ -3,8 +3,8 @@
 //! Opening a network costs an optimisation pass and, per session, a copy of its weights. The runtime can write the
 //! optimised graph with its weights in a side file; opened from there, the weights are mapped and shared by all
 //! sessions and processes. An entry is named by everything that it depends on: the network's SHA-256, the runtime's
-//! build, the processor's features, and the provider with its precision and options. It is made in a folder of its own and renamed into place, and never changed
-//! afterwards. Whoever can write the cache can change what runs.
+//! build, the processor's features, and the provider with its precision and options. It is made in a folder of its own and
+//! renamed into place, and never changed afterwards. Whoever can write the cache can change what runs.
 
 use std::fs::{self, File};
 use std::io;

@@ -49,8 +49,8 @@ pub struct CudaOptions {
     pub arena: ArenaGrowth,
     /// How cuDNN chooses among its convolutions (`cudnn_conv_algo_search`).
     pub convolutions: ConvolutionSearch,
-    /// Whether products are of 19 bits, TensorFloat-32 (`use_tf32`), on GPUs that have it: several times as fast, with a
-    /// difference in the third digit of a logit.
+    /// Whether the factors of products are rounded to TensorFloat-32 (`use_tf32`), which has ten bits of fraction, on GPUs that
+    /// have it.
     pub tf32: bool,
 }
 

@@ -115,7 +115,7 @@ struct EngineArgs {
     /// a model is opened; or fixed, always the same
     #[arg(long, env = "NBN_CUDA_CONVOLUTIONS", default_value = "heuristic", value_name = "SEARCH")]
     cuda_convolutions: ConvolutionSearch,
-    /// Let GPUs round the factors of products to TensorFloat-32: faster, and scores differ in their third digit
+    /// Let GPUs round the factors of products to TensorFloat-32, ten bits of fraction, for speed; scores change
     #[arg(long, env = "NBN_CUDA_TF32")]
     cuda_tf32: bool,
     /// Largest accepted image, in pixels (width × height)

@@ -208,14 +208,8 @@ impl Extents {
     }
 
     /// Adds what [`Self::gather`] took to where it came from.
-    fn scatter(&self, patches: &mut [f32], band: (usize, usize), image: &mut [f32]) {
+    fn scatter(&self, patches: &[f32], band: (usize, usize), image: &mut [f32]) {
         let stride = self.options.stride;
-        if self.is_shift() {
-            return self.shifts(band, |from, to, kx, all| {
-                self.clear_outside(&mut patches[all], kx);
-                image[to].iter_mut().zip(&patches[from]).for_each(|(o, s)| *o += *s);
-            });
-        }
         self.lines(band, |from, to, kx| {
             let Some(to) = to else { return };
             let (first, end, begin) = self.inside(kx);
@@ -332,7 +326,7 @@ impl Extents {
                         let mut patches = matrix_mut(to, self.patch(), columns);
                         product(filters.t(), gradient, &mut patches, Target::Fresh);
                         if !pointwise {
-                            self.scatter(&mut scratch[..self.patch() * columns], band, result);
+                            self.scatter(&scratch[..self.patch() * columns], band, result);
                         }
                     }
                 }
