@@ -73,11 +73,23 @@ impl Records {
         self
     }
 
-    /// Reads a list.
+    /// Reads a list of at least one image.
+    ///
+    /// # Errors
+    /// When the file cannot be read, has another form, or lists nothing.
+    pub fn load(path: &Path) -> Result<Self, DataError> {
+        let list = Self::load_any(path)?;
+        if list.records.is_empty() {
+            return Err(content(path, "lists no images"));
+        }
+        Ok(list)
+    }
+
+    /// Reads a list, which may be empty: a run may have held nothing out.
     ///
     /// # Errors
     /// When the file cannot be read or has another form.
-    pub fn load(path: &Path) -> Result<Self, DataError> {
+    pub fn load_any(path: &Path) -> Result<Self, DataError> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Written {
@@ -93,9 +105,6 @@ impl Records {
         if !list.images.is_empty() && list.images.len() != list.records.len() {
             let (images, records) = (list.images.len(), list.records.len());
             return Err(content(path, &format!("has {images} images, but {records} records")));
-        }
-        if list.records.is_empty() {
-            return Err(content(path, "lists no images"));
         }
         let mut known = HashSet::new();
         if let Some(twice) = list.records.iter().find(|record| !known.insert(**record)) {

@@ -85,14 +85,36 @@ pub struct Network {
 #[derive(Debug)]
 enum Step {
     Input,
-    Conv { weight: usize, stride: usize, padding: usize, groups: usize },
-    Norm { affine: Option<(usize, usize)>, statistics: usize, channels: usize, magnitude: Option<(usize, usize)> },
+    Conv {
+        weight: usize,
+        stride: usize,
+        padding: usize,
+        groups: usize,
+    },
+    Norm {
+        affine: Option<(usize, usize)>,
+        statistics: usize,
+        channels: usize,
+        magnitude: Option<(usize, usize)>,
+        rectified: bool,
+    },
     Relu,
     MaxPool,
-    Add,
-    SubsamplePad { stride: usize, before: usize, after: usize },
+    Add {
+        rectified: bool,
+    },
+    /// What it takes.
+    Same,
+    SubsamplePad {
+        stride: usize,
+        before: usize,
+        after: usize,
+    },
     GlobalAveragePool,
-    Linear { weight: usize, bias: usize },
+    Linear {
+        weight: usize,
+        bias: usize,
+    },
 }
 
 #[derive(Clone)]
@@ -146,7 +168,7 @@ impl Network {
                 }
                 Op::Relu => Step::Relu,
                 Op::MaxPool => Step::MaxPool,
-                Op::Add => Step::Add,
+                Op::Add => Step::Add { rectified: false },
                 Op::SubsamplePad { stride, before, after } => {
                     Step::SubsamplePad { stride: *stride, before: *before, after: *after }
                 }
@@ -173,7 +195,23 @@ impl Network {
             network.steps.push((step, node.inputs.clone()));
         }
         network.logits = logits(graph);
+        network.rectify();
         Ok(network)
+    }
+
+    /// Lets norms and sums that only a ReLU reads do its work, which saves passes over memory.
+    fn rectify(&mut self) {
+        for at in 0..self.steps.len() {
+            let (Step::Relu, inputs) = &self.steps[at] else { continue };
+            let before = inputs[0];
+            if self.readers[before] > 1 {
+                continue;
+            }
+            if let Step::Norm { rectified, .. } | Step::Add { rectified } = &mut self.steps[before].0 {
+                *rectified = true;
+                self.steps[at].0 = Step::Same;
+            }
+        }
     }
 
     fn parameter(&mut self, name: String, shape: &[usize], role: Role) -> usize {
@@ -195,7 +233,7 @@ impl Network {
             let weight = self.parameter(format!("{name}.weight"), &[channels], role);
             (weight, self.parameter(format!("{name}.bias"), &[channels], role))
         });
-        Step::Norm { affine, statistics, channels, magnitude }
+        Step::Norm { affine, statistics, channels, magnitude, rectified: false }
     }
 
     /// The learned tensors, in the order of [`State::parameters`].
@@ -254,9 +292,9 @@ impl Network {
     /// One run in training mode over `images` [N, 3, H, W] with the tracked `parameters`.
     pub fn train(&self, parameters: &[Tensor<1>], state: &State, images: Tensor<4>) -> Trained {
         let mut statistics = state.statistics.clone();
-        let logits = self.run(parameters, images, None, |index, x, gamma, beta| {
+        let logits = self.run(parameters, images, None, |index, x, gamma, beta, rectified| {
             let count = x.samples();
-            let (y, mean, variance) = x.normalize(gamma, beta);
+            let (y, mean, variance) = x.normalize(gamma, beta, rectified);
             // PyTorch keeps the unbiased variance.
             let variance = variance.inner() * (count / (count - 1.0).max(1.0));
             let (kept_mean, kept_variance) = statistics[index].clone();
@@ -277,9 +315,9 @@ impl Network {
     /// As [`Self::evaluate`], and what the classifiers see, [N, D]: the experts' one after the other.
     pub fn evaluate_with_features(&self, state: &State, images: Tensor<4>) -> (Tensor<2>, Tensor<2>) {
         let mut features = Vec::new();
-        let logits = self.run(&state.parameters, images, Some(&mut features), |index, x, gamma, beta| {
+        let logits = self.run(&state.parameters, images, Some(&mut features), |index, x, gamma, beta, rectified| {
             let (mean, variance) = state.statistics[index].clone();
-            x.apply(gamma, beta, mean, variance)
+            x.apply(gamma, beta, mean, variance).rectify(rectified)
         });
         let experts = logits.len() as f64;
         let sum = logits.into_iter().reduce(|a, b| a + b);
@@ -294,7 +332,9 @@ impl Network {
         let norm_of = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         let values = |index: usize| host(&state.parameters[index]);
         let of = |(step, _): &(Step, Vec<usize>)| {
-            let Step::Norm { affine: Some((gamma, beta)), statistics, channels, magnitude } = step else { return None };
+            let Step::Norm { affine: Some((gamma, beta)), statistics, channels, magnitude, .. } = step else {
+                return None;
+            };
             let [gamma, beta] = [gamma, beta].map(|index| norm_of(&values(*index)));
             let alpha = magnitude.and_then(|(scale, index)| values(scale).get(index).copied()).map(f64::from);
             let name = self.norms[*statistics].clone();
@@ -308,7 +348,7 @@ impl Network {
         parameters: &[Tensor<1>],
         images: Tensor<4>,
         mut features_seen: Option<&mut Vec<Tensor<2>>>,
-        mut norm: impl FnMut(usize, Value, Tensor<1>, Tensor<1>) -> Value,
+        mut norm: impl FnMut(usize, Value, Tensor<1>, Tensor<1>, bool) -> Value,
     ) -> Vec<Tensor<2>> {
         let on_processor = kernels::on_processor(&images.device());
         let mut images = Some(images);
@@ -337,7 +377,7 @@ impl Network {
                         conv2d(x, weight, None, ConvOptions::new([stride; 2], [padding; 2], [1; 2], groups))
                     })
                 }
-                Step::Norm { affine, statistics, channels, magnitude } => {
+                Step::Norm { affine, statistics, channels, magnitude, rectified } => {
                     let x = take(0);
                     let device = x.device();
                     let (gamma, beta) = match (affine, magnitude) {
@@ -351,14 +391,18 @@ impl Network {
                             )
                         }
                     };
-                    norm(*statistics, x, gamma, beta)
+                    norm(*statistics, x, gamma, beta, *rectified)
                 }
                 Step::Relu => Value::Map(activation::relu(take(0).map())),
                 Step::MaxPool => {
                     let pool = MaxPoolOptions::new([3; 2]).with_stride([2; 2]).with_padding([1; 2]);
                     Value::Map(max_pool2d(take(0).map(), pool))
                 }
-                Step::Add => Value::Map(take(0).map() + take(1).map()),
+                Step::Add { rectified: true } if on_processor => {
+                    Value::Map(kernels::add_rectified(take(0).map(), take(1).map()))
+                }
+                Step::Add { rectified } => Value::Map(take(0).map() + take(1).map()).rectify(*rectified),
+                Step::Same => take(0),
                 Step::SubsamplePad { stride, before, after } => {
                     Value::Map(subsample_pad(take(0).map(), *stride, *before, *after))
                 }
@@ -453,21 +497,30 @@ impl Value {
         count as f64
     }
 
-    /// By the batch's own statistics; returns them, the variance biased.
-    fn normalize(self, gamma: Tensor<1>, beta: Tensor<1>) -> (Self, Tensor<1>, Tensor<1>) {
+    /// By the batch's own statistics, and by a ReLU where it is to be `rectified`; returns the statistics, the variance biased.
+    fn normalize(self, gamma: Tensor<1>, beta: Tensor<1>, rectified: bool) -> (Self, Tensor<1>, Tensor<1>) {
         match self {
             Self::Map(x) if kernels::on_processor(&x.device()) => {
-                let (y, mean, variance) = kernels::normalize(x, gamma, beta, BATCH_NORM_EPSILON);
+                let (y, mean, variance) = kernels::normalize(x, gamma, beta, BATCH_NORM_EPSILON, rectified);
                 (Self::Map(y), mean, variance)
             }
             Self::Map(x) => {
                 let result = batch_norm_train(x, gamma, beta, BATCH_NORM_EPSILON);
-                (Self::Map(result.output), result.mean, result.variance)
+                (Self::Map(result.output).rectify(rectified), result.mean, result.variance)
             }
             Self::Row(x) => {
                 let result = batch_norm_train(x, gamma, beta, BATCH_NORM_EPSILON);
-                (Self::Row(result.output), result.mean, result.variance)
+                (Self::Row(result.output).rectify(rectified), result.mean, result.variance)
             }
+        }
+    }
+
+    /// The ReLU of it, where it is to be.
+    fn rectify(self, rectified: bool) -> Self {
+        match self {
+            Self::Map(x) if rectified => Self::Map(activation::relu(x)),
+            Self::Row(x) if rectified => Self::Row(activation::relu(x)),
+            same => same,
         }
     }
 

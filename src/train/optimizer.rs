@@ -60,7 +60,8 @@ impl Optimizer {
             };
             self.velocities[index] = Some(velocity.clone());
             let direction = if recipe.nesterov { gradient + velocity * recipe.momentum } else { velocity };
-            values[index] = values[index].clone() - direction * rate;
+            let of_magnitude = recipe.magnitude_rate.filter(|_| parameters[index].role == Role::Magnitude);
+            values[index] = values[index].clone() - direction * (rate * of_magnitude.unwrap_or(1.0));
         }
         norm
     }
@@ -70,7 +71,8 @@ fn decays(decay: Decay, role: Role) -> bool {
     match role {
         Role::Weight => true,
         Role::Norm => decay != Decay::Weights,
-        Role::Direction | Role::Magnitude => decay == Decay::All,
+        Role::Direction => matches!(decay, Decay::Directions | Decay::All),
+        Role::Magnitude => decay == Decay::All,
     }
 }
 

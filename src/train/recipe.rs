@@ -96,7 +96,9 @@ pub enum Decay {
     Weights,
     /// Also the weights and biases of plain BatchNorm layers
     Norms,
-    /// Everything, including directions and magnitudes
+    /// Also the directions of normalised layers, whose length has no meaning but slows how fast they turn
+    Directions,
+    /// Everything, including magnitudes
     All,
 }
 
@@ -139,6 +141,9 @@ pub struct Recipe {
     pub magnitude_start: f32,
     /// Whether it learns.
     pub magnitude_mode: MagnitudeMode,
+    /// Its learning rate as a multiple of the others'; none is 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub magnitude_rate: Option<f64>,
     /// Where a normalised bias starts.
     pub bias_start: BiasStart,
     /// The classifier.
@@ -238,6 +243,9 @@ impl Recipe {
             start.is_finite() && start.abs() >= 1e-3,
             "at least 0.001 in absolute value",
         )?;
+        if let Some(factor) = self.magnitude_rate {
+            within("--magnitude-lr", factor, finite(factor), "above 0")?;
+        }
         let share = self.calibration_fraction;
         within("--calibration-fraction", share, (0.0..=0.5).contains(&share), "0 to 0.5")?;
         if let Some(factor) = self.imbalance_factor {

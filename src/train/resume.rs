@@ -81,7 +81,7 @@ pub(super) fn keep_lists(job: &Job) -> Result<(), TrainError> {
             state::replace(path, records.to_json().as_bytes(), "")?;
             continue;
         }
-        let found = Records::load(path)
+        let found = Records::load_any(path)
             .map_err(|error| TrainError::Input(format!("{error}: remove it to have it written anew")))?;
         if !found.is_same_as(records) {
             let differences = format!(

@@ -2,8 +2,8 @@
 
 use burn::tensor::module::{batch_norm_train, conv2d};
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Tensor, TensorData};
-use nbn::train::kernels::{Convolution, convolve, normalize};
+use burn::tensor::{Device, Tensor, TensorData, activation};
+use nbn::train::kernels::{Convolution, add_rectified, convolve, normalize};
 
 struct Random(fastrand::Rng);
 
@@ -22,8 +22,8 @@ fn assert_close(found: Vec<f32>, expected: Vec<f32>, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let norm = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
     let differences: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
-    let relative = norm(&differences) / norm(&expected);
-    assert!(relative < 1e-5, "{what}: relative difference {relative}");
+    let (difference, of) = (norm(&differences), norm(&expected));
+    assert!(difference <= 1e-5 * of, "{what}: {difference} of {of}");
 }
 
 #[test]
@@ -36,6 +36,10 @@ fn convolutions_and_their_gradients_equal_burns() {
         (2, 4, 7, 7, 6, 1, 2, 0, 1),
         (6, 8, 5, 4, 3, 1, 1, 0, 1),
         (1, 3, 23, 19, 4, 7, 2, 3, 1),
+        (2, 3, 11, 9, 5, 5, 3, 1, 1),
+        (2, 3, 4, 40, 9, 3, 1, 1, 1),
+        // Filters too large to be read again for every few pixels.
+        (2, 512, 3, 2, 256, 3, 1, 1, 1),
         (2, 8, 6, 6, 12, 3, 1, 1, 4),
         (2, 8, 6, 5, 4, 3, 2, 1, 2),
         (2, 4, 6, 6, 4, 1, 1, 0, 2),
@@ -77,7 +81,8 @@ fn convolutions_and_their_gradients_equal_burns() {
 #[test]
 fn batch_norms_and_their_gradients_equal_burns() {
     let mut random = Random(fastrand::Rng::with_seed(4));
-    for shape in [[4, 3, 8, 8], [3, 5, 3, 3], [2, 2, 2, 2], [1, 4, 5, 7]] {
+    let shapes = [[4, 3, 8, 8], [3, 5, 3, 3], [2, 2, 2, 2], [1, 4, 5, 7]];
+    for (shape, rectified) in shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
         let x = random.tensor(shape) + 0.5;
         let (gamma, beta) = (random.tensor([shape[1]]), random.tensor([shape[1]]));
         let run = |ours: bool| {
@@ -85,10 +90,11 @@ fn batch_norms_and_their_gradients_equal_burns() {
             let x = Tensor::from_inner(x.clone()).require_grad();
             let (gamma, beta) = (track(&gamma), track(&beta));
             let (y, mean, variance) = if ours {
-                normalize(x.clone(), gamma.clone(), beta.clone(), 1e-5)
+                normalize(x.clone(), gamma.clone(), beta.clone(), 1e-5, rectified)
             } else {
                 let result = batch_norm_train(x.clone(), gamma.clone(), beta.clone(), 1e-5);
-                (result.output, result.mean, result.variance)
+                let y = if rectified { activation::relu(result.output) } else { result.output };
+                (y, result.mean, result.variance)
             };
             let loss = (y.clone() * y.clone() * y.clone()).sum();
             let mut gradients = loss.backward();
@@ -100,9 +106,42 @@ fn batch_norms_and_their_gradients_equal_burns() {
         };
         let names = ["output", "mean", "variance", "gradient of x", "gradient of γ", "gradient of β"];
         for ((ours, burns), name) in run(true).into_iter().zip(run(false)).zip(names) {
+            assert_close(ours, burns, &format!("{name} of {shape:?}, rectified {rectified}"));
+        }
+    }
+}
+
+#[test]
+fn rectified_sums_and_their_gradients_equal_burns() {
+    let mut random = Random(fastrand::Rng::with_seed(6));
+    // One of less than a part, one of several and a rest.
+    for shape in [[2, 3, 4, 5], [3, 5, 41, 37]] {
+        let (a, b) = (random.tensor(shape), random.tensor(shape));
+        let run = |ours: bool| {
+            let [a, b] = [&a, &b].map(|t| Tensor::<4>::from_inner(t.clone()).require_grad());
+            // The first is read again, so that its gradient has two parts.
+            let sum = if ours { add_rectified(a.clone(), b.clone()) } else { activation::relu(a.clone() + b.clone()) };
+            let mut gradients = (sum.clone() * sum.clone() * a.clone()).sum().backward();
+            [
+                values(sum.inner()),
+                values(a.grad_remove(&mut gradients).unwrap()),
+                values(b.grad_remove(&mut gradients).unwrap()),
+            ]
+        };
+        for ((ours, burns), name) in
+            run(true).into_iter().zip(run(false)).zip(["sum", "gradient of a", "gradient of b"])
+        {
             assert_close(ours, burns, &format!("{name} of {shape:?}"));
         }
     }
+}
+
+#[test]
+fn what_is_not_a_number_is_not_rectified_away() {
+    let nan = || Tensor::<4>::from_data(TensorData::new(vec![f32::NAN, 1.0], [1, 1, 1, 2]), &Device::flex());
+    assert!(values(add_rectified(nan(), nan()))[0].is_nan());
+    let one = || Tensor::<1>::from_data(TensorData::new(vec![1.0f32], [1]), &Device::flex());
+    assert!(values(normalize(nan(), one(), one(), 1e-5, true).0).iter().all(|v| v.is_nan()));
 }
 
 #[test]

@@ -19,7 +19,7 @@ use nbn::pixels::RgbImage;
 use nbn::train::arch::Arch;
 use nbn::train::augment::Operation;
 use nbn::train::blueprint;
-use nbn::train::network::{Network, host, scaled_direction};
+use nbn::train::network::{Network, Parameter, Role, host, scaled_direction};
 use nbn::train::objective::Objective;
 use nbn::train::optimizer::{Optimizer, learning_rate};
 use nbn::train::recipe::{BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut};
@@ -37,6 +37,7 @@ fn recipe() -> Recipe {
         magnitude: Magnitude::Expert,
         magnitude_start: 1.0,
         magnitude_mode: MagnitudeMode::Learned,
+        magnitude_rate: None,
         bias_start: BiasStart::Normal,
         head: Head::LrPlain,
         shortcut: Shortcut::A,
@@ -67,6 +68,33 @@ fn recipe() -> Recipe {
         group_by: None,
         seed: 3,
     }
+}
+
+/// Where a weight, a norm's value, a direction and a magnitude of 1 are after one step with the gradient `gradient`.
+fn stepped(recipe: &Recipe, gradient: f32) -> Vec<f32> {
+    let roles = [Role::Weight, Role::Norm, Role::Direction, Role::Magnitude];
+    let parameters = roles.map(|role| Parameter { name: format!("{role:?}"), shape: vec![1], role });
+    let of = |value: f32| Tensor::<1>::from_data(TensorData::new(vec![value], [1]), &Device::flex());
+    let mut values = parameters.clone().map(|_| of(1.0));
+    let gradients = parameters.clone().map(|_| Some(of(gradient))).to_vec();
+    Optimizer::new(4).step(recipe, &parameters, &mut values, gradients, 0.5);
+    values.iter().flat_map(host).collect()
+}
+
+#[test]
+fn decay_and_the_magnitudes_rate_act_on_what_they_name() {
+    let plain = Recipe { nesterov: false, weight_decay: 0.5, ..recipe() };
+    let decays = [
+        (Decay::Weights, [0.75, 1.0, 1.0, 1.0]),
+        (Decay::Norms, [0.75, 0.75, 1.0, 1.0]),
+        (Decay::Directions, [0.75, 0.75, 0.75, 1.0]),
+        (Decay::All, [0.75; 4]),
+    ];
+    for (decay, expected) in decays {
+        assert_eq!(stepped(&Recipe { decay, ..plain.clone() }, 0.0), expected, "{decay:?}");
+    }
+    let faster = Recipe { magnitude_rate: Some(10.0), weight_decay: 0.0, ..plain };
+    assert_eq!(stepped(&faster, 0.125), [0.9375, 0.9375, 0.9375, 0.375]);
 }
 
 /// A fixture's tensors.
@@ -409,6 +437,16 @@ fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Child {
         std::thread::sleep(Duration::from_millis(5));
     }
     child
+}
+
+#[test]
+fn a_run_that_held_nothing_out_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    for epochs in ["1", "2"] {
+        done(train(&set, &out, &["--epochs", epochs, "--calibration-fraction", "0", "--resume"]));
+    }
 }
 
 #[test]

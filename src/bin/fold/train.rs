@@ -127,6 +127,9 @@ mod with {
         /// Whether the magnitude is learned [default: learned]
         #[arg(long, value_name = "MODE", help_heading = "Network")]
         magnitude_mode: Option<MagnitudeMode>,
+        /// Learning rate of the magnitude, as a multiple of the others' [default: 1]
+        #[arg(long, value_name = "FACTOR", help_heading = "Network")]
+        magnitude_lr: Option<f64>,
         /// Initial bias of a normalised layer [default: normal]
         #[arg(long, value_name = "START", help_heading = "Network")]
         bias_start: Option<BiasStart>,
@@ -253,9 +256,8 @@ mod with {
         nbn::memory::keep();
         let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        if args.threads > 0 {
-            rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
-        }
+        // This thread is one of them: otherwise every operation would wake another and wait for it.
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
         let job = job(&args, recipe, files, resume, device)?;
         let stop = Arc::new(AtomicBool::new(false));
         let asked = stop.clone();
@@ -322,12 +324,14 @@ mod with {
     /// Refuses flags that would change nothing: whoever gives them expects something.
     fn refuse_idle(args: &Train) -> anyhow::Result<()> {
         let nbn = args.norm == Norm::Nbn;
+        let learned = args.magnitude_mode.is_none_or(|mode| mode == MagnitudeMode::Learned);
         let of = |loss| args.loss == loss;
         let flags = [
             ("--nbn-layers", args.nbn_layers.is_some(), nbn, "--norm nbn"),
             ("--magnitude", args.magnitude.is_some(), nbn, "--norm nbn"),
             ("--magnitude-start", args.magnitude_start.is_some(), nbn, "--norm nbn"),
             ("--magnitude-mode", args.magnitude_mode.is_some(), nbn, "--norm nbn"),
+            ("--magnitude-lr", args.magnitude_lr.is_some(), nbn && learned, "--norm nbn --magnitude-mode learned"),
             ("--bias-start", args.bias_start.is_some(), nbn, "--norm nbn"),
             ("--shortcut", args.shortcut.is_some(), args.arch.is_cifar(), "a CIFAR network (--arch)"),
             ("--tau", args.tau.is_some(), of(Loss::LogitAdjustment), "--loss logit-adjustment"),
@@ -369,6 +373,7 @@ mod with {
             magnitude: args.magnitude.unwrap_or(Magnitude::Expert),
             magnitude_start: args.magnitude_start.unwrap_or(1.0),
             magnitude_mode: args.magnitude_mode.unwrap_or(MagnitudeMode::Learned),
+            magnitude_rate: args.magnitude_lr,
             bias_start: args.bias_start.unwrap_or(BiasStart::Normal),
             head: args.head,
             shortcut: args.shortcut.unwrap_or(Shortcut::A),

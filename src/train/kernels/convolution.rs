@@ -1,9 +1,13 @@
-//! Convolution as matrix products of the filters with the patches that they see, image by image on all threads.
+//! Convolution, image by image on all threads: by [`super::direct`] where the filters are small, otherwise as matrix products of
+//! the filters with the patches that they see.
 
 use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
+
+use super::direct::{Direct, Scratch};
+use super::written;
 
 /// A weight gradient is summed in at most so many parts of at least so many images, whatever the threads, so that a result
 /// does not hang on their number, nor memory on the batch.
@@ -13,6 +17,8 @@ const IMAGES_PER_SUM: usize = 4;
 const PATCH_BYTES: usize = 256 << 10;
 /// Fewer columns than these make poor matrix products.
 const MIN_COLUMNS: usize = 64;
+/// Bytes of a group's filters up to which they can be read again for every few pixels.
+const DIRECT_BYTES: usize = 2 << 20;
 
 /// Extents of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,49 +144,27 @@ impl Extents {
         }
     }
 
-    /// Whether a patch's value of all outputs is the image, shifted: the output is as large, and every step one pixel.
-    fn is_shift(&self) -> bool {
-        self.options.stride == 1 && (self.rows, self.columns) == (self.height, self.width)
-    }
-
-    /// Calls `shift(values of a band of patches, channel's values there, kernel column)` for all of a band, where
-    /// [`Self::is_shift`]. Both ranges are of one length; what the first does not cover of its row of patches, which the
-    /// fourth argument holds, lies outside the image, as does what [`Self::inside`] says of each image row.
-    fn shifts(
-        &self,
-        (first, count): (usize, usize),
-        mut shift: impl FnMut(Range<usize>, Range<usize>, usize, Range<usize>),
-    ) {
-        let Convolution { padding, groups, .. } = self.options;
-        let (width, plane, values) = (self.width, self.height * self.width, count * self.width);
-        let mut at = 0;
-        for channel in 0..self.channels / groups {
-            for ky in 0..self.kernel[0] {
-                for kx in 0..self.kernel[1] {
-                    // The band's first value is that of the plane at `ahead − behind`.
-                    let (ahead, behind) = ((first + ky) * width + kx, padding * width + padding);
-                    let skipped = behind.saturating_sub(ahead).min(values);
-                    let begin = (ahead + skipped).saturating_sub(behind).min(plane);
-                    let length = (values - skipped).min(plane - begin);
-                    let from = channel * plane + begin;
-                    shift(at + skipped..at + skipped + length, from..from + length, kx, at..at + values);
-                    at += values;
-                }
-            }
-        }
+    /// The convolution of one group without patches, where the filters are small enough.
+    fn direct(&self) -> Option<Direct> {
+        let Convolution { stride, padding, groups } = self.options;
+        let filters = size_of::<f32>() * self.group_filters() * self.patch();
+        let [kernel, wide] = self.kernel;
+        (kernel == wide && filters <= DIRECT_BYTES && !self.is_pointwise()).then_some(Direct {
+            channels: self.channels / groups,
+            height: self.height,
+            width: self.width,
+            filters: self.group_filters(),
+            kernel,
+            stride,
+            padding,
+            rows: self.rows,
+            columns: self.columns,
+        })
     }
 
     /// The patches of a band of a group's `image`, [patch, rows × columns].
     fn gather(&self, image: &[f32], band: (usize, usize), patches: &mut [f32]) {
         let stride = self.options.stride;
-        if self.is_shift() {
-            return self.shifts(band, |to, from, kx, all| {
-                patches[all.start..to.start].fill(0.0);
-                patches[to.end..all.end].fill(0.0);
-                patches[to].copy_from_slice(&image[from]);
-                self.clear_outside(&mut patches[all], kx);
-            });
-        }
         self.lines(band, |to, from, kx| {
             let out = &mut patches[to];
             let Some(from) = from else { return out.fill(0.0) };
@@ -194,17 +178,6 @@ impl Extents {
                 _ => out.iter_mut().zip(source.iter().step_by(stride)).for_each(|(o, s)| *o = *s),
             }
         });
-    }
-
-    /// Sets what lies left and right of the image to 0, in rows of patches.
-    fn clear_outside(&self, rows: &mut [f32], kx: usize) {
-        let (first, end, _) = self.inside(kx);
-        if first > 0 || end < self.columns {
-            for row in rows.chunks_exact_mut(self.columns) {
-                row[..first].fill(0.0);
-                row[end..].fill(0.0);
-            }
-        }
     }
 
     /// Adds what [`Self::gather`] took to where it came from.
@@ -236,15 +209,23 @@ impl Extents {
 
     pub(super) fn output(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let (image, group_image, group_output) = self.extents();
-        let mut output = vec![0.0; self.images * self.filters * self.rows * self.columns];
-        let images = output.par_chunks_exact_mut(self.filters * self.rows * self.columns);
-        images.zip(x.par_chunks_exact(image)).for_each_init(
+        let output = group_output * self.options.groups;
+        let images = x.par_chunks_exact(image);
+        let filters = weight.chunks_exact(self.group_filters() * self.patch());
+        if let Some(direct) = self.direct() {
+            let ready: Vec<_> = filters.map(|filters| direct.ready(filters)).collect();
+            return written(output, images, Scratch::default, |scratch, x, output| {
+                let groups = output.chunks_exact_mut(group_output).zip(x.chunks_exact(group_image));
+                groups.zip(&ready).for_each(|((output, x), filters)| filters.output(x, scratch, output));
+            });
+        }
+        written(
+            output,
+            images,
             || self.scratch(),
-            |scratch, (output, x)| {
-                let filters = weight.chunks_exact(self.group_filters() * self.patch());
-                for ((output, x), filters) in
-                    output.chunks_exact_mut(group_output).zip(x.chunks_exact(group_image)).zip(filters)
-                {
+            |scratch, x, output| {
+                let groups = output.chunks_exact_mut(group_output).zip(x.chunks_exact(group_image));
+                for ((output, x), filters) in groups.zip(filters.clone()) {
                     let filters = matrix(filters, self.group_filters(), self.patch());
                     for band in self.bands() {
                         let patches = self.patches(x, band, scratch);
@@ -256,8 +237,7 @@ impl Extents {
                     }
                 }
             },
-        );
-        output
+        )
     }
 
     /// The band's patches, in `scratch` or as they lie in `x`.
@@ -308,15 +288,14 @@ impl Extents {
             return turned.output(gradient, &self.turned_filters(weight));
         }
         let (image, group_image, group_output) = self.extents();
-        let mut result = vec![0.0; self.images * image];
-        let images = result.par_chunks_exact_mut(image);
-        images.zip(gradient.par_chunks_exact(group_output * self.options.groups)).for_each_init(
+        written(
+            image,
+            gradient.par_chunks_exact(group_output * self.options.groups),
             || self.scratch(),
-            |scratch, (result, gradient)| {
+            |scratch, gradient, result| {
                 let filters = weight.chunks_exact(self.group_filters() * self.patch());
-                for ((result, gradient), filters) in
-                    result.chunks_exact_mut(group_image).zip(gradient.chunks_exact(group_output)).zip(filters)
-                {
+                let groups = result.chunks_exact_mut(group_image).zip(gradient.chunks_exact(group_output));
+                for ((result, gradient), filters) in groups.zip(filters) {
                     let filters = matrix(filters, self.group_filters(), self.patch());
                     for band in self.bands() {
                         let columns = band.1 * self.columns;
@@ -331,37 +310,47 @@ impl Extents {
                     }
                 }
             },
-        );
-        result
+        )
     }
 
     pub(super) fn weight_gradient(&self, x: &[f32], gradient: &[f32]) -> Vec<f32> {
         let (image, group_image, group_output) = self.extents();
         let of_group = self.group_filters() * self.patch();
+        let output = group_output * self.options.groups;
         let each = IMAGES_PER_SUM.max(self.images.div_ceil(MOST_SUMS));
-        let sums: Vec<Vec<f32>> = x
-            .par_chunks(image * each)
-            .zip(gradient.par_chunks(group_output * self.options.groups * each))
-            .map_init(
-                || self.scratch(),
-                |scratch, (x, gradient)| {
-                    let mut sum = vec![0.0; of_group * self.options.groups];
-                    let groups = x.chunks_exact(group_image).zip(gradient.chunks_exact(group_output));
-                    for (at, (x, gradient)) in groups.enumerate() {
-                        let group = at % self.options.groups;
-                        let sum = &mut sum[group * of_group..(group + 1) * of_group];
-                        let mut sum = matrix_mut(sum, self.group_filters(), self.patch());
-                        for band in self.bands() {
-                            let patches = self.patches(x, band, scratch);
-                            product(self.band_of(gradient, band), patches.t(), &mut sum, Target::Sum);
-                        }
+        let parts = x.par_chunks(image * each).zip(gradient.par_chunks(output * each));
+        let zeros = || vec![0.0; of_group * self.options.groups];
+        let sums: Vec<Vec<f32>> = if let Some(direct) = self.direct() {
+            let part = |scratch: &mut Scratch, (x, gradient): (&[f32], &[f32])| {
+                let mut sum = zeros();
+                for (group, sum) in sum.chunks_exact_mut(of_group).enumerate() {
+                    let (of_image, of_output) = (group * group_image, group * group_output);
+                    let images = x.chunks_exact(image).map(|x| &x[of_image..of_image + group_image]);
+                    let outputs = gradient.chunks_exact(output).map(|g| &g[of_output..of_output + group_output]);
+                    direct.add_weight_gradient(images.zip(outputs), scratch, sum);
+                }
+                sum
+            };
+            parts.map_init(Scratch::default, part).collect()
+        } else {
+            let part = |scratch: &mut Vec<f32>, (x, gradient): (&[f32], &[f32])| {
+                let mut sum = zeros();
+                let groups = x.chunks_exact(group_image).zip(gradient.chunks_exact(group_output));
+                for (at, (x, gradient)) in groups.enumerate() {
+                    let group = at % self.options.groups;
+                    let sum = &mut sum[group * of_group..(group + 1) * of_group];
+                    let mut sum = matrix_mut(sum, self.group_filters(), self.patch());
+                    for band in self.bands() {
+                        let patches = self.patches(x, band, scratch);
+                        product(self.band_of(gradient, band), patches.t(), &mut sum, Target::Sum);
                     }
-                    sum
-                },
-            )
-            .collect();
+                }
+                sum
+            };
+            parts.map_init(|| self.scratch(), part).collect()
+        };
         let mut sums = sums.into_iter();
-        let mut result = sums.next().unwrap_or_else(|| vec![0.0; of_group * self.options.groups]);
+        let mut result = sums.next().unwrap_or_else(zeros);
         for sum in sums {
             result.iter_mut().zip(sum).for_each(|(r, s)| *r += s);
         }

@@ -1,9 +1,12 @@
 //! The operations that training on the processor spends its time in, with their gradients, as operations of burn's own: its
-//! convolution differentiates to convolutions with kernels as large as the image, and its BatchNorm is a dozen passes on one
-//! thread. On other devices burn's are taken.
+//! convolution differentiates to convolutions with kernels as large as the image, its BatchNorm is a dozen passes, and what
+//! works on values one by one does so on one thread. On other devices burn's are taken.
 
 mod convolution;
+mod direct;
 mod norm;
+
+use std::mem::MaybeUninit;
 
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
@@ -12,10 +15,11 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, DispatchDevice, Flex, backend_extension};
 use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
 
 pub use self::convolution::Convolution;
 use self::convolution::Extents;
-use self::norm::Planes;
+use self::norm::{Norm, Planes};
 
 /// A tensor on the processor.
 type FlexTensor = FloatTensor<Flex>;
@@ -33,12 +37,23 @@ pub fn convolve(x: Tensor<4>, weight: Tensor<4>, options: Convolution) -> Tensor
     Tensor::from_dispatch(<Dispatch as Kernels>::convolve(x.into_dispatch(), weight.into_dispatch(), options))
 }
 
-/// BatchNorm of `x` [N, C, H, W] by its own statistics: the output, and their mean [C] and biased variance [C], which are not
-/// tracked.
-pub fn normalize(x: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, epsilon: f64) -> (Tensor<4>, Tensor<1>, Tensor<1>) {
+/// BatchNorm of `x` [N, C, H, W] by its own statistics, and a ReLU of it where it is to be `rectified`: the output, and the
+/// statistics' mean [C] and biased variance [C], which are not tracked.
+pub fn normalize(
+    x: Tensor<4>,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+    epsilon: f64,
+    rectified: bool,
+) -> (Tensor<4>, Tensor<1>, Tensor<1>) {
     let (gamma, beta) = (gamma.into_dispatch(), beta.into_dispatch());
-    let (y, mean, variance) = <Dispatch as Kernels>::normalize(x.into_dispatch(), gamma, beta, epsilon);
+    let (y, mean, variance) = <Dispatch as Kernels>::normalize(x.into_dispatch(), gamma, beta, epsilon, rectified);
     (Tensor::from_dispatch(y), Tensor::from_dispatch(mean), Tensor::from_dispatch(variance))
+}
+
+/// max(a + b, 0) of two tensors of one shape.
+pub fn add_rectified(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
+    Tensor::from_dispatch(<Dispatch as Kernels>::add_rectified(a.into_dispatch(), b.into_dispatch()))
 }
 
 type Normalized<B> = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>);
@@ -51,7 +66,9 @@ trait Kernels: Backend {
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         epsilon: f64,
+        rectified: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn add_rectified(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 fn shape(tensor: &FlexTensor) -> Vec<usize> {
@@ -69,13 +86,28 @@ impl Kernels for Flex {
         tensor(extents.output(x.storage(), weight.storage()), &extents.output_shape())
     }
 
-    fn normalize(x: FlexTensor, gamma: FlexTensor, beta: FlexTensor, epsilon: f64) -> Normalized<Self> {
+    fn normalize(
+        x: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
+        epsilon: f64,
+        rectified: bool,
+    ) -> Normalized<Self> {
         let (x, gamma, beta) = (x.to_contiguous(), gamma.to_contiguous(), beta.to_contiguous());
         let shape = shape(&x);
         let planes = Planes::new(&shape);
         let (mean, variance) = planes.statistics(x.storage());
-        let y = planes.normalize(x.storage(), gamma.storage(), beta.storage(), &mean, &variance, epsilon);
+        let (gamma, beta) = (gamma.storage(), beta.storage());
+        let norm = Norm { gamma, beta, mean: &mean, variance: &variance, epsilon, rectified };
+        let y = planes.normalize(x.storage(), &norm);
         (tensor(y, &shape), tensor(mean, &shape[1..2]), tensor(variance, &shape[1..2]))
+    }
+
+    fn add_rectified(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let (a, b) = (a.to_contiguous(), b.to_contiguous());
+        // What is not a number stays so.
+        let sum = |a: f32, b: f32| if a + b < 0.0 { 0.0 } else { a + b };
+        tensor(combined(a.storage(), b.storage(), sum), &shape(&a))
     }
 }
 
@@ -97,22 +129,35 @@ impl<C: CheckpointStrategy> Kernels for Autodiff<Flex, C> {
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
         epsilon: f64,
+        rectified: bool,
     ) -> Normalized<Self> {
         let prepared = NormGradient.prepare::<C>([x.node(), gamma.node(), beta.node()]).compute_bound().stateful();
         let (y, mean, variance) = match prepared {
             OpsKind::Tracked(mut prepared) => {
-                let kept = (prepared.checkpoint(&x), prepared.checkpoint(&gamma));
+                let kept = [prepared.checkpoint(&x), prepared.checkpoint(&gamma), prepared.checkpoint(&beta)];
                 let (x, gamma, beta) = (x.into_primitive(), gamma.into_primitive(), beta.into_primitive());
-                let (y, mean, variance) = Flex::normalize(x, gamma, beta, epsilon);
-                (prepared.finish((kept, mean.clone(), variance.clone(), epsilon), y), mean, variance)
+                let (y, mean, variance) = Flex::normalize(x, gamma, beta, epsilon, rectified);
+                (prepared.finish((kept, mean.clone(), variance.clone(), (epsilon, rectified)), y), mean, variance)
             }
             OpsKind::UnTracked(prepared) => {
                 let (x, gamma, beta) = (x.into_primitive(), gamma.into_primitive(), beta.into_primitive());
-                let (y, mean, variance) = Flex::normalize(x, gamma, beta, epsilon);
+                let (y, mean, variance) = Flex::normalize(x, gamma, beta, epsilon, rectified);
                 (prepared.finish(y), mean, variance)
             }
         };
         (y, Self::from_inner(mean), Self::from_inner(variance))
+    }
+
+    fn add_rectified(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        match SumGradient.prepare::<C>([a.node(), b.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => {
+                let sum = Flex::add_rectified(a.into_primitive(), b.into_primitive());
+                prepared.finish(sum.clone(), sum)
+            }
+            OpsKind::UnTracked(prepared) => {
+                prepared.finish(Flex::add_rectified(a.into_primitive(), b.into_primitive()))
+            }
+        }
     }
 }
 
@@ -144,22 +189,23 @@ impl Backward<Flex, 2> for ConvolutionGradient {
 struct NormGradient;
 
 impl Backward<Flex, 3> for NormGradient {
-    type State = ((NodeId, NodeId), FlexTensor, FlexTensor, f64);
+    /// x, γ and β; mean and variance; ε and whether a ReLU follows.
+    type State = ([NodeId; 3], FlexTensor, FlexTensor, (f64, bool));
 
     fn backward(self, ops: Ops<Self::State, 3>, gradients: &mut Gradients, checkpointer: &mut Checkpointer) {
         let [x_node, gamma_node, beta_node] = ops.parents;
         let gradient = gradients.consume::<Flex>(&ops.node).to_contiguous();
-        let ((x, gamma), mean, variance, epsilon) = ops.state;
-        let x = checkpointer.retrieve_node_output::<FlexTensor>(x).to_contiguous();
-        let gamma = checkpointer.retrieve_node_output::<FlexTensor>(gamma).to_contiguous();
+        let (kept, mean, variance, (epsilon, rectified)) = ops.state;
+        let [x, gamma, beta] = kept.map(|node| checkpointer.retrieve_node_output::<FlexTensor>(node).to_contiguous());
         let shape = shape(&x);
         let planes = Planes::new(&shape);
-        let (mean, variance) = (mean.storage(), variance.storage());
+        let (gamma, beta, mean, variance) = (gamma.storage(), beta.storage(), mean.storage(), variance.storage());
+        let norm = Norm { gamma, beta, mean, variance, epsilon, rectified };
         let (x, gradient) = (x.storage(), gradient.storage());
-        let (gamma_gradient, beta_gradient) = planes.affine_gradients(x, gradient, mean, variance, epsilon);
+        let (gamma_gradient, beta_gradient) = planes.affine_gradients(x, gradient, &norm);
         if let Some(node) = x_node {
             let sums = (gamma_gradient.as_slice(), beta_gradient.as_slice());
-            let values = planes.input_gradient(x, gradient, gamma.storage(), sums, mean, variance, epsilon);
+            let values = planes.input_gradient(x, gradient, sums, &norm);
             gradients.register::<Flex>(node.id, tensor(values, &shape));
         }
         if let Some(node) = gamma_node {
@@ -168,5 +214,71 @@ impl Backward<Flex, 3> for NormGradient {
         if let Some(node) = beta_node {
             gradients.register::<Flex>(node.id, tensor(beta_gradient, &shape[1..2]));
         }
+    }
+}
+
+#[derive(Debug)]
+struct SumGradient;
+
+impl Backward<Flex, 2> for SumGradient {
+    /// The sum, rectified.
+    type State = FlexTensor;
+
+    fn backward(self, ops: Ops<Self::State, 2>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = gradients.consume::<Flex>(&ops.node).to_contiguous();
+        let sum = ops.state.to_contiguous();
+        let passed = |sum: f32, gradient: f32| if sum > 0.0 { gradient } else { 0.0 };
+        let values = tensor(combined(sum.storage(), gradient.storage(), passed), &shape(&sum));
+        for node in ops.parents.into_iter().flatten() {
+            gradients.register::<Flex>(node.id, values.clone());
+        }
+    }
+}
+
+/// `work` of each pair of values.
+fn combined(a: &[f32], b: &[f32], work: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
+    const PART: usize = 16 << 10;
+    let parts = a.len() / PART * PART;
+    let pairs = a[..parts].par_chunks_exact(PART).zip(b[..parts].par_chunks_exact(PART));
+    let mut values = written(
+        PART,
+        pairs,
+        || (),
+        |(), (a, b), to| {
+            to.iter_mut().zip(a.iter().zip(b)).for_each(|(to, (a, b))| *to = work(*a, *b));
+        },
+    );
+    values.extend(a[parts..].iter().zip(&b[parts..]).map(|(a, b)| work(*a, *b)));
+    values
+}
+
+/// Values that `work(scratch, item, part)` writes part by part, each of `part` values, which are 0 before, on all threads.
+///
+/// A part is set to 0 by the thread that is about to write it, so that it is in its cache, and not all at once by one.
+fn written<I: IndexedParallelIterator, S>(
+    part: usize,
+    items: I,
+    scratch: impl Fn() -> S + Send + Sync,
+    work: impl Fn(&mut S, I::Item, &mut [f32]) + Send + Sync,
+) -> Vec<f32> {
+    let length = part * items.len();
+    let mut values = Vec::with_capacity(length);
+    let parts = values.spare_capacity_mut()[..length].par_chunks_exact_mut(part.max(1));
+    parts.zip(items).for_each_init(scratch, |scratch, (to, item)| work(scratch, item, zeroed(to)));
+    // SAFETY: the parts cover the length, and each was set to 0 before it was written.
+    #[allow(unsafe_code)]
+    unsafe {
+        values.set_len(length);
+    }
+    values
+}
+
+/// All of `values`, set to 0.
+fn zeroed(values: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    values.fill(MaybeUninit::new(0.0));
+    // SAFETY: each of them was just written.
+    #[allow(unsafe_code)]
+    unsafe {
+        values.assume_init_mut()
     }
 }

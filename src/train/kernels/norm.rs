@@ -1,6 +1,9 @@
-//! BatchNorm of maps, by channel on all threads (Ioffe and Szegedy, arXiv 1502.03167; the gradient is that of its section 3).
+//! BatchNorm of maps, by channel on all threads (Ioffe and Szegedy, arXiv 1502.03167; the gradient is that of its section 3),
+//! and the ReLU that may follow it, in the same passes.
 
 use rayon::prelude::*;
+
+use super::written;
 
 /// Values that are summed side by side, so that a sum can use the processor's lanes.
 const LANES: usize = 16;
@@ -36,104 +39,152 @@ impl Planes {
     pub(super) fn statistics(&self, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let count = self.count(x);
         let statistics = self.by_channel(|channel| {
-            let total: f64 = self.of_channel(x, channel).map(|plane| sum(plane, plane, |v, _| v)).sum();
+            let total: f64 = self.of_channel(x, channel).map(|plane| sums(plane, plane, |v, _| [v])[0]).sum();
             let mean = (total / count) as f32;
-            let squares = |plane: &[f32]| sum(plane, plane, |v, _| (v - mean) * (v - mean));
+            let squares = |plane: &[f32]| sums(plane, plane, |v, _| [(v - mean) * (v - mean)])[0];
             let variance: f64 = self.of_channel(x, channel).map(squares).sum();
             (mean, (variance / count) as f32)
         });
         statistics.into_iter().unzip()
     }
 
-    /// γ·(x − mean)/√(variance + ε) + β.
-    pub(super) fn normalize(
-        &self,
-        x: &[f32],
-        gamma: &[f32],
-        beta: &[f32],
-        mean: &[f32],
-        variance: &[f32],
-        epsilon: f64,
-    ) -> Vec<f32> {
-        let terms = self.by_channel(|k| {
-            let scale = gamma[k] * inverse_deviation(variance[k], epsilon);
-            (mean[k], scale, beta[k])
-        });
-        self.map(x, x, |k, x, _, y| {
-            let (mean, scale, beta) = terms[k];
-            y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - mean) * scale + beta);
+    /// γ·(x − mean)/√(variance + ε) + β, or 0 where that is less and a ReLU follows.
+    pub(super) fn normalize(&self, x: &[f32], norm: &Norm<'_>) -> Vec<f32> {
+        self.map(x, x, norm, |line, x, _, y| {
+            let values = y.iter_mut().zip(x);
+            if norm.rectified {
+                // What is not a number stays so.
+                values.for_each(|(y, x)| *y = if line.at(*x) < 0.0 { 0.0 } else { line.at(*x) });
+            } else {
+                values.for_each(|(y, x)| *y = line.at(*x));
+            }
         })
     }
 
-    /// Gradients of γ and β: Σ g·x̂ and Σ g of each channel.
-    pub(super) fn affine_gradients(
-        &self,
-        x: &[f32],
-        gradient: &[f32],
-        mean: &[f32],
-        variance: &[f32],
-        epsilon: f64,
-    ) -> (Vec<f32>, Vec<f32>) {
-        let sums = self.by_channel(|k| {
-            let mean = mean[k];
-            let planes = || self.of_channel(x, k).zip(self.of_channel(gradient, k));
-            let products: f64 = planes().map(|(x, g)| sum(x, g, |x, g| (x - mean) * g)).sum();
-            let plain: f64 = planes().map(|(_, g)| sum(g, g, |g, _| g)).sum();
-            ((products * f64::from(inverse_deviation(variance[k], epsilon))) as f32, plain as f32)
+    /// Gradients of γ and β: Σ g·x̂ and Σ g of each channel, of the g that a ReLU lets through.
+    pub(super) fn affine_gradients(&self, x: &[f32], gradient: &[f32], norm: &Norm<'_>) -> (Vec<f32>, Vec<f32>) {
+        let gradients = self.by_channel(|k| {
+            let line = norm.line(k);
+            let (mut products, mut plain) = (0.0, 0.0);
+            for (x, g) in self.of_channel(x, k).zip(self.of_channel(gradient, k)) {
+                let of_plane = if norm.rectified {
+                    sums(x, g, |x, g| [(x - line.mean) * line.passed(x, g), line.passed(x, g)])
+                } else {
+                    sums(x, g, |x, g| [(x - line.mean) * g, g])
+                };
+                products += of_plane[0];
+                plain += of_plane[1];
+            }
+            ((products * f64::from(norm.inverse_deviation(k))) as f32, plain as f32)
         });
-        sums.into_iter().unzip()
+        gradients.into_iter().unzip()
     }
 
     /// Gradient of x: γ/√(variance + ε)·(g − mean g − x̂·mean(g·x̂)), with the sums that [`Self::affine_gradients`] gave.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn input_gradient(
         &self,
         x: &[f32],
         gradient: &[f32],
-        gamma: &[f32],
-        (products, sums): (&[f32], &[f32]),
-        mean: &[f32],
-        variance: &[f32],
-        epsilon: f64,
+        (products, plain): (&[f32], &[f32]),
+        norm: &Norm<'_>,
     ) -> Vec<f32> {
         let count = self.count(x) as f32;
-        let terms = self.by_channel(|k| {
-            let inverse = inverse_deviation(variance[k], epsilon);
-            (mean[k], gamma[k] * inverse, sums[k] / count, products[k] / count * inverse)
-        });
-        self.map(x, gradient, |k, x, g, out| {
-            let (mean, scale, shift, slope) = terms[k];
-            let values = x.iter().zip(g).map(|(x, g)| scale * (g - shift - (x - mean) * slope));
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = value);
+        let means: Vec<(f32, f32)> =
+            (0..self.channels).map(|k| (plain[k] / count, products[k] / count * norm.inverse_deviation(k))).collect();
+        self.map(x, gradient, norm, |line, x, g, out| {
+            let (shift, slope) = means[line.channel];
+            let values = out.iter_mut().zip(x.iter().zip(g));
+            let of = |x: f32, g: f32| line.scale * (g - shift - (x - line.mean) * slope);
+            if norm.rectified {
+                values.for_each(|(out, (x, g))| *out = of(*x, line.passed(*x, *g)));
+            } else {
+                values.for_each(|(out, (x, g))| *out = of(*x, *g));
+            }
         })
     }
 
-    /// Calls `work(channel, plane of a, plane of b, plane of the output)` for every plane.
-    fn map(&self, a: &[f32], b: &[f32], work: impl Fn(usize, &[f32], &[f32], &mut [f32]) + Send + Sync) -> Vec<f32> {
+    /// Calls `work(the channel's line, plane of a, plane of b, plane of the output)` for every plane.
+    fn map(
+        &self,
+        a: &[f32],
+        b: &[f32],
+        norm: &Norm<'_>,
+        work: impl Fn(Line, &[f32], &[f32], &mut [f32]) + Send + Sync,
+    ) -> Vec<f32> {
         let image = self.channels * self.plane;
-        let mut out = vec![0.0; a.len()];
-        out.par_chunks_mut(image).zip(a.par_chunks(image)).zip(b.par_chunks(image)).for_each(|((out, a), b)| {
-            let planes =
-                out.chunks_exact_mut(self.plane).zip(a.chunks_exact(self.plane)).zip(b.chunks_exact(self.plane));
-            planes.enumerate().for_each(|(channel, ((out, a), b))| work(channel, a, b, out));
-        });
-        out
+        let lines = self.by_channel(|channel| norm.line(channel));
+        let images = a.par_chunks_exact(image).zip(b.par_chunks_exact(image));
+        written(
+            image,
+            images,
+            || (),
+            |(), (a, b), out| {
+                let planes =
+                    out.chunks_exact_mut(self.plane).zip(a.chunks_exact(self.plane)).zip(b.chunks_exact(self.plane));
+                planes.zip(&lines).for_each(|(((out, a), b), line)| work(*line, a, b, out));
+            },
+        )
     }
 }
 
-fn inverse_deviation(variance: f32, epsilon: f64) -> f32 {
-    (1.0 / (f64::from(variance) + epsilon).sqrt()) as f32
+/// What a BatchNorm does by the statistics of its batch.
+pub(super) struct Norm<'a> {
+    pub(super) gamma: &'a [f32],
+    pub(super) beta: &'a [f32],
+    pub(super) mean: &'a [f32],
+    /// Biased.
+    pub(super) variance: &'a [f32],
+    pub(super) epsilon: f64,
+    /// Whether a ReLU follows.
+    pub(super) rectified: bool,
 }
 
-/// Σ term(a, b), in lanes.
-fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 {
-    let mut lanes = [0.0f32; LANES];
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| term(*a, *b)).sum();
-    for (a, b) in a.zip(b) {
+impl Norm<'_> {
+    fn inverse_deviation(&self, channel: usize) -> f32 {
+        (1.0 / (f64::from(self.variance[channel]) + self.epsilon).sqrt()) as f32
+    }
+
+    fn line(&self, channel: usize) -> Line {
+        let scale = self.gamma[channel] * self.inverse_deviation(channel);
+        Line { channel, mean: self.mean[channel], scale, shift: self.beta[channel] }
+    }
+}
+
+/// What it does to one channel.
+#[derive(Clone, Copy)]
+struct Line {
+    channel: usize,
+    mean: f32,
+    scale: f32,
+    shift: f32,
+}
+
+impl Line {
+    fn at(self, x: f32) -> f32 {
+        (x - self.mean) * self.scale + self.shift
+    }
+
+    /// The gradient that a ReLU lets through.
+    fn passed(self, x: f32, gradient: f32) -> f32 {
+        if self.at(x) > 0.0 { gradient } else { 0.0 }
+    }
+}
+
+/// Σ of each of `term(a, b)`, in lanes.
+fn sums<const N: usize>(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> [f32; N]) -> [f64; N] {
+    let mut lanes = [[0.0f32; LANES]; N];
+    let (a, b) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.0.iter().zip(b.0) {
         for lane in 0..LANES {
-            lanes[lane] += term(a[lane], b[lane]);
+            let terms = term(a[lane], b[lane]);
+            for n in 0..N {
+                lanes[n][lane] += terms[n];
+            }
         }
     }
-    lanes.iter().map(|v| f64::from(*v)).sum::<f64>() + f64::from(rest)
+    let mut totals = lanes.map(|lanes| lanes.iter().map(|v| f64::from(*v)).sum::<f64>());
+    for (a, b) in a.1.iter().zip(b.1) {
+        totals.iter_mut().zip(term(*a, *b)).for_each(|(total, term)| *total += f64::from(term));
+    }
+    totals
 }
