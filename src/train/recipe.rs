@@ -122,8 +122,8 @@ pub enum Augmentation {
     Cutout,
 }
 
-/// Everything that decides the result of a run. Two runs of one recipe, over the same images and with as many threads,
-/// give the same network.
+/// Everything that decides the result of a run. Two runs of one recipe over the same images, by the same version with as many
+/// threads on processors of one kind, give the same network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
     /// The network.

@@ -38,6 +38,11 @@ fn convolutions_and_their_gradients_equal_burns() {
         (1, 3, 23, 19, 4, 7, 2, 3, 1),
         (2, 3, 11, 9, 5, 5, 3, 1, 1),
         (2, 3, 4, 40, 9, 3, 1, 1, 1),
+        (1, 3, 200, 1, 7, 5, 5, 6, 1),
+        (3, 5, 16, 12, 7, 3, 2, 1, 1),
+        (2, 6, 32, 32, 10, 5, 1, 2, 2),
+        (1, 3, 40, 40, 5, 7, 2, 3, 1),
+        (2, 3, 2, 300, 4, 3, 1, 1, 1),
         // Filters too large to be read again for every few pixels.
         (2, 512, 3, 2, 256, 3, 1, 1, 1),
         (2, 8, 6, 6, 12, 3, 1, 1, 4),
@@ -142,6 +147,10 @@ fn what_is_not_a_number_is_not_rectified_away() {
     assert!(values(add_rectified(nan(), nan()))[0].is_nan());
     let one = || Tensor::<1>::from_data(TensorData::new(vec![1.0f32], [1]), &Device::flex());
     assert!(values(normalize(nan(), one(), one(), 1e-5, true).0).iter().all(|v| v.is_nan()));
+    // PyTorch lets a gradient pass there, too.
+    let a = Tensor::<4>::from_inner(nan()).require_grad();
+    let mut gradients = add_rectified(a.clone(), Tensor::from_inner(nan())).sum().backward();
+    assert_eq!(values(a.grad_remove(&mut gradients).unwrap()), [1.0, 1.0]);
 }
 
 #[test]

@@ -237,6 +237,8 @@ mod with {
             "--out is {}; give a name that ends in .safetensors",
             args.out.display()
         );
+        // This thread is one of the pool: otherwise every operation would wake another and wait for it.
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
         let device = device(args.device)?;
         let files = Files::of(&args.out);
         let resume = args.resume && files.state.exists();
@@ -256,8 +258,6 @@ mod with {
         nbn::memory::keep();
         let folder = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        // This thread is one of them: otherwise every operation would wake another and wait for it.
-        rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
         let job = job(&args, recipe, files, resume, device)?;
         let stop = Arc::new(AtomicBool::new(false));
         let asked = stop.clone();
@@ -373,7 +373,7 @@ mod with {
             magnitude: args.magnitude.unwrap_or(Magnitude::Expert),
             magnitude_start: args.magnitude_start.unwrap_or(1.0),
             magnitude_mode: args.magnitude_mode.unwrap_or(MagnitudeMode::Learned),
-            magnitude_rate: args.magnitude_lr,
+            magnitude_rate: args.magnitude_lr.filter(|factor| *factor != 1.0),
             bias_start: args.bias_start.unwrap_or(BiasStart::Normal),
             head: args.head,
             shortcut: args.shortcut.unwrap_or(Shortcut::A),

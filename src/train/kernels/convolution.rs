@@ -1,5 +1,5 @@
-//! Convolution, image by image on all threads: by [`super::direct`] where the filters are small, otherwise as matrix products of
-//! the filters with the patches that they see.
+//! Convolution, image by image on all threads: by [`super::direct`] where that is faster, otherwise as matrix products of the
+//! filters with the patches that they see.
 
 use std::ops::Range;
 
@@ -19,6 +19,8 @@ const PATCH_BYTES: usize = 256 << 10;
 const MIN_COLUMNS: usize = 64;
 /// Bytes of a group's filters up to which they can be read again for every few pixels.
 const DIRECT_BYTES: usize = 2 << 20;
+/// Fewer outputs of a filter than these leave too much of vectors unused.
+const DIRECT_OUTPUTS: usize = 32;
 
 /// Extents of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,12 +146,14 @@ impl Extents {
         }
     }
 
-    /// The convolution of one group without patches, where the filters are small enough.
+    /// The convolution of one group without patches, where that is faster: filters that are small, but more than one value, of
+    /// enough outputs.
     fn direct(&self) -> Option<Direct> {
         let Convolution { stride, padding, groups } = self.options;
         let filters = size_of::<f32>() * self.group_filters() * self.patch();
         let [kernel, wide] = self.kernel;
-        (kernel == wide && filters <= DIRECT_BYTES && !self.is_pointwise()).then_some(Direct {
+        let faster = filters <= DIRECT_BYTES && kernel > 1 && self.rows * self.columns >= DIRECT_OUTPUTS;
+        (kernel == wide && faster).then_some(Direct {
             channels: self.channels / groups,
             height: self.height,
             width: self.width,
@@ -214,13 +218,13 @@ impl Extents {
         let filters = weight.chunks_exact(self.group_filters() * self.patch());
         if let Some(direct) = self.direct() {
             let ready: Vec<_> = filters.map(|filters| direct.ready(filters)).collect();
-            return written(output, images, Scratch::default, |scratch, x, output| {
+            return written((output, self.images * output), images, Scratch::default, |scratch, x, output| {
                 let groups = output.chunks_exact_mut(group_output).zip(x.chunks_exact(group_image));
                 groups.zip(&ready).for_each(|((output, x), filters)| filters.output(x, scratch, output));
             });
         }
         written(
-            output,
+            (output, self.images * output),
             images,
             || self.scratch(),
             |scratch, x, output| {
@@ -289,7 +293,7 @@ impl Extents {
         }
         let (image, group_image, group_output) = self.extents();
         written(
-            image,
+            (image, self.images * image),
             gradient.par_chunks_exact(group_output * self.options.groups),
             || self.scratch(),
             |scratch, gradient, result| {

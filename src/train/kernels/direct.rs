@@ -3,7 +3,8 @@
 //!
 //! Before that, an image is laid out so that each of a filter's values lies at one distance from where the output is, for all
 //! outputs: row by row between zeros, and where steps are of several pixels, in as many phases, the first of all pixels
-//! `stride` apart, then their neighbours, and so on. What is computed between the rows is dropped.
+//! `stride` apart, then their neighbours, and so on. What is computed between the rows is dropped, or multiplied by zeros, for
+//! which an image must be finite.
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -106,7 +107,7 @@ impl Direct {
             for (at, to) in to.chunks_exact_mut(self.phase()).enumerate() {
                 let (down, right) = (at / phases, at % phases);
                 let columns = inside(right, self.width, wide);
-                let first = (columns.start * stride + right).saturating_sub(padding);
+                let first = (columns.start * stride + right).saturating_sub(padding).min(self.width);
                 for row in inside(down, self.height, self.rows + self.overhang()) {
                     let image = &image[(row * stride + down - padding) * self.width..][..self.width];
                     let to = &mut to[row * self.row()..][columns.clone()];

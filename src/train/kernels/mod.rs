@@ -51,7 +51,10 @@ pub fn normalize(
     (Tensor::from_dispatch(y), Tensor::from_dispatch(mean), Tensor::from_dispatch(variance))
 }
 
-/// max(a + b, 0) of two tensors of one shape.
+/// max(a + b, 0).
+///
+/// # Panics
+/// When the tensors differ in shape.
 pub fn add_rectified(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
     Tensor::from_dispatch(<Dispatch as Kernels>::add_rectified(a.into_dispatch(), b.into_dispatch()))
 }
@@ -104,6 +107,7 @@ impl Kernels for Flex {
     }
 
     fn add_rectified(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        assert_eq!(shape(&a), shape(&b), "only tensors of one shape are added here");
         let (a, b) = (a.to_contiguous(), b.to_contiguous());
         // What is not a number stays so.
         let sum = |a: f32, b: f32| if a + b < 0.0 { 0.0 } else { a + b };
@@ -227,7 +231,8 @@ impl Backward<Flex, 2> for SumGradient {
     fn backward(self, ops: Ops<Self::State, 2>, gradients: &mut Gradients, _: &mut Checkpointer) {
         let gradient = gradients.consume::<Flex>(&ops.node).to_contiguous();
         let sum = ops.state.to_contiguous();
-        let passed = |sum: f32, gradient: f32| if sum > 0.0 { gradient } else { 0.0 };
+        // Also where the sum is not a number.
+        let passed = |sum: f32, gradient: f32| if sum <= 0.0 { 0.0 } else { gradient };
         let values = tensor(combined(sum.storage(), gradient.storage(), passed), &shape(&sum));
         for node in ops.parents.into_iter().flatten() {
             gradients.register::<Flex>(node.id, values.clone());
@@ -235,37 +240,39 @@ impl Backward<Flex, 2> for SumGradient {
     }
 }
 
-/// `work` of each pair of values.
+/// `work` of each pair of values of two slices of one length.
 fn combined(a: &[f32], b: &[f32], work: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     const PART: usize = 16 << 10;
-    let parts = a.len() / PART * PART;
-    let pairs = a[..parts].par_chunks_exact(PART).zip(b[..parts].par_chunks_exact(PART));
-    let mut values = written(
-        PART,
+    let pairs = a.par_chunks(PART).zip(b.par_chunks(PART));
+    written(
+        (PART, a.len()),
         pairs,
         || (),
         |(), (a, b), to| {
             to.iter_mut().zip(a.iter().zip(b)).for_each(|(to, (a, b))| *to = work(*a, *b));
         },
-    );
-    values.extend(a[parts..].iter().zip(&b[parts..]).map(|(a, b)| work(*a, *b)));
-    values
+    )
 }
 
-/// Values that `work(scratch, item, part)` writes part by part, each of `part` values, which are 0 before, on all threads.
+/// `length` values that `work(scratch, item, part)` writes part by part, on all threads. Parts are of `part` values, the last may
+/// have fewer, and there is an item for each; before they are written, they are 0.
 ///
 /// A part is set to 0 by the thread that is about to write it, so that it is in its cache, and not all at once by one.
+///
+/// # Panics
+/// When there are more or fewer items than parts.
 fn written<I: IndexedParallelIterator, S>(
-    part: usize,
+    (part, length): (usize, usize),
     items: I,
     scratch: impl Fn() -> S + Send + Sync,
     work: impl Fn(&mut S, I::Item, &mut [f32]) + Send + Sync,
 ) -> Vec<f32> {
-    let length = part * items.len();
     let mut values = Vec::with_capacity(length);
-    let parts = values.spare_capacity_mut()[..length].par_chunks_exact_mut(part.max(1));
+    let parts = values.spare_capacity_mut()[..length].par_chunks_mut(part.max(1));
+    assert_eq!(parts.len(), items.len(), "parts and items");
     parts.zip(items).for_each_init(scratch, |scratch, (to, item)| work(scratch, item, zeroed(to)));
-    // SAFETY: the parts cover the length, and each was set to 0 before it was written.
+    // SAFETY: the parts are all of `length`, and each was set to 0 before it was written: the iterators are rayon's own, of slices,
+    // which give as many items as they say.
     #[allow(unsafe_code)]
     unsafe {
         values.set_len(length);

@@ -115,7 +115,7 @@ impl Planes {
         let lines = self.by_channel(|channel| norm.line(channel));
         let images = a.par_chunks_exact(image).zip(b.par_chunks_exact(image));
         written(
-            image,
+            (image, a.len()),
             images,
             || (),
             |(), (a, b), out| {
@@ -164,9 +164,9 @@ impl Line {
         (x - self.mean) * self.scale + self.shift
     }
 
-    /// The gradient that a ReLU lets through.
+    /// The gradient that a ReLU lets through, also where its input is not a number.
     fn passed(self, x: f32, gradient: f32) -> f32 {
-        if self.at(x) > 0.0 { gradient } else { 0.0 }
+        if self.at(x) <= 0.0 { 0.0 } else { gradient }
     }
 }
 
