@@ -440,6 +440,28 @@ fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Child {
 }
 
 #[test]
+fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = |name: &str| folder.path().join(format!("{name}.safetensors"));
+    let run = |name: &str, flags: &[&str]| {
+        done(train(&set, &out(name), flags));
+        let file = fs::read(out(name)).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&file).unwrap();
+        serde_json::from_str::<Value>(&header.metadata().as_ref().unwrap()["nbn.recipe"]).unwrap()
+    };
+    let named = run("named", &["--recipe", "thorough", "--epochs", "10"]);
+    let flags =
+        ["--lr", "0.1", "--schedule", "step", "--milestones", "8,8,9", "--weight-decay", "2e-4", "--decay", "all"];
+    assert_eq!(named, run("flags", &[&flags[..], &["--shortcut", "b", "--epochs", "10"]].concat()));
+    let changed = run("changed", &["--recipe", "thorough", "--epochs", "4", "--schedule", "cosine", "--lr", "0.02"]);
+    assert_eq!((&changed["schedule"], &changed["milestones"]), (&"cosine".into(), &Value::Array(Vec::new())));
+    assert_eq!((&changed["learning_rate"], &changed["decay"]), (&0.02.into(), &"all".into()));
+    // More epochs do not move the steps of a run that was begun.
+    done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "11", "--resume"]));
+}
+
+#[test]
 fn a_run_that_held_nothing_out_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let set = pictures(folder.path());

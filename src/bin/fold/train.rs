@@ -56,8 +56,6 @@ mod with {
     use super::pictures::{checked, list_of, warn_of_shared};
     use super::view::View;
 
-    /// Epochs, if nothing is said.
-    const EPOCHS: usize = 60;
     /// Share of the epochs after which LDAM weighs rare classes more, as its authors do (160 of 200).
     const LDAM_DEFERRED: f64 = 0.8;
 
@@ -109,12 +107,15 @@ mod with {
         #[arg(long, value_name = "ALPHA", help_heading = "Images")]
         mixup: Option<f64>,
 
+        /// Settings by name; flags that are given beside it replace its own. Their effect is measured in results/RESULTS.md
+        #[arg(long, value_name = "NAME", default_value = "quick", help_heading = "Network")]
+        recipe: Named,
         /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
         #[arg(long, default_value = "resnet20", help_heading = "Network")]
         arch: Arch,
-        /// Kind of norm in the layers that --nbn-layers names
-        #[arg(long, default_value = "nbn", help_heading = "Network")]
-        norm: Norm,
+        /// Kind of norm in the layers that --nbn-layers names [default: nbn]
+        #[arg(long, help_heading = "Network")]
+        norm: Option<Norm>,
         /// Normalised layers: last-stage-outputs, last-stage-all, all, or names separated by commas
         #[arg(long, value_name = "LAYERS", help_heading = "Network")]
         nbn_layers: Option<NbnLayers>,
@@ -136,7 +137,7 @@ mod with {
         /// Kind of classifier
         #[arg(long, default_value = "lr-plain", help_heading = "Network")]
         head: Head,
-        /// Kind of shortcut in CIFAR blocks [default: a]
+        /// Kind of shortcut in CIFAR blocks [default: a; thorough: b]
         #[arg(long, help_heading = "Network")]
         shortcut: Option<Shortcut>,
 
@@ -161,22 +162,23 @@ mod with {
         #[arg(long, value_name = "EPOCH", help_heading = "Loss")]
         reweight_from: Option<usize>,
 
-        /// Number of epochs [default: 60; with --resume, as many as the run has]
+        /// Number of epochs [default: 60; thorough: 120; with --resume, as many as the run has]
         #[arg(long, value_name = "N", help_heading = "Optimisation")]
         epochs: Option<usize>,
         /// Images per step
         #[arg(long, default_value_t = 64, help_heading = "Optimisation")]
         batch: usize,
-        /// Highest learning rate
-        #[arg(long, default_value_t = 0.05, help_heading = "Optimisation")]
-        lr: f64,
-        /// How the learning rate falls
-        #[arg(long, default_value = "cosine", help_heading = "Optimisation")]
-        schedule: Schedule,
-        /// Epochs in which the learning rate first rises linearly
-        #[arg(long, value_name = "EPOCHS", default_value_t = 0, help_heading = "Optimisation")]
-        warm_up: usize,
-        /// Epochs at which --schedule step lowers the learning rate, separated by commas
+        /// Highest learning rate [default: 0.05; thorough: 0.1]
+        #[arg(long, help_heading = "Optimisation")]
+        lr: Option<f64>,
+        /// How the learning rate falls [default: cosine; thorough: step]
+        #[arg(long, help_heading = "Optimisation")]
+        schedule: Option<Schedule>,
+        /// Epochs in which the learning rate first rises linearly [default: 0; thorough: 4 % of the epochs]
+        #[arg(long, value_name = "EPOCHS", help_heading = "Optimisation")]
+        warm_up: Option<usize>,
+        /// Epochs at which --schedule step lowers the learning rate, separated by commas [thorough: after 80 % of the epochs
+        /// twice, after 90 % once]
         #[arg(long, value_delimiter = ',', help_heading = "Optimisation")]
         milestones: Vec<usize>,
         /// Factor by which --schedule step multiplies the learning rate [default: 0.1]
@@ -188,12 +190,12 @@ mod with {
         /// Use Nesterov momentum
         #[arg(long, help_heading = "Optimisation")]
         nesterov: bool,
-        /// Weight decay
-        #[arg(long, value_name = "LAMBDA", default_value_t = 5e-4, help_heading = "Optimisation")]
-        weight_decay: f64,
-        /// Parameters that weight decay applies to
-        #[arg(long, value_name = "WHAT", default_value = "weights", help_heading = "Optimisation")]
-        decay: Decay,
+        /// Weight decay [default: 0.0005; thorough: 0.0002]
+        #[arg(long, value_name = "LAMBDA", help_heading = "Optimisation")]
+        weight_decay: Option<f64>,
+        /// Parameters that weight decay applies to [default: weights; thorough: all]
+        #[arg(long, value_name = "WHAT", help_heading = "Optimisation")]
+        decay: Option<Decay>,
         /// Largest norm of the whole gradient; a longer one is scaled down
         #[arg(long, value_name = "NORM", help_heading = "Optimisation")]
         clip: Option<f64>,
@@ -223,6 +225,56 @@ mod with {
         /// Device that computes the network; cuda needs a build with --features train,cuda
         #[arg(long, default_value = "cpu", help_heading = "Run")]
         device: DeviceArg,
+    }
+
+    /// Settings that belong together.
+    #[derive(Clone, Copy, PartialEq, ValueEnum)]
+    enum Named {
+        /// 60 epochs, learning rate 0.05 with a cosine, weight decay 5e-4 on convolutions and classifiers
+        Quick,
+        /// 120 epochs, learning rate 0.1 that rises first and falls after 80 and 90 % of the epochs, weight decay 2e-4 on
+        /// everything; of CIFAR networks, shortcuts with a norm
+        Thorough,
+    }
+
+    /// What [`Named`] settings and the flags beside them come to.
+    struct Settings {
+        norm: Norm,
+        shortcut: Shortcut,
+        epochs: usize,
+        learning_rate: f64,
+        schedule: Schedule,
+        warm_up: usize,
+        milestones: Vec<usize>,
+        weight_decay: f64,
+        decay: Decay,
+    }
+
+    impl Settings {
+        fn of(args: &Train, begun: Option<&Recipe>) -> Self {
+            let thorough = args.recipe == Named::Thorough;
+            let epochs = args.epochs.or(begun.map(|begun| begun.epochs)).unwrap_or(if thorough { 120 } else { 60 });
+            let schedule = args.schedule.unwrap_or(if thorough { Schedule::Step } else { Schedule::Cosine });
+            let after = |share: f64| (epochs as f64 * share).round() as usize;
+            // A run that gets more epochs keeps the steps that it began with.
+            let milestones = if thorough && schedule == Schedule::Step && args.milestones.is_empty() {
+                begun.map_or_else(|| vec![after(0.8), after(0.8), after(0.9)], |begun| begun.milestones.clone())
+            } else {
+                args.milestones.clone()
+            };
+            let rise = if thorough { begun.map_or_else(|| after(0.04), |begun| begun.warm_up) } else { 0 };
+            Self {
+                norm: args.norm.unwrap_or(Norm::Nbn),
+                shortcut: args.shortcut.unwrap_or(if thorough { Shortcut::B } else { Shortcut::A }),
+                epochs,
+                learning_rate: args.lr.unwrap_or(if thorough { 0.1 } else { 0.05 }),
+                schedule,
+                warm_up: args.warm_up.unwrap_or(rise),
+                milestones,
+                weight_decay: args.weight_decay.unwrap_or(if thorough { 2e-4 } else { 5e-4 }),
+                decay: args.decay.unwrap_or(if thorough { Decay::All } else { Decay::Weights }),
+            }
+        }
     }
 
     #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -322,8 +374,8 @@ mod with {
     }
 
     /// Refuses flags that would change nothing: whoever gives them expects something.
-    fn refuse_idle(args: &Train) -> anyhow::Result<()> {
-        let nbn = args.norm == Norm::Nbn;
+    fn refuse_idle(args: &Train, settings: &Settings) -> anyhow::Result<()> {
+        let nbn = settings.norm == Norm::Nbn;
         let learned = args.magnitude_mode.is_none_or(|mode| mode == MagnitudeMode::Learned);
         let of = |loss| args.loss == loss;
         let flags = [
@@ -337,7 +389,7 @@ mod with {
             ("--tau", args.tau.is_some(), of(Loss::LogitAdjustment), "--loss logit-adjustment"),
             ("--ldam-margin", args.ldam_margin.is_some(), of(Loss::Ldam), "--loss ldam"),
             ("--ldam-scale", args.ldam_scale.is_some(), of(Loss::Ldam), "--loss ldam"),
-            ("--decay-factor", args.decay_factor.is_some(), args.schedule == Schedule::Step, "--schedule step"),
+            ("--decay-factor", args.decay_factor.is_some(), settings.schedule == Schedule::Step, "--schedule step"),
         ];
         match flags.into_iter().find(|(_, given, used, _)| *given && !used) {
             Some((flag, .., needs)) => bail!("{flag} has an effect only with {needs}: give that, or leave it out"),
@@ -347,7 +399,8 @@ mod with {
 
     /// The recipe that the flags say; what they leave open in a run that goes on is as in `begun`.
     fn recipe(args: &Train, begun: Option<Recipe>) -> anyhow::Result<Recipe> {
-        refuse_idle(args)?;
+        let settings = Settings::of(args, begun.as_ref());
+        refuse_idle(args, &settings)?;
         let cifar = args.arch.is_cifar();
         let multi = matches!(args.arch, Arch::ImageNet { experts, .. } if experts > 1);
         let augment = match args.augment.as_deref() {
@@ -360,7 +413,7 @@ mod with {
             None => vec![Augmentation::ResizedCrop, Augmentation::Flip, Augmentation::ColorJitter],
         };
         let preset = args.preprocessing.unwrap_or(if cifar { Preset::Cifar } else { Preset::Imagenet });
-        let epochs = args.epochs.or(begun.as_ref().map(|begun| begun.epochs)).unwrap_or(EPOCHS);
+        let epochs = settings.epochs;
         let deferred = match &begun {
             Some(begun) if begun.loss == Loss::Ldam => begun.reweight_from,
             _ => Some((epochs as f64 * LDAM_DEFERRED) as usize),
@@ -368,7 +421,7 @@ mod with {
         let layers = if multi { NbnLayers::LastStageAll } else { NbnLayers::LastStageOutputs };
         Ok(Recipe {
             arch: args.arch.clone(),
-            norm: args.norm,
+            norm: settings.norm,
             nbn_layers: args.nbn_layers.clone().unwrap_or(layers),
             magnitude: args.magnitude.unwrap_or(Magnitude::Expert),
             magnitude_start: args.magnitude_start.unwrap_or(1.0),
@@ -376,7 +429,7 @@ mod with {
             magnitude_rate: args.magnitude_lr.filter(|factor| *factor != 1.0),
             bias_start: args.bias_start.unwrap_or(BiasStart::Normal),
             head: args.head,
-            shortcut: args.shortcut.unwrap_or(Shortcut::A),
+            shortcut: settings.shortcut,
             loss: args.loss,
             tau: args.tau.unwrap_or(1.0),
             ldam_margin: args.ldam_margin.unwrap_or(0.5),
@@ -385,15 +438,15 @@ mod with {
             reweight_from: args.reweight_from.or(deferred.filter(|_| args.loss == Loss::Ldam)),
             epochs,
             batch: args.batch,
-            learning_rate: args.lr,
-            schedule: args.schedule,
-            warm_up: args.warm_up,
-            milestones: args.milestones.clone(),
+            learning_rate: settings.learning_rate,
+            schedule: settings.schedule,
+            warm_up: settings.warm_up,
+            milestones: settings.milestones,
             decay_factor: args.decay_factor.unwrap_or(0.1),
             momentum: args.momentum,
             nesterov: args.nesterov,
-            weight_decay: args.weight_decay,
-            decay: args.decay,
+            weight_decay: settings.weight_decay,
+            decay: settings.decay,
             clip: args.clip,
             ema: args.ema,
             augment,
