@@ -453,7 +453,13 @@ fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
     let named = run("named", &["--recipe", "thorough", "--epochs", "10"]);
     let flags =
         ["--lr", "0.1", "--schedule", "step", "--milestones", "8,8,9", "--weight-decay", "2e-4", "--decay", "all"];
-    assert_eq!(named, run("flags", &[&flags[..], &["--shortcut", "b", "--epochs", "10"]].concat()));
+    assert_eq!(
+        named,
+        run(
+            "flags",
+            &[&flags[..], &["--norm", "bn", "--head", "linear", "--shortcut", "b", "--epochs", "10"]].concat()
+        )
+    );
     let changed = run("changed", &["--recipe", "thorough", "--epochs", "4", "--schedule", "cosine", "--lr", "0.02"]);
     assert_eq!((&changed["schedule"], &changed["milestones"]), (&"cosine".into(), &Value::Array(Vec::new())));
     assert_eq!((&changed["learning_rate"], &changed["decay"]), (&0.02.into(), &"all".into()));

@@ -113,7 +113,7 @@ mod with {
         /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
         #[arg(long, default_value = "resnet20", help_heading = "Network")]
         arch: Arch,
-        /// Kind of norm in the layers that --nbn-layers names [default: nbn]
+        /// Kind of norm in the layers that --nbn-layers names [default: nbn; thorough: bn]
         #[arg(long, help_heading = "Network")]
         norm: Option<Norm>,
         /// Normalised layers: last-stage-outputs, last-stage-all, all, or names separated by commas
@@ -134,9 +134,9 @@ mod with {
         /// Initial bias of a normalised layer [default: normal]
         #[arg(long, value_name = "START", help_heading = "Network")]
         bias_start: Option<BiasStart>,
-        /// Kind of classifier
-        #[arg(long, default_value = "lr-plain", help_heading = "Network")]
-        head: Head,
+        /// Kind of classifier [default: lr-plain; thorough: linear]
+        #[arg(long, help_heading = "Network")]
+        head: Option<Head>,
         /// Kind of shortcut in CIFAR blocks [default: a; thorough: b]
         #[arg(long, help_heading = "Network")]
         shortcut: Option<Shortcut>,
@@ -233,13 +233,14 @@ mod with {
         /// 60 epochs, learning rate 0.05 with a cosine, weight decay 5e-4 on convolutions and classifiers
         Quick,
         /// 120 epochs, learning rate 0.1 that rises first and falls after 80 and 90 % of the epochs, weight decay 2e-4 on
-        /// everything; of CIFAR networks, shortcuts with a norm
+        /// everything; plain BatchNorm and a linear classifier; of CIFAR networks, shortcuts with a norm
         Thorough,
     }
 
     /// What [`Named`] settings and the flags beside them come to.
     struct Settings {
         norm: Norm,
+        head: Head,
         shortcut: Shortcut,
         epochs: usize,
         learning_rate: f64,
@@ -264,7 +265,8 @@ mod with {
             };
             let rise = if thorough { begun.map_or_else(|| after(0.04), |begun| begun.warm_up) } else { 0 };
             Self {
-                norm: args.norm.unwrap_or(Norm::Nbn),
+                norm: args.norm.unwrap_or(if thorough { Norm::Bn } else { Norm::Nbn }),
+                head: args.head.unwrap_or(if thorough { Head::Linear } else { Head::LrPlain }),
                 shortcut: args.shortcut.unwrap_or(if thorough { Shortcut::B } else { Shortcut::A }),
                 epochs,
                 learning_rate: args.lr.unwrap_or(if thorough { 0.1 } else { 0.05 }),
@@ -428,7 +430,7 @@ mod with {
             magnitude_mode: args.magnitude_mode.unwrap_or(MagnitudeMode::Learned),
             magnitude_rate: args.magnitude_lr.filter(|factor| *factor != 1.0),
             bias_start: args.bias_start.unwrap_or(BiasStart::Normal),
-            head: args.head,
+            head: settings.head,
             shortcut: settings.shortcut,
             loss: args.loss,
             tau: args.tau.unwrap_or(1.0),
