@@ -9,21 +9,28 @@ The folder holds train.bin, test.bin and classes.txt of CIFAR-100's binary versi
 at once as --at-once says, and goes on where it stopped. What is kept of it stands in results/regime:
 NAME-SEED.metrics.jsonl, a line per epoch, and NAME-SEED.answers, the class that the last network gives each test image, in base64;
 their true classes are in `labels`.
-Needs numpy and matplotlib.
+Needs numpy, safetensors and matplotlib.
 """
 
 import argparse
 import base64
 import json
 import math
-import struct
+import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run import ROOT, insert, last
+import matplotlib
+import numpy as np
+from safetensors.numpy import load_file
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from run import ROOT, insert, last  # noqa: E402
 
 FOLDER = ROOT / "results/regime"
 RECIPE = [
@@ -48,7 +55,7 @@ TRIES = {
     "NBN, no decay on α": [*NBN, *LINEAR, "--decay", "directions"],
 }
 PAIRS = [("NBN", "BN"), ("BN + LR", "BN"), ("NBN + LR", "BN + LR"), ("NBN + LR", "BN")]
-GROUPS = {"overall": range(100), "many": (101, 10**9), "medium": (20, 100), "few": (0, 19)}
+GROUPS = {"overall": (0, 10**9), "many": (101, 10**9), "medium": (20, 100), "few": (0, 19)}
 # The 97.5 % point of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -80,22 +87,12 @@ def train(args, arm, seed):
             bundle, logits = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
             run("export", out, "--out", bundle, "--classes", args.data / "classes.txt")
             run("evaluate", bundle, "--data", test, "--logits", logits, "--resamples", "20")
-            values, labels = read(logits.read_bytes())
-            for path, classes in [(FOLDER / "labels", labels), (answers, values.argmax(1))]:
+            found = load_file(logits)
+            for path, classes in [(FOLDER / "labels", found["labels"]), (answers, found["logits"].argmax(1))]:
                 path.write_text(base64.b64encode(classes.astype("uint8").tobytes()).decode() + "\n")
     # Where the set lies on this machine says nothing.
     metrics.write_text(metrics.read_text().replace(f"{args.data}/", ""))
     print(f"{base.name}: {100 * last(metrics)['evaluation']['overall']:.2f} %", flush=True)
-
-
-def read(file):
-    """Logits [N, K] and labels [N] of a safetensors file."""
-    import numpy as np
-
-    length = struct.unpack("<Q", file[:8])[0]
-    header, data = json.loads(file[8 : 8 + length]), file[8 + length :]
-    of = lambda name, kind: np.frombuffer(data[slice(*header[name]["data_offsets"])], kind).reshape(header[name]["shape"])  # noqa: E731
-    return of("logits", "<f4"), of("labels", "<i8")
 
 
 def main():
@@ -120,7 +117,7 @@ def main():
     write()
 
 
-def in_regime(run):
+def lowest_ratio(run):
     """The lowest α/√C from the fall of the learning rate on; nothing without NBN."""
     ratios = [line["magnitudes"][0] / math.sqrt(CHANNELS) for line in run if line["magnitudes"] and line["epoch"] >= FALLS]
     return min(ratios) if ratios else None
@@ -157,7 +154,7 @@ def table_of_runs(runs):
             end = run[-1]["evaluation"]
             cells = [f"{100 * v:.2f}" for v in (end["overall"], *(end["groups"][g] for g in ("many", "medium", "few")))]
             cells += [f"{100 * best['evaluation']['overall']:.2f}", str(best["epoch"])]
-            low = in_regime(run)
+            low = lowest_ratio(run)
             cells += ["–", "–"] if low is None else [f"{run[-1]['magnitudes'][0] / math.sqrt(CHANNELS):.2f}", f"{low:.2f}"]
             text.append(f"| {arm} | {seed} | " + " | ".join(cells) + " |")
     return text
@@ -165,15 +162,11 @@ def table_of_runs(runs):
 
 def right(arm, seed):
     """Whether each test image is answered rightly, and the images' classes."""
-    import numpy as np
-
     of = lambda name: np.frombuffer(base64.b64decode((FOLDER / name).read_text()), np.uint8)  # noqa: E731
     return of(f"{stem(arm)}-{seed}.answers") == of("labels"), of("labels")
 
 
 def table_of_differences(runs):
-    import numpy as np
-
     counts = np.array([int(500 * 0.01 ** (k / (CLASSES - 1))) for k in range(CLASSES)])
     text = [
         "| | seeds | | overall | many | medium | few |",
@@ -188,9 +181,8 @@ def table_of_differences(runs):
             (ours, labels), (theirs, _) = right(arm, seed), right(base, seed)
             pairs.append(ours.astype(float) - theirs)
         cells, images = [], []
-        for name, limits in GROUPS.items():
-            inside = np.ones(CLASSES, bool) if name == "overall" else (counts >= limits[0]) & (counts <= limits[1])
-            chosen = inside[labels]
+        for limits in GROUPS.values():
+            chosen = ((counts >= limits[0]) & (counts <= limits[1]))[labels]
             of_seeds = [100 * pair[chosen].mean() for pair in pairs]
             mean = np.mean(of_seeds)
             half = T[len(seeds) - 1] * np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
@@ -208,25 +200,19 @@ def table_of_differences(runs):
 
 def table_of_strength(runs):
     text = ["| network | seeds | many | medium | few | few ÷ many | ‖γ‖ | ‖β‖ | α |", "|---|---|---|---|---|---|---|---|---|"]
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
     for arm, seeds in runs.items():
         ends = [run[-1] for run in seeds.values()]
-        strength = {g: mean([end["evaluation"]["feature_strength"][g] for end in ends]) for g in ("many", "medium", "few")}
+        strength = {g: statistics.mean([end["evaluation"]["feature_strength"][g] for end in ends]) for g in ("many", "medium", "few")}
         norms = [norm for end in ends for norm in end["norms"] if norm["name"].endswith(("bn2", "downsample.1"))]
         cells = [f"{v:.2f}" for v in strength.values()] + [f"{strength['few'] / strength['many']:.3f}"]
-        cells += [f"{mean([norm['gamma'] for norm in norms]):.2f}", f"{mean([norm['beta'] for norm in norms]):.1f}"]
+        cells += [f"{statistics.mean([norm['gamma'] for norm in norms]):.2f}", f"{statistics.mean([norm['beta'] for norm in norms]):.1f}"]
         alphas = [end["magnitudes"][0] for end in ends if end["magnitudes"]]
-        cells.append(f"{mean(alphas):.2f}" if alphas else "–")
+        cells.append(f"{statistics.mean(alphas):.2f}" if alphas else "–")
         text.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
     return text
 
 
 def curves(runs):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nbn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, middle, rightmost) = plt.subplots(1, 3, figsize=(12, 3.4))
     for n, (arm, seeds) in enumerate(runs.items()):
