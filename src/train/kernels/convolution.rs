@@ -325,13 +325,14 @@ impl Extents {
         let parts = x.par_chunks(image * each).zip(gradient.par_chunks(output * each));
         let zeros = || vec![0.0; of_group * self.options.groups];
         let sums: Vec<Vec<f32>> = if let Some(direct) = self.direct() {
+            let distances = direct.distances();
             let part = |scratch: &mut Scratch, (x, gradient): (&[f32], &[f32])| {
                 let mut sum = zeros();
                 for (group, sum) in sum.chunks_exact_mut(of_group).enumerate() {
                     let (of_image, of_output) = (group * group_image, group * group_output);
                     let images = x.chunks_exact(image).map(|x| &x[of_image..of_image + group_image]);
                     let outputs = gradient.chunks_exact(output).map(|g| &g[of_output..of_output + group_output]);
-                    direct.add_weight_gradient(images.zip(outputs), scratch, sum);
+                    direct.add_weight_gradient(&distances, images.zip(outputs), scratch, sum);
                 }
                 sum
             };

@@ -123,7 +123,7 @@ impl Direct {
     }
 
     /// How far from an output each of a filter's values acts.
-    fn distances(&self) -> Vec<usize> {
+    pub(super) fn distances(&self) -> Vec<usize> {
         let (kernel, stride) = (self.kernel, self.stride);
         let of = |channel, y, x| {
             let phase = y % stride * self.phases() + x % stride;
@@ -150,10 +150,11 @@ impl Direct {
     }
 
     /// Adds the gradients of the filters, [F, C, KH, KW], that `images` and the gradients of their outputs give. Each of both
-    /// is one group's channels of an image.
+    /// is one group's channels of an image; `distances` are [`Self::distances`].
     pub(super) fn add_weight_gradient<'a>(
         &self,
-        images: impl ExactSizeIterator<Item = (&'a [f32], &'a [f32])>,
+        distances: &[usize],
+        mut images: impl ExactSizeIterator<Item = (&'a [f32], &'a [f32])>,
         scratch: &mut Scratch,
         sum: &mut [f32],
     ) {
@@ -162,8 +163,6 @@ impl Direct {
         let group = (GROUP_BYTES / size_of::<f32>() / (self.image() + outputs)).clamp(1, images.len().max(1));
         scratch.images.resize(group * self.image(), 0.0);
         scratch.outputs.resize(group * outputs, 0.0);
-        let distances = self.distances();
-        let mut images = images;
         loop {
             let mut count = 0;
             let of_images = scratch.images.chunks_exact_mut(self.image());
@@ -182,7 +181,7 @@ impl Direct {
             }
             arch.dispatch(WeightGradient {
                 direct: self,
-                distances: &distances,
+                distances,
                 images: &scratch.images[..count * self.image()],
                 outputs: &scratch.outputs[..count * outputs],
                 sum: &mut *sum,
