@@ -3,12 +3,14 @@
     cargo build --release --features train --bin fold
     python3 results/regime.py --data CIFAR100_FOLDER             # trains what is not trained yet, then writes
     python3 results/regime.py --only BN NBN --seeds 0            # of the arms named, these seeds
+    python3 results/regime.py --of tries --seeds 0               # what was tried beside: tries, balanced, defaults
     python3 results/regime.py --write                            # tables and curves of what is there
 
 The folder holds train.bin, test.bin and classes.txt of CIFAR-100's binary version. A run is a `fold train` of its own, as many
 at once as --at-once says, and goes on where it stopped. What is kept of it stands in results/regime:
-NAME-SEED.metrics.jsonl, a line per epoch, and NAME-SEED.answers, the class that the last network gives each test image, in base64;
-their true classes are in `labels`.
+NAME-SEED.metrics.jsonl, a line per epoch, and NAME-SEED.answers, the class that the last network gives each test image, in
+base64: by its logits, and, in a second line, with the training set's prior taken out of them (`without_prior`). The classes that
+are right are in `labels`.
 Needs numpy, safetensors and matplotlib.
 """
 
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -33,66 +36,123 @@ import matplotlib.pyplot as plt  # noqa: E402
 from run import ROOT, insert, last  # noqa: E402
 
 FOLDER = ROOT / "results/regime"
-RECIPE = [
-    "--imbalance-factor", "100", "--calibration-fraction", "0", "--arch", "resnet20_w8", "--shortcut", "b", "--batch", "64",
-    "--epochs", "120", "--lr", "0.1", "--warm-up", "5", "--schedule", "step", "--milestones", "96,96,108", "--decay-factor", "0.1",
-    "--weight-decay", "2e-4", "--loss", "cross-entropy", "--augment", "crop,flip", "--test-every", "10",
+SET = [
+    "--imbalance-factor", "100", "--calibration-fraction", "0", "--arch", "resnet20_w8", "--batch", "64", "--augment", "crop,flip",
+    "--test-every", "10",
 ]
-EPOCHS, FALLS, CHANNELS, CLASSES = 120, 96, 32, 100
-BN, NBN = ["--norm", "bn"], ["--norm", "nbn", "--bias-start", "zero"]
-LINEAR, LR, ALL = ["--head", "linear"], ["--head", "lr-plain"], ["--decay", "all"]
+LONG = [
+    "--shortcut", "b", "--epochs", "120", "--lr", "0.1", "--warm-up", "5", "--schedule", "step", "--milestones", "96,96,108",
+    "--decay-factor", "0.1", "--weight-decay", "2e-4",
+]
+FALLS, CHANNELS, CLASSES = 96, 32, 100
+# Training images of each class.
+COUNTS = np.array([int(500 * 0.01 ** (k / (CLASSES - 1))) for k in range(CLASSES)])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train. Its files begin with `file`; a hyphen and the seed follow."""
+
+    file: str
+    flags: list
+    epochs: int = 120
+    loss: str = "cross-entropy"
+
+
+BN, ZERO, RANDOM = ["--norm", "bn"], ["--norm", "nbn", "--bias-start", "zero"], ["--norm", "nbn", "--bias-start", "normal"]
+LINEAR, LR = ["--head", "linear"], ["--head", "lr-plain"]
+ALL = [*LONG, "--decay", "all"]
+QUICK = ["--recipe", "quick"]
 ARMS = {
-    "BN": [*BN, *LINEAR, *ALL],
-    "NBN": [*NBN, *LINEAR, *ALL],
-    "BN + LR": [*BN, *LR, *ALL],
-    "NBN + LR": [*NBN, *LR, *ALL],
+    "BN": Arm("bn", [*BN, *LINEAR, *ALL]),
+    "NBN": Arm("nbn", [*ZERO, *LINEAR, *ALL]),
+    "BN + LR": Arm("bn-lr", [*BN, *LR, *ALL]),
+    "NBN + LR": Arm("nbn-lr", [*ZERO, *LR, *ALL]),
 }
 # One change at a time to NBN, in the order that PLAN.md gives.
 TRIES = {
-    "NBN, biases from random": ["--norm", "nbn", "--bias-start", "normal", *LINEAR, *ALL],
-    "NBN, α from √C": [*ARMS["NBN"], "--magnitude-start", "5.657"],
-    "NBN, tenfold rate on α": [*ARMS["NBN"], "--magnitude-lr", "10"],
-    "NBN, no decay on α": [*NBN, *LINEAR, "--decay", "directions"],
+    "NBN, biases from random": Arm("nbn-random-biases", [*RANDOM, *LINEAR, *ALL]),
+    "NBN + LR, biases from random": Arm("nbn-lr-random-biases", [*RANDOM, *LR, *ALL]),
+    "NBN, α from √C": Arm("nbn-from-sqrt-c", [*ZERO, *LINEAR, *ALL, "--magnitude-start", "5.657"]),
+    "NBN, tenfold rate on α": Arm("nbn-tenfold", [*ZERO, *LINEAR, *ALL, "--magnitude-lr", "10"]),
+    "NBN, no decay on α": Arm("nbn-no-decay", [*ZERO, *LINEAR, *LONG, "--decay", "directions"]),
 }
-PAIRS = [("NBN", "BN"), ("BN + LR", "BN"), ("NBN + LR", "BN + LR"), ("NBN + LR", "BN")]
+BALANCED = {
+    "BN": Arm("balanced-bn", [*BN, *LINEAR, *ALL], loss="balanced-softmax"),
+    "NBN, biases from random": Arm("balanced-nbn-random-biases", [*RANDOM, *LINEAR, *ALL], loss="balanced-softmax"),
+    "BN + LR": Arm("balanced-bn-lr", [*BN, *LR, *ALL], loss="balanced-softmax"),
+}
+# What `fold train` does by itself, and with the other classifier or loss.
+DEFAULTS = {
+    f"{head}, {loss}": Arm(f"quick-{head}-{loss}", [*QUICK, *RANDOM, "--head", head], 60, loss)
+    for loss in ("cross-entropy", "balanced-softmax")
+    for head in ("linear", "lr-plain")
+}
+GROUPS_OF_ARMS = {"plan": ARMS, "tries": TRIES, "balanced": BALANCED, "defaults": DEFAULTS}
+RANDOM_BIASES = "NBN, biases from random"
+PAIRS = [
+    ("NBN", "BN"),
+    (RANDOM_BIASES, "BN"),
+    ("BN + LR", "BN"),
+    ("NBN + LR", "BN + LR"),
+    ("NBN + LR, biases from random", "BN + LR"),
+    ("NBN + LR", "BN"),
+    (RANDOM_BIASES, "NBN"),
+]
 GROUPS = {"overall": (0, 10**9), "many": (101, 10**9), "medium": (20, 100), "few": (0, 19)}
 # The 97.5 % point of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
-def stem(arm):
-    """What the files of an arm's runs begin with; a hyphen and the seed follow."""
-    for long, short in {" + ": "-", "biases from random": "random-biases", "α from √C": "from-sqrt-c", "tenfold rate on α": "tenfold", "no decay on α": "no-decay", ", ": "-"}.items():
-        arm = arm.replace(long, short)
-    return arm.lower()
-
-
 def lines(arm, seed):
-    path = FOLDER / f"{stem(arm)}-{seed}.metrics.jsonl"
+    path = FOLDER / f"{arm.file}-{seed}.metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def answered(arm, seed):
+    kept = FOLDER / f"{arm.file}-{seed}.answers"
+    return kept.exists() and len(kept.read_text().splitlines()) == 2
 
 
 def train(args, arm, seed):
     """Trains a run as far as it is not, and keeps what its network answers."""
-    base = FOLDER / f"{stem(arm)}-{seed}"
-    metrics, answers = base.with_suffix(".metrics.jsonl"), base.with_suffix(".answers")
-    if answers.exists() and last(metrics)["epoch"] == EPOCHS:
+    base = FOLDER / f"{arm.file}-{seed}"
+    metrics, kept = base.with_suffix(".metrics.jsonl"), base.with_suffix(".answers")
+    trained = last(metrics)["epoch"] == arm.epochs
+    if trained and answered(arm, seed):
         return
     out, test = base.with_suffix(".safetensors"), args.data / "test.bin"
     print(f"{base.name}: from epoch {last(metrics)['epoch']}", flush=True)
-    with base.with_suffix(".log").open("w") as log:
+    with base.with_suffix(".log").open("a") as log:
         run = lambda *command: subprocess.run([args.fold, *command], check=True, stdout=log, stderr=log)  # noqa: E731
-        run("train", "--data", args.data, *RECIPE, *(ARMS | TRIES)[arm], "--seed", str(seed), "--threads", args.threads, "--out", out, "--resume")
+        if not trained:
+            loss = ["--loss", arm.loss, "--seed", str(seed), "--threads", args.threads]
+            run("train", "--data", args.data, *SET, *arm.flags, *loss, "--out", out, "--resume")
         with tempfile.TemporaryDirectory() as folder:
             bundle, logits = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
             run("export", out, "--out", bundle, "--classes", args.data / "classes.txt")
             run("evaluate", bundle, "--data", test, "--logits", logits, "--resamples", "20")
             found = load_file(logits)
-            for path, classes in [(FOLDER / "labels", found["labels"]), (answers, found["logits"].argmax(1))]:
-                path.write_text(base64.b64encode(classes.astype("uint8").tobytes()).decode() + "\n")
+    logits, labels = found["logits"], found["labels"]
+    coded = lambda classes: base64.b64encode(classes.astype("uint8").tobytes()).decode() + "\n"  # noqa: E731
+    (FOLDER / "labels").write_text(coded(labels))
+    kept.write_text(coded(logits.argmax(1)) + coded(without_prior(logits, labels)))
     # Where the set lies on this machine says nothing.
     metrics.write_text(metrics.read_text().replace(f"{args.data}/", ""))
     print(f"{base.name}: {100 * last(metrics)['evaluation']['overall']:.2f} %", flush=True)
+
+
+def without_prior(logits, labels):
+    """The likeliest classes where all are equally frequent: logits − τ·log(training images), after training (Menon and others,
+    arXiv 2007.07314). Each half of the images takes the τ that serves the other half best, as a calibration on images of one's
+    own would choose it: not every head's logits have the scale of a log-probability."""
+    strengths = np.linspace(-1, 3, 81)
+    by_strength = np.array([(logits - tau * np.log(COUNTS)).argmax(1) for tau in strengths])
+    answers, half = np.empty(len(labels), int), np.arange(len(labels)) % 2
+    for here in (0, 1):
+        best = (by_strength == labels)[:, half != here].mean(1).argmax()
+        answers[half == here] = by_strength[best][half == here]
+    return answers
 
 
 def main():
@@ -101,7 +161,8 @@ def main():
     parser.add_argument("--fold", default=str(ROOT / "target/release/fold"))
     parser.add_argument("--at-once", type=int, default=2, help="runs beside each other")
     parser.add_argument("--threads", default="1", help="of each")
-    parser.add_argument("--only", nargs="+", choices=[*ARMS, *TRIES], default=list(ARMS))
+    parser.add_argument("--of", choices=GROUPS_OF_ARMS, default="plan", help="which arms: the plan's four, or what was tried beside")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="of these arms, those named")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--write", action="store_true", help="train nothing")
     args = parser.parse_args()
@@ -110,8 +171,11 @@ def main():
         if args.data is None:
             sys.exit("--data: give the folder of CIFAR-100's binary version")
         # Seed by seed, so that what is there after any stop is paired.
+        arms = GROUPS_OF_ARMS[args.of]
+        if unknown := set(args.only or []) - set(arms):
+            sys.exit(f"--only: {', '.join(unknown)}: unknown; expected some of {', '.join(arms)}")
         with ThreadPoolExecutor(args.at_once) as pool:
-            runs = [pool.submit(train, args, arm, seed) for seed in args.seeds for arm in args.only]
+            runs = [pool.submit(train, args, arms[name], seed) for seed in args.seeds for name in args.only or arms]
         for run in runs:
             run.result()
     write()
@@ -123,23 +187,44 @@ def lowest_ratio(run):
     return min(ratios) if ratios else None
 
 
-def finished():
-    """The runs that are done: {arm: {seed: lines}}."""
+def finished(arms):
+    """The runs that are done: {name: {seed: lines}}."""
     found = {}
-    for arm in [*ARMS, *TRIES]:
+    for name, arm in arms.items():
         for seed in range(10):
             run = lines(arm, seed)
-            if run and run[-1]["epoch"] == EPOCHS and (FOLDER / f"{stem(arm)}-{seed}.answers").exists():
-                found.setdefault(arm, {})[seed] = run
+            if run and run[-1]["epoch"] == arm.epochs and answered(arm, seed):
+                found.setdefault(name, {})[seed] = run
     return found
 
 
 def write():
-    runs = finished()
+    runs = finished(ARMS | TRIES)
     insert("regime runs", table_of_runs(runs))
-    insert("regime differences", table_of_differences(runs))
+    insert("regime differences", table_of_differences(runs, uniform=False))
+    insert("regime uniform differences", table_of_differences(runs, uniform=True))
+    insert("regime losses", table_of_losses(ARMS | TRIES, BALANCED))
+    insert("regime defaults", table_of_losses(DEFAULTS))
     insert("regime strength", table_of_strength(runs))
     curves(runs)
+
+
+def decode(line):
+    return np.frombuffer(base64.b64decode(line), np.uint8)
+
+
+LABELS = decode((FOLDER / "labels").read_text()) if (FOLDER / "labels").exists() else None
+
+
+def right(arm, seed, uniform):
+    """Whether each test image is answered rightly, by the logits or, with `uniform`, without the training set's prior."""
+    return (decode((FOLDER / f"{arm.file}-{seed}.answers").read_text().splitlines()[int(uniform)]) == LABELS).astype(float)
+
+
+def chosen(group):
+    """Which test images are of a group."""
+    least, most = GROUPS[group]
+    return ((least <= COUNTS) & (COUNTS <= most))[LABELS]
 
 
 def table_of_runs(runs):
@@ -147,7 +232,7 @@ def table_of_runs(runs):
         "| network | seed | last epoch | many | medium | few | best | in epoch | α/√C in the end | lowest from epoch 96 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm, seeds in runs.items():
+    for name, seeds in runs.items():
         for seed, run in seeds.items():
             evaluated = [line for line in run if "evaluation" in line]
             best = max(evaluated, key=lambda line: line["evaluation"]["overall"])
@@ -156,45 +241,51 @@ def table_of_runs(runs):
             cells += [f"{100 * best['evaluation']['overall']:.2f}", str(best["epoch"])]
             low = lowest_ratio(run)
             cells += ["–", "–"] if low is None else [f"{run[-1]['magnitudes'][0] / math.sqrt(CHANNELS):.2f}", f"{low:.2f}"]
-            text.append(f"| {arm} | {seed} | " + " | ".join(cells) + " |")
+            text.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return text
 
 
-def right(arm, seed):
-    """Whether each test image is answered rightly, and the images' classes."""
-    of = lambda name: np.frombuffer(base64.b64decode((FOLDER / name).read_text()), np.uint8)  # noqa: E731
-    return of(f"{stem(arm)}-{seed}.answers") == of("labels"), of("labels")
-
-
-def table_of_differences(runs):
-    counts = np.array([int(500 * 0.01 ** (k / (CLASSES - 1))) for k in range(CLASSES)])
-    text = [
-        "| | seeds | | overall | many | medium | few |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for arm, base in [*PAIRS, *((arm, "BN") for arm in TRIES), *((arm, "NBN") for arm in TRIES)]:
-        seeds = sorted(set(runs.get(arm, {})) & set(runs.get(base, {})))
+def table_of_differences(runs, uniform):
+    text = ["| | seeds | | overall | many | medium | few |", "|---|---|---|---|---|---|---|"]
+    every = ARMS | TRIES
+    for name, base in PAIRS:
+        seeds = sorted(set(runs.get(name, {})) & set(runs.get(base, {})))
         if not seeds:
             continue
-        pairs = []
-        for seed in seeds:
-            (ours, labels), (theirs, _) = right(arm, seed), right(base, seed)
-            pairs.append(ours.astype(float) - theirs)
+        pairs = [right(every[name], seed, uniform) - right(every[base], seed, uniform) for seed in seeds]
         cells, images = [], []
-        for limits in GROUPS.values():
-            chosen = ((counts >= limits[0]) & (counts <= limits[1]))[labels]
-            of_seeds = [100 * pair[chosen].mean() for pair in pairs]
+        for group in GROUPS:
+            of_seeds = [100 * pair[chosen(group)].mean() for pair in pairs]
             mean = np.mean(of_seeds)
             half = T[len(seeds) - 1] * np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
             cells.append(f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else ""))
-            of_images = 100 * np.mean(pairs, axis=0)[chosen]
+            of_images = 100 * np.mean(pairs, axis=0)[chosen(group)]
             random = np.random.default_rng(0)
             means = [of_images[random.integers(0, len(of_images), len(of_images))].mean() for _ in range(2000)]
             low, high = np.percentile(means, [2.5, 97.5])
             images.append(f"[{low:+.2f}, {high:+.2f}]")
-        name = f"{arm} − " + (f"({base})" if "+" in base else base)
-        text.append(f"| {name} | {len(seeds)} | over seeds | " + " | ".join(cells) + " |")
+        title = f"{name} − " + (f"({base})" if "+" in base else base)
+        text.append(f"| {title} | {len(seeds)} | over seeds | " + " | ".join(cells) + " |")
         text.append("| | | over images | " + " | ".join(images) + " |")
+    return text
+
+
+def table_of_losses(*groups):
+    """Accuracy by logits, and without the training set's prior; means over the seeds."""
+    text = [
+        "| network | loss | seeds | by logits | many | medium | few | uniform prior | many | medium | few |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arms in groups:
+        for name, seeds in finished(arms).items():
+            arm = arms[name]
+            means = [
+                100 * statistics.mean(float(right(arm, seed, uniform)[chosen(group)].mean()) for seed in seeds)
+                for uniform in (False, True)
+                for group in GROUPS
+            ]
+            title = name.removesuffix(f", {arm.loss}")
+            text.append(f"| {title} | {arm.loss} | {len(seeds)} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
     return text
 
 
