@@ -9,13 +9,13 @@
 The folder holds train.bin, test.bin and classes.txt of CIFAR-100's binary version. A run is a `fold train` of its own, as many
 at once as --at-once says, and goes on where it stopped. What is kept of it stands in results/regime:
 NAME-SEED.metrics.jsonl, a line per epoch, and NAME-SEED.answers, the class that the last network gives each test image, in
-base64: by its logits, and, in a second line, with the training set's prior taken out of them (`without_prior`). The classes that
-are right are in `labels`.
+base64, in three ways (`READOUTS`), with the strengths of the last. The classes that are right are in `labels`.
 Needs numpy, safetensors and matplotlib.
 """
 
 import argparse
 import base64
+import functools
 import json
 import math
 import statistics
@@ -78,30 +78,47 @@ TRIES = {
     "NBN, no decay on α": Arm("nbn-no-decay", [*ZERO, *LINEAR, *LONG, "--decay", "directions"]),
 }
 BALANCED = {
-    "BN": Arm("balanced-bn", [*BN, *LINEAR, *ALL], loss="balanced-softmax"),
-    "NBN, biases from random": Arm("balanced-nbn-random-biases", [*RANDOM, *LINEAR, *ALL], loss="balanced-softmax"),
-    "BN + LR": Arm("balanced-bn-lr", [*BN, *LR, *ALL], loss="balanced-softmax"),
+    "BN, Balanced Softmax": Arm("balanced-bn", [*BN, *LINEAR, *ALL], loss="balanced-softmax"),
+    "NBN, biases from random, Balanced Softmax": Arm("balanced-nbn-random-biases", [*RANDOM, *LINEAR, *ALL], loss="balanced-softmax"),
+    "BN + LR, Balanced Softmax": Arm("balanced-bn-lr", [*BN, *LR, *ALL], loss="balanced-softmax"),
 }
-# What `fold train` does by itself, and with the other classifier or loss.
+# What `fold train` does by itself, and with another norm, classifier or loss.
 DEFAULTS = {
-    f"{head}, {loss}": Arm(f"quick-{head}-{loss}", [*QUICK, *RANDOM, "--head", head], 60, loss)
-    for loss in ("cross-entropy", "balanced-softmax")
-    for head in ("linear", "lr-plain")
+    f"60 epochs, {name}, {title}": Arm(f"quick-{file}-{loss}", [*QUICK, *flags], 60, loss)
+    for title, loss in [("cross-entropy", "cross-entropy"), ("Balanced Softmax", "balanced-softmax")]
+    for name, file, flags in [
+        ("BN", "bn", [*BN, *LINEAR]),
+        ("NBN", "nbn", [*RANDOM, *LINEAR]),
+        ("NBN + LR", "nbn-lr", [*RANDOM, *LR]),
+    ]
 }
-GROUPS_OF_ARMS = {"plan": ARMS, "tries": TRIES, "balanced": BALANCED, "defaults": DEFAULTS}
-RANDOM_BIASES = "NBN, biases from random"
+EVERY = {"plan": ARMS, "tries": TRIES, "balanced": BALANCED, "defaults": DEFAULTS}
 PAIRS = [
+    ("NBN, biases from random", "BN"),
     ("NBN", "BN"),
-    (RANDOM_BIASES, "BN"),
     ("BN + LR", "BN"),
     ("NBN + LR", "BN + LR"),
     ("NBN + LR, biases from random", "BN + LR"),
     ("NBN + LR", "BN"),
-    (RANDOM_BIASES, "NBN"),
+    ("NBN, biases from random", "NBN"),
+    ("NBN, biases from random, Balanced Softmax", "BN, Balanced Softmax"),
+    ("BN + LR, Balanced Softmax", "BN, Balanced Softmax"),
+    ("BN, Balanced Softmax", "BN"),
 ]
+DEFAULT_PAIRS = [
+    (f"60 epochs, {name}, {loss}", f"60 epochs, {base}, {loss}")
+    for loss in ("cross-entropy", "Balanced Softmax")
+    for name, base in [("NBN", "BN"), ("NBN + LR", "NBN")]
+]
+# Of the trainer's version that made these runs, seed 2 has the batches and crops of seed 0, its epochs in another order, as
+# seed 1 has; seeds that differ by 128 or more have their own.
+SEEDS = [0, 1, 128]
 GROUPS = {"overall": (0, 10**9), "many": (101, 10**9), "medium": (20, 100), "few": (0, 19)}
 # The 97.5 % point of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# Answers by the logits; without the training set's prior where the loss has left it in, as the formula says; and with the
+# strength of that fitted. The last is what is compared beside the first.
+LOGITS, FIXED, FITTED = READOUTS = range(3)
 
 
 def lines(arm, seed):
@@ -109,50 +126,57 @@ def lines(arm, seed):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def answered(arm, seed):
+def answers(arm, seed):
+    """What is kept of a run's answers, or nothing: the three ways of `READOUTS`, and the strengths of the last."""
     kept = FOLDER / f"{arm.file}-{seed}.answers"
-    return kept.exists() and len(kept.read_text().splitlines()) == 2
+    kept = kept.read_text().splitlines() if kept.exists() else []
+    return kept if len(kept) == len(READOUTS) + 1 else None
 
 
 def train(args, arm, seed):
     """Trains a run as far as it is not, and keeps what its network answers."""
     base = FOLDER / f"{arm.file}-{seed}"
-    metrics, kept = base.with_suffix(".metrics.jsonl"), base.with_suffix(".answers")
-    trained = last(metrics)["epoch"] == arm.epochs
-    if trained and answered(arm, seed):
+    metrics = base.with_suffix(".metrics.jsonl")
+    if last(metrics)["epoch"] == arm.epochs and answers(arm, seed):
         return
     out, test = base.with_suffix(".safetensors"), args.data / "test.bin"
     print(f"{base.name}: from epoch {last(metrics)['epoch']}", flush=True)
     with base.with_suffix(".log").open("a") as log:
         run = lambda *command: subprocess.run([args.fold, *command], check=True, stdout=log, stderr=log)  # noqa: E731
-        if not trained:
-            loss = ["--loss", arm.loss, "--seed", str(seed), "--threads", args.threads]
-            run("train", "--data", args.data, *SET, *arm.flags, *loss, "--out", out, "--resume")
+        loss = ["--loss", arm.loss, "--seed", str(seed), "--threads", args.threads]
+        run("train", "--data", args.data, *SET, *arm.flags, *loss, "--out", out, "--resume")
         with tempfile.TemporaryDirectory() as folder:
-            bundle, logits = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
+            bundle, kept = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
             run("export", out, "--out", bundle, "--classes", args.data / "classes.txt")
-            run("evaluate", bundle, "--data", test, "--logits", logits, "--resamples", "20")
-            found = load_file(logits)
+            run("evaluate", bundle, "--data", test, "--logits", kept, "--resamples", "20")
+            found = load_file(kept)
     logits, labels = found["logits"], found["labels"]
-    coded = lambda classes: base64.b64encode(classes.astype("uint8").tobytes()).decode() + "\n"  # noqa: E731
-    (FOLDER / "labels").write_text(coded(labels))
-    kept.write_text(coded(logits.argmax(1)) + coded(without_prior(logits, labels)))
+    evaluation = last(metrics)["evaluation"]
+    if abs((logits.argmax(1) == labels).mean() - evaluation["overall"]) > 1e-3:
+        sys.exit(f"{out} is not the network of the last line of {metrics}: remove both, and train it again")
+    fixed = (logits - (arm.loss == "cross-entropy") * np.log(COUNTS)).argmax(1)
+    fitted, strengths = without_prior(logits, labels)
+    coded = lambda classes: base64.b64encode(classes.astype("uint8").tobytes()).decode()  # noqa: E731
+    (FOLDER / "labels").write_text(coded(labels) + "\n")
+    lines = [*map(coded, (logits.argmax(1), fixed, fitted)), " ".join(f"{tau:.2f}" for tau in strengths)]
+    base.with_suffix(".answers").write_text("\n".join(lines) + "\n")
     # Where the set lies on this machine says nothing.
     metrics.write_text(metrics.read_text().replace(f"{args.data}/", ""))
-    print(f"{base.name}: {100 * last(metrics)['evaluation']['overall']:.2f} %", flush=True)
+    print(f"{base.name}: {100 * evaluation['overall']:.2f} %", flush=True)
 
 
 def without_prior(logits, labels):
     """The likeliest classes where all are equally frequent: logits − τ·log(training images), after training (Menon and others,
-    arXiv 2007.07314). Each half of the images takes the τ that serves the other half best, as a calibration on images of one's
-    own would choose it: not every head's logits have the scale of a log-probability."""
-    strengths = np.linspace(-1, 3, 81)
+    arXiv 2007.07314). Each half of the images takes the τ that serves the other half best, since not every head's logits have
+    the scale of a log-probability. Returns the classes, and both τ."""
+    strengths = np.linspace(-1, 4, 101)
     by_strength = np.array([(logits - tau * np.log(COUNTS)).argmax(1) for tau in strengths])
-    answers, half = np.empty(len(labels), int), np.arange(len(labels)) % 2
+    answers, taken, half = np.empty(len(labels), int), [], np.arange(len(labels)) % 2
     for here in (0, 1):
         best = (by_strength == labels)[:, half != here].mean(1).argmax()
         answers[half == here] = by_strength[best][half == here]
-    return answers
+        taken.append(strengths[best])
+    return answers, taken
 
 
 def main():
@@ -161,9 +185,9 @@ def main():
     parser.add_argument("--fold", default=str(ROOT / "target/release/fold"))
     parser.add_argument("--at-once", type=int, default=2, help="runs beside each other")
     parser.add_argument("--threads", default="1", help="of each")
-    parser.add_argument("--of", choices=GROUPS_OF_ARMS, default="plan", help="which arms: the plan's four, or what was tried beside")
+    parser.add_argument("--of", choices=EVERY, default="plan", help="which arms: the plan's four, or what was tried beside")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these arms, those named")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--write", action="store_true", help="train nothing")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -171,7 +195,7 @@ def main():
         if args.data is None:
             sys.exit("--data: give the folder of CIFAR-100's binary version")
         # Seed by seed, so that what is there after any stop is paired.
-        arms = GROUPS_OF_ARMS[args.of]
+        arms = EVERY[args.of]
         if unknown := set(args.only or []) - set(arms):
             sys.exit(f"--only: {', '.join(unknown)}: unknown; expected some of {', '.join(arms)}")
         with ThreadPoolExecutor(args.at_once) as pool:
@@ -191,48 +215,51 @@ def finished(arms):
     """The runs that are done: {name: {seed: lines}}."""
     found = {}
     for name, arm in arms.items():
-        for seed in range(10):
+        for seed in SEEDS:
             run = lines(arm, seed)
-            if run and run[-1]["epoch"] == arm.epochs and answered(arm, seed):
+            if run and run[-1]["epoch"] == arm.epochs and answers(arm, seed):
                 found.setdefault(name, {})[seed] = run
     return found
 
 
 def write():
-    runs = finished(ARMS | TRIES)
-    insert("regime runs", table_of_runs(runs))
-    insert("regime differences", table_of_differences(runs, uniform=False))
-    insert("regime uniform differences", table_of_differences(runs, uniform=True))
-    insert("regime losses", table_of_losses(ARMS | TRIES, BALANCED))
+    planned = ARMS | TRIES
+    insert("regime runs", table_of_runs(planned | BALANCED))
+    insert("regime differences", table_of_differences(planned | BALANCED, PAIRS))
+    insert("regime losses", table_of_losses(planned | BALANCED))
     insert("regime defaults", table_of_losses(DEFAULTS))
-    insert("regime strength", table_of_strength(runs))
-    curves(runs)
+    insert("regime defaults differences", table_of_differences(DEFAULTS, DEFAULT_PAIRS))
+    insert("regime strength", table_of_strength(planned))
+    curves(finished(planned))
 
 
 def decode(line):
     return np.frombuffer(base64.b64decode(line), np.uint8)
 
 
-LABELS = decode((FOLDER / "labels").read_text()) if (FOLDER / "labels").exists() else None
+@functools.cache
+def labels():
+    return decode((FOLDER / "labels").read_text())
 
 
-def right(arm, seed, uniform):
-    """Whether each test image is answered rightly, by the logits or, with `uniform`, without the training set's prior."""
-    return (decode((FOLDER / f"{arm.file}-{seed}.answers").read_text().splitlines()[int(uniform)]) == LABELS).astype(float)
-
-
+@functools.cache
 def chosen(group):
     """Which test images are of a group."""
     least, most = GROUPS[group]
-    return ((least <= COUNTS) & (COUNTS <= most))[LABELS]
+    return ((least <= COUNTS) & (COUNTS <= most))[labels()]
 
 
-def table_of_runs(runs):
+def right(arm, seed, readout):
+    """1 for each test image that is answered rightly, 0 for the others."""
+    return (decode(answers(arm, seed)[readout]) == labels()).astype(float)
+
+
+def table_of_runs(arms):
     text = [
         "| network | seed | last epoch | many | medium | few | best | in epoch | α/√C in the end | lowest from epoch 96 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, seeds in runs.items():
+    for name, seeds in finished(arms).items():
         for seed, run in seeds.items():
             evaluated = [line for line in run if "evaluation" in line]
             best = max(evaluated, key=lambda line: line["evaluation"]["overall"])
@@ -245,21 +272,20 @@ def table_of_runs(runs):
     return text
 
 
-def table_of_differences(runs, uniform):
-    text = ["| | seeds | | overall | many | medium | few |", "|---|---|---|---|---|---|---|"]
-    every = ARMS | TRIES
-    for name, base in PAIRS:
+def table_of_differences(arms, pairs):
+    text = ["| | seeds | | overall | many | medium | few | without the prior |", "|---|---|---|---|---|---|---|---|"]
+    runs = finished(arms)
+    for name, base in pairs:
         seeds = sorted(set(runs.get(name, {})) & set(runs.get(base, {})))
         if not seeds:
             continue
-        pairs = [right(every[name], seed, uniform) - right(every[base], seed, uniform) for seed in seeds]
         cells, images = [], []
-        for group in GROUPS:
-            of_seeds = [100 * pair[chosen(group)].mean() for pair in pairs]
-            mean = np.mean(of_seeds)
-            half = T[len(seeds) - 1] * np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
-            cells.append(f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else ""))
-            of_images = 100 * np.mean(pairs, axis=0)[chosen(group)]
+        for group, readout in [*((group, LOGITS) for group in GROUPS), ("overall", FITTED)]:
+            pairs = [(right(arms[name], seed, readout) - right(arms[base], seed, readout))[chosen(group)] for seed in seeds]
+            of_seeds = [100 * pair.mean() for pair in pairs]
+            half = T[len(seeds) - 1] * np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 2 else None
+            cells.append(interval(np.mean(of_seeds), half))
+            of_images = 100 * np.mean(pairs, axis=0)
             random = np.random.default_rng(0)
             means = [of_images[random.integers(0, len(of_images), len(of_images))].mean() for _ in range(2000)]
             low, high = np.percentile(means, [2.5, 97.5])
@@ -270,26 +296,31 @@ def table_of_differences(runs, uniform):
     return text
 
 
-def table_of_losses(*groups):
-    """Accuracy by logits, and without the training set's prior; means over the seeds."""
+def interval(mean, half):
+    return f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else "")
+
+
+def table_of_losses(arms):
+    """Accuracy in each of the three ways; means over the seeds."""
     text = [
-        "| network | loss | seeds | by logits | many | medium | few | uniform prior | many | medium | few |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | seeds | by logits | few | τ = 1 | few | τ fitted | few | τ |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arms in groups:
-        for name, seeds in finished(arms).items():
-            arm = arms[name]
-            means = [
-                100 * statistics.mean(float(right(arm, seed, uniform)[chosen(group)].mean()) for seed in seeds)
-                for uniform in (False, True)
-                for group in GROUPS
-            ]
-            title = name.removesuffix(f", {arm.loss}")
-            text.append(f"| {title} | {arm.loss} | {len(seeds)} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    for name, seeds in finished(arms).items():
+        arm = arms[name]
+        means = [
+            100 * statistics.mean(float(right(arm, seed, readout)[chosen(group)].mean()) for seed in seeds)
+            for readout in READOUTS
+            for group in ("overall", "few")
+        ]
+        strengths = [float(tau) for seed in seeds for tau in answers(arm, seed)[-1].split()]
+        cells = [f"{mean:.2f}" for mean in means] + [f"{min(strengths):.2f} to {max(strengths):.2f}"]
+        text.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return text
 
 
-def table_of_strength(runs):
+def table_of_strength(arms):
+    runs = finished(arms)
     text = ["| network | seeds | many | medium | few | few ÷ many | ‖γ‖ | ‖β‖ | α |", "|---|---|---|---|---|---|---|---|---|"]
     for arm, seeds in runs.items():
         ends = [run[-1] for run in seeds.values()]

@@ -95,8 +95,9 @@ impl Iterator for Loader {
 
 /// A generator for one image of one epoch, whatever thread draws from it.
 fn seeded(seed: u64, epoch: usize, index: usize) -> Rng {
-    let mut mixed = seed ^ 0x2545_f491_4f6c_dd1d;
-    for part in [epoch as u64, index as u64] {
+    let mut mixed = 0x2545_f491_4f6c_dd1d;
+    // Each is mixed before the next comes in, so that no seed's epochs are another's in another order.
+    for part in [seed, epoch as u64, index as u64] {
         // SplitMix64's finaliser.
         mixed = (mixed ^ part).wrapping_add(0x9e37_79b9_7f4a_7c15);
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
