@@ -198,3 +198,19 @@ fn mix(batch: &mut Batch, alpha: f64, rng: &mut Rng) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_of_neighbouring_seeds_epochs_and_images_draw_alike() {
+        let seen: HashSet<u64> = (0..8)
+            .flat_map(|seed| (0..8).flat_map(move |epoch| (0..8).map(move |index| (seed, epoch, index))))
+            .map(|(seed, epoch, index)| seeded(seed, epoch, index).u64(..))
+            .collect();
+        assert_eq!(seen.len(), 8 * 8 * 8);
+    }
+}

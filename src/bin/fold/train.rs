@@ -107,7 +107,7 @@ mod with {
         #[arg(long, value_name = "ALPHA", help_heading = "Images")]
         mixup: Option<f64>,
 
-        /// Settings by name; flags that are given beside it replace its own. Their effect is measured in results/RESULTS.md
+        /// Settings by name; flags that are given beside it replace its own. docs/training.md says when to choose which
         #[arg(long, value_name = "NAME", default_value = "quick", help_heading = "Network")]
         recipe: Named,
         /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
