@@ -60,7 +60,7 @@ class Arm:
 
 
 BN, ZERO, RANDOM = ["--norm", "bn"], ["--norm", "nbn", "--bias-start", "zero"], ["--norm", "nbn", "--bias-start", "normal"]
-LINEAR, LR = ["--head", "linear"], ["--head", "lr-plain"]
+LINEAR, LR, LR_AFFINE = ["--head", "linear"], ["--head", "lr-plain"], ["--head", "lr"]
 ALL = [*LONG, "--decay", "all"]
 QUICK = ["--recipe", "quick"]
 ARMS = {
@@ -73,6 +73,7 @@ ARMS = {
 TRIES = {
     "NBN, biases from random": Arm("nbn-random-biases", [*RANDOM, *LINEAR, *ALL]),
     "NBN + LR, biases from random": Arm("nbn-lr-random-biases", [*RANDOM, *LR, *ALL]),
+    "BN + LR, weight and bias": Arm("bn-lr-affine", [*BN, *LR_AFFINE, *ALL]),
     "NBN, α from √C": Arm("nbn-from-sqrt-c", [*ZERO, *LINEAR, *ALL, "--magnitude-start", "5.657"]),
     "NBN, tenfold rate on α": Arm("nbn-tenfold", [*ZERO, *LINEAR, *ALL, "--magnitude-lr", "10"]),
     "NBN, no decay on α": Arm("nbn-no-decay", [*ZERO, *LINEAR, *LONG, "--decay", "directions"]),
@@ -100,6 +101,7 @@ PAIRS = [
     ("NBN + LR", "BN + LR"),
     ("NBN + LR, biases from random", "BN + LR"),
     ("NBN + LR", "BN"),
+    ("BN + LR, weight and bias", "BN"),
     ("NBN, biases from random", "NBN"),
     ("NBN, biases from random, Balanced Softmax", "BN, Balanced Softmax"),
     ("BN + LR, Balanced Softmax", "BN, Balanced Softmax"),
