@@ -116,8 +116,8 @@ DEFAULT_PAIRS = [
 # seed 1 has; seeds that differ by 128 or more have their own.
 SEEDS = [0, 1, 128]
 GROUPS = {"overall": (0, 10**9), "many": (101, 10**9), "medium": (20, 100), "few": (0, 19)}
-# The 97.5 % point of Student's t by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# The 97.5 % point of Student's t for three seeds, that is, two degrees of freedom.
+T = 4.303
 # Answers by the logits; without the training set's prior where the loss has left it in, as the formula says; and with the
 # strength of that fitted. The last is what is compared beside the first.
 LOGITS, FIXED, FITTED = READOUTS = range(3)
@@ -148,10 +148,10 @@ def train(args, arm, seed):
         loss = ["--loss", arm.loss, "--seed", str(seed), "--threads", args.threads]
         run("train", "--data", args.data, *SET, *arm.flags, *loss, "--out", out, "--resume")
         with tempfile.TemporaryDirectory() as folder:
-            bundle, kept = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
+            bundle, file = Path(folder) / "bundle/1", Path(folder) / "logits.safetensors"
             run("export", out, "--out", bundle, "--classes", args.data / "classes.txt")
-            run("evaluate", bundle, "--data", test, "--logits", kept, "--resamples", "20")
-            found = load_file(kept)
+            run("evaluate", bundle, "--data", test, "--logits", file, "--resamples", "20")
+            found = load_file(file)
     logits, labels = found["logits"], found["labels"]
     evaluation = last(metrics)["evaluation"]
     if abs((logits.argmax(1) == labels).mean() - evaluation["overall"]) > 1e-3:
@@ -160,8 +160,8 @@ def train(args, arm, seed):
     fitted, strengths = without_prior(logits, labels)
     coded = lambda classes: base64.b64encode(classes.astype("uint8").tobytes()).decode()  # noqa: E731
     (FOLDER / "labels").write_text(coded(labels) + "\n")
-    lines = [*map(coded, (logits.argmax(1), fixed, fitted)), " ".join(f"{tau:.2f}" for tau in strengths)]
-    base.with_suffix(".answers").write_text("\n".join(lines) + "\n")
+    kept = [*map(coded, (logits.argmax(1), fixed, fitted)), " ".join(f"{tau:.2f}" for tau in strengths)]
+    base.with_suffix(".answers").write_text("\n".join(kept) + "\n")
     # Where the set lies on this machine says nothing.
     metrics.write_text(metrics.read_text().replace(f"{args.data}/", ""))
     print(f"{base.name}: {100 * evaluation['overall']:.2f} %", flush=True)
@@ -173,12 +173,12 @@ def without_prior(logits, labels):
     the scale of a log-probability. Returns the classes, and both τ."""
     strengths = np.linspace(-1, 4, 101)
     by_strength = np.array([(logits - tau * np.log(COUNTS)).argmax(1) for tau in strengths])
-    answers, taken, half = np.empty(len(labels), int), [], np.arange(len(labels)) % 2
+    classes, taken, half = np.empty(len(labels), int), [], np.arange(len(labels)) % 2
     for here in (0, 1):
         best = (by_strength == labels)[:, half != here].mean(1).argmax()
-        answers[half == here] = by_strength[best][half == here]
+        classes[half == here] = by_strength[best][half == here]
         taken.append(strengths[best])
-    return answers, taken
+    return classes, taken
 
 
 def main():
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--threads", default="1", help="of each")
     parser.add_argument("--of", choices=EVERY, default="plan", help="which arms: the plan's four, or what was tried beside")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these arms, those named")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--write", action="store_true", help="train nothing")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -283,11 +283,11 @@ def table_of_differences(arms, pairs):
             continue
         cells, images = [], []
         for group, readout in [*((group, LOGITS) for group in GROUPS), ("overall", FITTED)]:
-            pairs = [(right(arms[name], seed, readout) - right(arms[base], seed, readout))[chosen(group)] for seed in seeds]
-            of_seeds = [100 * pair.mean() for pair in pairs]
-            half = T[len(seeds) - 1] * np.std(of_seeds, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 2 else None
+            by_seed = [(right(arms[name], seed, readout) - right(arms[base], seed, readout))[chosen(group)] for seed in seeds]
+            of_seeds = [100 * pair.mean() for pair in by_seed]
+            half = T * np.std(of_seeds, ddof=1) / math.sqrt(len(SEEDS)) if seeds == SEEDS else None
             cells.append(interval(np.mean(of_seeds), half))
-            of_images = 100 * np.mean(pairs, axis=0)
+            of_images = 100 * np.mean(by_seed, axis=0)
             random = np.random.default_rng(0)
             means = [of_images[random.integers(0, len(of_images), len(of_images))].mean() for _ in range(2000)]
             low, high = np.percentile(means, [2.5, 97.5])
