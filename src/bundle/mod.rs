@@ -8,6 +8,7 @@
 mod calibration;
 mod card;
 mod familiarity;
+mod fold_report;
 mod form;
 mod manifest;
 mod onnx_metadata;
@@ -32,10 +33,12 @@ pub use familiarity::{
     Clouds, FAMILIARITY_FILE, Familiarity, FamiliarityError, FamiliarityRecord, Question, QuestionRecord, Ranking,
     familiarity_file,
 };
+pub use fold_report::{
+    Alpha, Ending, ExpectedProof, FoldReport, Head, LeftNorm, OnnxReport, OutputProof, Proof, Reference, check_kappa,
+};
 pub use form::{is_calibration, is_json_with, is_manifest};
 pub use manifest::{
-    Alpha, Class, DATA_FILE, Ending, ExpectedProof, FileDigest, FoldReport, Group, Head, LeftNorm, Manifest,
-    ManifestError, OnnxReport, OutputProof, Proof, Reference, SCHEMA_VERSION, check_classes, check_kappa, is_data_file,
+    Class, DATA_FILE, FileDigest, Group, Manifest, ManifestError, SCHEMA_VERSION, check_classes, is_data_file,
 };
 pub use preprocessing::{
     Color, CropOffset, Exif, Filter, Layout, MAX_SIDE, Pixels, Preprocessing, Resize, Scale, Size,

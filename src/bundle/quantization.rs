@@ -5,7 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{FileDigest, LeftNorm, ManifestError, check_name, value};
+use super::fold_report::LeftNorm;
+use super::manifest::{FileDigest, ManifestError, check_name, value};
 
 /// What a certificate compares where there is no calibration.
 const SOFTMAX: &str = "softmax";

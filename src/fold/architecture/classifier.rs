@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::super::FoldError;
 use super::builder::Builder;
-use super::{COSINE_SCALE, ClassifierForm, SQUASHED_SCALE};
+use super::overrides::{COSINE_SCALE, ClassifierForm, SQUASHED_SCALE};
 
 /// Added to nothing: the least length that PyTorch's `normalize` divides by.
 const LEAST_LENGTH: f64 = 1e-12;
