@@ -24,7 +24,49 @@ pub(super) enum Named {
     Thorough,
 }
 
-/// What [`Named`] settings and the flags beside them come to.
+/// What a name stands for, where no flag says otherwise.
+struct Set {
+    norm: Norm,
+    head: Head,
+    shortcut: Shortcut,
+    epochs: usize,
+    learning_rate: f64,
+    schedule: Schedule,
+    /// Share of the epochs in which the learning rate rises.
+    warm_up: f64,
+    /// Shares of the epochs after which steps lower it.
+    milestones: &'static [f64],
+    weight_decay: f64,
+    decay: Decay,
+}
+
+const QUICK: Set = Set {
+    norm: Norm::Nbn,
+    head: Head::LrPlain,
+    shortcut: Shortcut::A,
+    epochs: 60,
+    learning_rate: 0.05,
+    schedule: Schedule::Cosine,
+    warm_up: 0.0,
+    milestones: &[],
+    weight_decay: 5e-4,
+    decay: Decay::Weights,
+};
+
+const THOROUGH: Set = Set {
+    norm: Norm::Bn,
+    head: Head::Linear,
+    shortcut: Shortcut::B,
+    epochs: 120,
+    learning_rate: 0.1,
+    schedule: Schedule::Step,
+    warm_up: 0.04,
+    milestones: &[0.8, 0.8, 0.9],
+    weight_decay: 2e-4,
+    decay: Decay::All,
+};
+
+/// What a [`Set`] and the flags beside it come to.
 struct Settings {
     norm: Norm,
     head: Head,
@@ -40,28 +82,30 @@ struct Settings {
 
 impl Settings {
     fn of(args: &Train, begun: Option<&Recipe>) -> Self {
-        let thorough = args.recipe == Named::Thorough;
-        let epochs = args.epochs.or(begun.map(|begun| begun.epochs)).unwrap_or(if thorough { 120 } else { 60 });
-        let schedule = args.schedule.unwrap_or(if thorough { Schedule::Step } else { Schedule::Cosine });
+        let set = match args.recipe {
+            Named::Quick => &QUICK,
+            Named::Thorough => &THOROUGH,
+        };
+        let epochs = args.epochs.or(begun.map(|begun| begun.epochs)).unwrap_or(set.epochs);
+        let schedule = args.schedule.unwrap_or(set.schedule);
+        // A run that gets more epochs keeps the steps, and the rise, that it began with.
         let after = |share: f64| (epochs as f64 * share).round() as usize;
-        // A run that gets more epochs keeps the steps that it began with.
-        let milestones = if thorough && schedule == Schedule::Step && args.milestones.is_empty() {
-            begun.map_or_else(|| vec![after(0.8), after(0.8), after(0.9)], |begun| begun.milestones.clone())
+        let milestones = if args.milestones.is_empty() && schedule == set.schedule {
+            begun.map_or_else(|| set.milestones.iter().map(|at| after(*at)).collect(), |begun| begun.milestones.clone())
         } else {
             args.milestones.clone()
         };
-        let rise = if thorough { begun.map_or_else(|| after(0.04), |begun| begun.warm_up) } else { 0 };
         Self {
-            norm: args.norm.unwrap_or(if thorough { Norm::Bn } else { Norm::Nbn }),
-            head: args.head.unwrap_or(if thorough { Head::Linear } else { Head::LrPlain }),
-            shortcut: args.shortcut.unwrap_or(if thorough { Shortcut::B } else { Shortcut::A }),
+            norm: args.norm.unwrap_or(set.norm),
+            head: args.head.unwrap_or(set.head),
+            shortcut: args.shortcut.unwrap_or(set.shortcut),
             epochs,
-            learning_rate: args.lr.unwrap_or(if thorough { 0.1 } else { 0.05 }),
+            learning_rate: args.lr.unwrap_or(set.learning_rate),
             schedule,
-            warm_up: args.warm_up.unwrap_or(rise),
+            warm_up: args.warm_up.or(begun.map(|begun| begun.warm_up)).unwrap_or_else(|| after(set.warm_up)),
             milestones,
-            weight_decay: args.weight_decay.unwrap_or(if thorough { 2e-4 } else { 5e-4 }),
-            decay: args.decay.unwrap_or(if thorough { Decay::All } else { Decay::Weights }),
+            weight_decay: args.weight_decay.unwrap_or(set.weight_decay),
+            decay: args.decay.unwrap_or(set.decay),
         }
     }
 }
