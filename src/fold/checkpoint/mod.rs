@@ -5,7 +5,9 @@
 //! `foreign` names files that are something else.
 
 mod foreign;
+mod names;
 mod pickle;
+mod roots;
 mod torch;
 mod weights;
 

@@ -7,89 +7,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::FoldError;
+use super::names::{
+    CLASSIFIERS, FIGURES, MOMENTS, NOT_WEIGHTS, PROJECTIONS, QUANTIZED, SCALES, TRAINING_ONLY, WRAPPERS, canonical,
+    shared, words,
+};
+use super::roots::{name_of, root, roots};
 use super::torch::Float;
 
-/// Words of wrappers, which say nothing of what they hold.
-const WRAPPERS: [&str; 9] =
-    ["module", "model", "net", "network", "_orig_mod", "_fsdp_wrapped_module", "state_dict", "backbone", "0"];
-/// Words that wrappers of single layers put into the middle of names.
-const INNER_WRAPPERS: [&str; 4] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"];
-/// Words that a classifier's name ends in.
-const CLASSIFIERS: [&str; 12] = [
-    "fc",
-    "linear",
-    "classifier",
-    "head",
-    "cls",
-    "last_linear",
-    "logits",
-    "output",
-    "clf",
-    "fc_out",
-    "final",
-    "state_dict_classifier",
-];
-/// Words of copies and memories that contrastive training needs, and no evaluation.
-const TRAINING_ONLY: [&str; 14] = [
-    "encoder_k",
-    "linear_k",
-    "fc_k",
-    "classifier_k",
-    "momentum_encoder",
-    "queue",
-    "queue_ptr",
-    "queue_l",
-    "centroids",
-    "criterion",
-    "loss",
-    "loss_fn",
-    "loss_func",
-    "n_averaged",
-];
-/// Words of layers that contrastive training puts behind the features, beside the classifier.
-const PROJECTIONS: [&str; 7] =
-    ["proj", "projection", "projector", "projection_head", "predictor", "prototypes", "contrast"];
-/// Parts of the names of numbers that training writes down.
-const FIGURES: [&str; 17] = [
-    "acc", "prec", "best", "loss", "epoch", "step", "iter", "lr", "ece", "metric", "score", "time", "kth", "many",
-    "med", "few", "map",
-];
-/// Names of per-class factors that classifiers' outputs are multiplied by, bias included: MiSLAS's and classifier-balancing's
-/// learnable weight scaling.
-const SCALES: [&str; 2] = ["scales", "learned_norm"];
-/// Dictionaries that hold what an optimizer, a loss or a trainer remembers, under names of tensors, too.
-const NOT_WEIGHTS: [&str; 26] = [
-    "optimizer",
-    "optimizers",
-    "optimizer_states",
-    "optim",
-    "opt",
-    "scheduler",
-    "lr_scheduler",
-    "lr_schedulers",
-    "scaler",
-    "grad_scaler",
-    "loss_scaler",
-    "amp",
-    "criterion",
-    "criterions",
-    "loss",
-    "callbacks",
-    "loops",
-    "meta",
-    "message_hub",
-    "hyper_parameters",
-    "args",
-    "config",
-    "cfg",
-    "rng",
-    "rng_state",
-    "metrics",
-];
-/// What optimizers keep for each tensor.
-const MOMENTS: [&str; 5] = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"];
-/// Kinds of tensors that a network has once it was quantized.
-const QUANTIZED: [&str; 4] = ["qint8", "quint8", "qint32", "quantized"];
 /// Groups that are listed as left out.
 const LISTED: usize = 20;
 
@@ -122,7 +46,7 @@ impl<P> Entry<P> {
     }
 
     /// Whether it is what an optimizer or the like remembers.
-    fn is_remembered(&self) -> bool {
+    pub(super) fn is_remembered(&self) -> bool {
         let first = self.dictionary.first().map(String::as_str).unwrap_or_default();
         NOT_WEIGHTS.contains(&first) || MOMENTS.contains(&self.name.as_str())
     }
@@ -492,114 +416,6 @@ fn rows(layers: &[Linear]) -> BTreeSet<&str> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     layers.iter().filter_map(Linear::row).for_each(|row| *counts.entry(row).or_default() += 1);
     counts.into_iter().filter(|(_, count)| *count > 1).map(|(row, _)| row).collect()
-}
-
-/// Every place where a network begins, as a prefix of names.
-fn roots<P>(entries: &[Entry<P>], names: &[String]) -> BTreeSet<String> {
-    let mut roots: BTreeSet<String> = BTreeSet::new();
-    for (entry, name) in entries.iter().zip(names) {
-        if entry.is_remembered() || !matches!(entry.content, Content::Float(..)) {
-            continue;
-        }
-        roots.extend(beginning(name).map(str::to_owned));
-    }
-    // A momentum copy is no network of its own.
-    let copies: Vec<String> = roots
-        .iter()
-        .filter(|root| {
-            let original = root.replace("encoder_k.", "encoder_q.");
-            **root != original && roots.contains(&original)
-        })
-        .cloned()
-        .collect();
-    roots.retain(|root| !copies.contains(root));
-    roots
-}
-
-/// The prefix before a network's first stage, whose blocks have convolutions and norms, or before its stem as Hugging Face
-/// names it.
-fn beginning(name: &str) -> Option<&str> {
-    let at = |word: &str| {
-        let starts = name.starts_with(&format!("{word}.")).then_some(0);
-        starts.or_else(|| name.find(&format!(".{word}.")).map(|at| at + 1))
-    };
-    if let Some(at) = at("encoder.stages.0.layers") {
-        return Some(&name[..at]);
-    }
-    let at = at("layer1")?;
-    let mut rest = words(&name[at..]).skip(1).filter(|word| !INNER_WRAPPERS.contains(word));
-    let is_block = rest.next().is_some_and(|word| word.parse::<usize>().is_ok());
-    let parts = ["conv", "bn", "norm", "downsample", "shortcut"];
-    let has_parts = rest.next().is_some_and(|word| parts.iter().any(|part| word.starts_with(part)));
-    (is_block && has_parts).then(|| &name[..at])
-}
-
-/// Where the network that is asked for begins; `None` where none does.
-fn root<P>(entries: &[Entry<P>], names: &[String], choice: &Choice) -> Result<Option<String>, FoldError> {
-    let roots = roots(entries, names);
-    let listed = || roots.iter().map(|root| name_of(root)).collect::<Vec<_>>();
-    let Some(asked) = &choice.weights else {
-        if roots.len() > 1 {
-            return Err(FoldError::SeveralWeights { sets: listed() });
-        }
-        return Ok(roots.into_iter().next());
-    };
-    let asked = if asked == "." { "" } else { asked.trim_end_matches('.') };
-    let exact = roots.iter().find(|root| root.trim_end_matches('.') == asked);
-    let below: Vec<&String> = roots.iter().filter(|root| !asked.is_empty() && is_under(root, asked)).collect();
-    match (exact, below.as_slice()) {
-        (Some(root), _) => Ok(Some(root.clone())),
-        (None, [root]) => Ok(Some((*root).clone())),
-        (None, []) => Err(FoldError::NoSuchWeights { asked: asked.chars().take(100).collect(), sets: listed() }),
-        (None, several) => Err(FoldError::SeveralWeights { sets: several.iter().map(|root| name_of(root)).collect() }),
-    }
-}
-
-/// A root as users name it.
-fn name_of(root: &str) -> String {
-    if root.is_empty() { ".".into() } else { root.trim_end_matches('.').to_owned() }
-}
-
-/// Whether `name` is `prefix`, or lies below it.
-fn is_under(name: &str, prefix: &str) -> bool {
-    let prefix = prefix.trim_end_matches('.');
-    name.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-}
-
-fn words(name: &str) -> impl DoubleEndedIterator<Item = &str> {
-    name.split('.')
-}
-
-/// How many words `name` and `root` begin with in common.
-fn shared(name: &str, root: &str) -> usize {
-    words(name).zip(words(root)).take_while(|(a, b)| a == b).count()
-}
-
-/// The name of a network's tensor in torchvision's form, from what follows where the network begins: akamaster's
-/// `shortcut` and Hugging Face's names are others for the same places.
-fn canonical(name: &str) -> String {
-    let parts: Vec<&str> = words(name).filter(|word| !INNER_WRAPPERS.contains(word)).collect();
-    match parts.as_slice() {
-        ["embedder", "embedder", "convolution", rest @ ..] => format!("conv1.{}", rest.join(".")),
-        ["embedder", "embedder", "normalization", rest @ ..] => format!("bn1.{}", rest.join(".")),
-        ["encoder", "stages", stage, "layers", block, rest @ ..] => {
-            let number = |text: &str| {
-                text.parse::<usize>().map_or_else(|_| text.to_owned(), |n| n.saturating_add(1).to_string())
-            };
-            let block = format!("layer{}.{block}", number(stage));
-            match rest {
-                ["shortcut", "convolution", rest @ ..] => format!("{block}.downsample.0.{}", rest.join(".")),
-                ["shortcut", "normalization", rest @ ..] => format!("{block}.downsample.1.{}", rest.join(".")),
-                ["layer", n, "convolution", rest @ ..] => format!("{block}.conv{}.{}", number(n), rest.join(".")),
-                ["layer", n, "normalization", rest @ ..] => format!("{block}.bn{}.{}", number(n), rest.join(".")),
-                _ => format!("{block}.{}", rest.join(".")),
-            }
-        }
-        [stage, .., "shortcut", _, _] if stage.starts_with("layer") => {
-            parts.join(".").replacen(".shortcut.", ".downsample.", 1)
-        }
-        _ => parts.join("."),
-    }
 }
 
 /// What is left out, a few words for each group: another network, a dictionary that holds none, a copy or a projection that
