@@ -32,7 +32,7 @@ def pytorch(args):
     from train import augment
 
     torch.set_num_threads(args.threads)
-    model = CifarResNet(int(args.arch.removeprefix("resnet")), 10, "nbn", "lr-plain")
+    model = CifarResNet(int(args.arch.removeprefix("resnet")), 10, "nbn", "linear")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(args.images, 3, 32, 32), torch.randint(0, 10, (args.images,))

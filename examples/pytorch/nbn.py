@@ -86,7 +86,7 @@ class CifarResNet(nn.Module):
     head: "linear", "lr" (BatchNorm1d with weight and bias) or "lr-plain" (without).
     """
 
-    def __init__(self, depth=20, classes=10, norm="nbn", head="lr-plain", option="A", width=16):
+    def __init__(self, depth=20, classes=10, norm="nbn", head="linear", option="A", width=16):
         super().__init__()
         if depth % 6 != 2:
             raise ValueError(f"depth is {depth}; a CIFAR ResNet has 6n+2 layers: 20, 32, 44, 56 ...")

@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--norm", choices=["nbn", "bn"], default="nbn")
-    parser.add_argument("--head", choices=["linear", "lr", "lr-plain"], default="lr-plain")
+    parser.add_argument("--head", choices=["linear", "lr", "lr-plain"], default="linear")
     parser.add_argument("--option", choices=["A", "B"], default="A", help="shortcut")
     parser.add_argument("--imbalance-factor", type=float, default=100)
     parser.add_argument("--calibration-fraction", type=float, default=0.1)

@@ -134,7 +134,7 @@ mod with {
         /// Initial bias of a normalised layer [default: normal]
         #[arg(long, value_name = "START", help_heading = "Network")]
         bias_start: Option<BiasStart>,
-        /// Kind of classifier [default: lr-plain; thorough: linear]
+        /// Kind of classifier [default: linear]
         #[arg(long, help_heading = "Network")]
         head: Option<Head>,
         /// Kind of shortcut in CIFAR blocks [default: a; thorough: b]

@@ -42,7 +42,7 @@ struct Set {
 
 const QUICK: Set = Set {
     norm: Norm::Nbn,
-    head: Head::LrPlain,
+    head: Head::Linear,
     shortcut: Shortcut::A,
     epochs: 60,
     learning_rate: 0.05,
