@@ -463,8 +463,14 @@ fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
     let changed = run("changed", &["--recipe", "thorough", "--epochs", "4", "--schedule", "cosine", "--lr", "0.02"]);
     assert_eq!((&changed["schedule"], &changed["milestones"]), (&"cosine".into(), &Value::Array(Vec::new())));
     assert_eq!((&changed["learning_rate"], &changed["decay"]), (&0.02.into(), &"all".into()));
-    // More epochs do not move the steps of a run that was begun.
+    // More epochs do not move the steps of a run that was begun, and what is left out stays as it has it.
     done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "11", "--resume"]));
+    done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "12", "--resume"]));
+    done(train(&set, &out("named"), &["--epochs", "13", "--resume"]));
+    refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["norm is \"nbn\", was \"bn\""]);
+    refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["head is \"lr\", was \"linear\""]);
+    done(train(&set, &out("changed"), &["--epochs", "5", "--resume"]));
+    refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["schedule is \"step\", was"]);
 }
 
 #[test]

@@ -108,15 +108,17 @@ mod with {
         mixup: Option<f64>,
 
         /// Settings by name; flags that are given beside it replace its own. docs/training.md says when to choose which
-        #[arg(long, value_name = "NAME", default_value = "quick", help_heading = "Network")]
-        recipe: Named,
+        /// [default: quick; with --resume, what the run was begun with]
+        #[arg(long, value_name = "NAME", help_heading = "Network")]
+        recipe: Option<Named>,
         /// resnet20, resnet32 … (CIFAR, 6n+2), resnet18 … resnet152, resnext50_32x4d, resnet50_ride3
         #[arg(long, default_value = "resnet20", help_heading = "Network")]
         arch: Arch,
         /// Kind of norm in the layers that --nbn-layers names [default: nbn; thorough: bn]
         #[arg(long, help_heading = "Network")]
         norm: Option<Norm>,
-        /// Normalised layers: last-stage-outputs, last-stage-all, all, or names separated by commas
+        /// Normalised layers: last-stage-outputs, last-stage-all, all, or names separated by commas [default:
+        /// last-stage-outputs; with several experts last-stage-all]
         #[arg(long, value_name = "LAYERS", help_heading = "Network")]
         nbn_layers: Option<NbnLayers>,
         /// Layers that share a magnitude: those of an expert, those of a stage, or none (layer) [default: expert]

@@ -17,56 +17,15 @@ const LDAM_DEFERRED: f64 = 0.8;
 /// Settings that belong together.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub(super) enum Named {
-    /// 60 epochs, learning rate 0.05 with a cosine, weight decay 5e-4 on convolutions and classifiers
+    /// 60 epochs, learning rate 0.05 with a cosine, weight decay 5e-4 on convolutions and classifiers; NBN and a linear
+    /// classifier
     Quick,
     /// 120 epochs, learning rate 0.1 that rises first and falls after 80 and 90 % of the epochs, weight decay 2e-4 on
     /// everything; plain BatchNorm and a linear classifier; of CIFAR networks, shortcuts with a norm
     Thorough,
 }
 
-/// What a name stands for, where no flag says otherwise.
-struct Set {
-    norm: Norm,
-    head: Head,
-    shortcut: Shortcut,
-    epochs: usize,
-    learning_rate: f64,
-    schedule: Schedule,
-    /// Share of the epochs in which the learning rate rises.
-    warm_up: f64,
-    /// Shares of the epochs after which steps lower it.
-    milestones: &'static [f64],
-    weight_decay: f64,
-    decay: Decay,
-}
-
-const QUICK: Set = Set {
-    norm: Norm::Nbn,
-    head: Head::Linear,
-    shortcut: Shortcut::A,
-    epochs: 60,
-    learning_rate: 0.05,
-    schedule: Schedule::Cosine,
-    warm_up: 0.0,
-    milestones: &[],
-    weight_decay: 5e-4,
-    decay: Decay::Weights,
-};
-
-const THOROUGH: Set = Set {
-    norm: Norm::Bn,
-    head: Head::Linear,
-    shortcut: Shortcut::B,
-    epochs: 120,
-    learning_rate: 0.1,
-    schedule: Schedule::Step,
-    warm_up: 0.04,
-    milestones: &[0.8, 0.8, 0.9],
-    weight_decay: 2e-4,
-    decay: Decay::All,
-};
-
-/// What a [`Set`] and the flags beside it come to.
+/// What a name stands for, and what that and the flags beside it come to.
 struct Settings {
     norm: Norm,
     head: Head,
@@ -81,31 +40,82 @@ struct Settings {
 }
 
 impl Settings {
-    fn of(args: &Train, begun: Option<&Recipe>) -> Self {
-        let set = match args.recipe {
-            Named::Quick => &QUICK,
-            Named::Thorough => &THOROUGH,
-        };
-        let epochs = args.epochs.or(begun.map(|begun| begun.epochs)).unwrap_or(set.epochs);
-        let schedule = args.schedule.unwrap_or(set.schedule);
-        // A run that gets more epochs keeps the steps, and the rise, that it began with.
-        let after = |share: f64| (epochs as f64 * share).round() as usize;
-        let milestones = if args.milestones.is_empty() && schedule == set.schedule {
-            begun.map_or_else(|| set.milestones.iter().map(|at| after(*at)).collect(), |begun| begun.milestones.clone())
-        } else {
-            args.milestones.clone()
-        };
+    /// What `named` stands for, over `epochs` where that many are asked for.
+    fn named(named: Named, epochs: Option<usize>) -> Self {
+        match named {
+            Named::Quick => Self {
+                norm: Norm::Nbn,
+                head: Head::Linear,
+                shortcut: Shortcut::A,
+                epochs: epochs.unwrap_or(60),
+                learning_rate: 0.05,
+                schedule: Schedule::Cosine,
+                warm_up: 0,
+                milestones: Vec::new(),
+                weight_decay: 5e-4,
+                decay: Decay::Weights,
+            },
+            Named::Thorough => {
+                let epochs = epochs.unwrap_or(120);
+                let after = |share: f64| (epochs as f64 * share).round() as usize;
+                Self {
+                    norm: Norm::Bn,
+                    head: Head::Linear,
+                    shortcut: Shortcut::B,
+                    epochs,
+                    learning_rate: 0.1,
+                    schedule: Schedule::Step,
+                    warm_up: after(0.04),
+                    milestones: vec![after(0.8), after(0.8), after(0.9)],
+                    weight_decay: 2e-4,
+                    decay: Decay::All,
+                }
+            }
+        }
+    }
+
+    /// What a run was begun with.
+    fn begun(recipe: &Recipe) -> Self {
         Self {
-            norm: args.norm.unwrap_or(set.norm),
-            head: args.head.unwrap_or(set.head),
-            shortcut: args.shortcut.unwrap_or(set.shortcut),
-            epochs,
-            learning_rate: args.lr.unwrap_or(set.learning_rate),
+            norm: recipe.norm,
+            head: recipe.head,
+            shortcut: recipe.shortcut,
+            epochs: recipe.epochs,
+            learning_rate: recipe.learning_rate,
+            schedule: recipe.schedule,
+            warm_up: recipe.warm_up,
+            milestones: recipe.milestones.clone(),
+            weight_decay: recipe.weight_decay,
+            decay: recipe.decay,
+        }
+    }
+
+    /// What a run that goes on was begun with, unless a name is given; then what that stands for, and of a schedule that is
+    /// the run's own its rise and its steps, which more epochs do not move. Flags replace either.
+    fn of(args: &Train, begun: Option<&Recipe>) -> Self {
+        let base = match (args.recipe, begun.map(Self::begun)) {
+            (None, Some(begun)) => begun,
+            (Some(named), Some(begun)) => match Self::named(named, Some(begun.epochs)) {
+                base if base.schedule == begun.schedule => {
+                    Self { warm_up: begun.warm_up, milestones: begun.milestones, ..base }
+                }
+                base => base,
+            },
+            (named, None) => Self::named(named.unwrap_or(Named::Quick), args.epochs),
+        };
+        let schedule = args.schedule.unwrap_or(base.schedule);
+        let keeps_steps = args.milestones.is_empty() && schedule == base.schedule;
+        Self {
+            norm: args.norm.unwrap_or(base.norm),
+            head: args.head.unwrap_or(base.head),
+            shortcut: args.shortcut.unwrap_or(base.shortcut),
+            epochs: args.epochs.unwrap_or(base.epochs),
+            learning_rate: args.lr.unwrap_or(base.learning_rate),
             schedule,
-            warm_up: args.warm_up.or(begun.map(|begun| begun.warm_up)).unwrap_or_else(|| after(set.warm_up)),
-            milestones,
-            weight_decay: args.weight_decay.unwrap_or(set.weight_decay),
-            decay: args.decay.unwrap_or(set.decay),
+            warm_up: args.warm_up.unwrap_or(base.warm_up),
+            milestones: if keeps_steps { base.milestones } else { args.milestones.clone() },
+            weight_decay: args.weight_decay.unwrap_or(base.weight_decay),
+            decay: args.decay.unwrap_or(base.decay),
         }
     }
 }
