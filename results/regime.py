@@ -85,7 +85,7 @@ BALANCED = {
 }
 # What `fold train` does by itself, and with another norm, classifier or loss.
 DEFAULTS = {
-    f"60 epochs, {name}, {title}": Arm(f"quick-{file}-{loss}", [*QUICK, *flags], 60, loss)
+    f"{name}, {title}": Arm(f"quick-{file}-{loss}", [*QUICK, *flags], 60, loss)
     for title, loss in [("cross-entropy", "cross-entropy"), ("Balanced Softmax", "balanced-softmax")]
     for name, file, flags in [
         ("BN", "bn", [*BN, *LINEAR]),
@@ -108,9 +108,13 @@ PAIRS = [
     ("BN, Balanced Softmax", "BN"),
 ]
 DEFAULT_PAIRS = [
-    (f"60 epochs, {name}, {loss}", f"60 epochs, {base}, {loss}")
-    for loss in ("cross-entropy", "Balanced Softmax")
-    for name, base in [("NBN", "BN"), ("NBN + LR", "NBN")]
+    ("NBN, cross-entropy", "BN, cross-entropy"),
+    ("NBN, Balanced Softmax", "BN, Balanced Softmax"),
+    ("NBN + LR, cross-entropy", "NBN, cross-entropy"),
+    ("NBN + LR, Balanced Softmax", "NBN, Balanced Softmax"),
+    ("BN, Balanced Softmax", "BN, cross-entropy"),
+    ("NBN, Balanced Softmax", "NBN, cross-entropy"),
+    ("NBN, Balanced Softmax", "BN, cross-entropy"),
 ]
 # Of the trainer's version that made these runs, seed 2 has the batches and crops of seed 0, its epochs in another order, as
 # seed 1 has; seeds that differ by 128 or more have their own.
