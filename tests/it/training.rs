@@ -469,7 +469,10 @@ fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
     done(train(&set, &out("named"), &["--epochs", "13", "--resume"]));
     refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["norm is \"nbn\", was \"bn\""]);
     refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["head is \"lr\", was \"linear\""]);
-    done(train(&set, &out("changed"), &["--epochs", "5", "--resume"]));
+    done(train(&set, &out("changed"), &["--epochs", "20", "--resume"]));
+    // 4 % of 20 epochs would be a rise of one.
+    let same = ["--recipe", "thorough", "--epochs", "21", "--schedule", "cosine", "--lr", "0.02", "--resume"];
+    done(train(&set, &out("changed"), &same));
     refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["schedule is \"step\", was"]);
 }
 

@@ -15,7 +15,7 @@ use super::Train;
 const LDAM_DEFERRED: f64 = 0.8;
 
 /// Settings that belong together.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 pub(super) enum Named {
     /// 60 epochs, learning rate 0.05 with a cosine, weight decay 5e-4 on convolutions and classifiers; NBN and a linear
     /// classifier
@@ -90,17 +90,16 @@ impl Settings {
         }
     }
 
-    /// What a run that goes on was begun with, unless a name is given; then what that stands for, and of a schedule that is
-    /// the run's own its rise and its steps, which more epochs do not move. Flags replace either.
+    /// What a run that goes on was begun with, unless a name is given; then what that stands for, but for the run's own
+    /// rise, and the steps of a schedule that is its own, which more epochs do not move. Flags replace either.
     fn of(args: &Train, begun: Option<&Recipe>) -> Self {
         let base = match (args.recipe, begun.map(Self::begun)) {
             (None, Some(begun)) => begun,
-            (Some(named), Some(begun)) => match Self::named(named, Some(begun.epochs)) {
-                base if base.schedule == begun.schedule => {
-                    Self { warm_up: begun.warm_up, milestones: begun.milestones, ..base }
-                }
-                base => base,
-            },
+            (Some(named), Some(begun)) => {
+                let base = Self::named(named, Some(begun.epochs));
+                let milestones = if begun.schedule == base.schedule { begun.milestones } else { base.milestones };
+                Self { warm_up: begun.warm_up, milestones, ..base }
+            }
             (named, None) => Self::named(named.unwrap_or(Named::Quick), args.epochs),
         };
         let schedule = args.schedule.unwrap_or(base.schedule);
