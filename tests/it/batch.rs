@@ -25,7 +25,9 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::Value;
 
-use crate::support::{data, fold, library, model_options, nbn, picture, repository, root, shipped, text};
+use crate::support::{
+    Owned, SHIPPED, data, fold, library, model_options, nbn, picture, repository, root, shipped, text,
+};
 
 fn nbn_score(args: &[&str]) -> std::process::Output {
     nbn(&[&["score", "--model", "models/cifar10-lt", "--top-k", "1"], args].concat())
@@ -157,7 +159,7 @@ fn rows_tell_what_made_them_in_every_form() {
     let plain = folder.path().join("plain");
     let (checkpoint, at) = (data("checkpoints/cifar_bn.pth.tar"), plain.join("7"));
     assert!(fold(&["export", checkpoint.to_str().unwrap(), "--out", at.to_str().unwrap()]).status.success());
-    let id = nbn::bundle::sha256_hex(&fs::read("models/cifar10-lt/1/calibration.json").unwrap());
+    let id = nbn::bundle::sha256_hex(&fs::read(root().join(SHIPPED).join("calibration.json")).unwrap());
     let id = &id[..12];
     let prior = folder.path().join("prior.json");
     fs::write(&prior, "[1, 1, 1, 1, 1, 1, 1, 1, 1, 2]").unwrap();
@@ -774,7 +776,7 @@ fn measured(args: &[&str]) -> (Option<i32>, String, String, u64) {
     let (out, err) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
     let mut command = Command::new(env!("CARGO_BIN_EXE_nbn"));
     command.current_dir(root()).args(["score", "--model", "models/cifar10-lt", "--top-k", "1"]).args(args);
-    let mut child = command.stdout(out.reopen().unwrap()).stderr(err.reopen().unwrap()).spawn().unwrap();
+    let mut child = Owned::begin(command.stdout(out.reopen().unwrap()).stderr(err.reopen().unwrap()));
     let path = format!("/proc/{}/status", child.id());
     let peak_now = || {
         let status = fs::read_to_string(&path).ok()?;

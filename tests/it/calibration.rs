@@ -12,7 +12,9 @@ use nbn::serve::RequestLimits;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
-use crate::support::{Server, data, fold, library, model_options, nbn, picture, repository, root, shipped, text};
+use crate::support::{
+    SHIPPED, Server, data, fold, library, model_options, nbn, picture, repository, root, shipped, text,
+};
 
 /// Class scores drawn so that labels follow them, then doubled: a classifier that is too sure.
 fn too_sure(counts: &[usize], seed: u64) -> LabelledLogits {
@@ -296,7 +298,7 @@ fn copied(folder: &Path) -> PathBuf {
     let bundle = folder.join("m/1");
     fs::create_dir_all(&bundle).unwrap();
     for file in ["model.onnx", "manifest.json"] {
-        fs::copy(root().join("models/cifar10-lt/1").join(file), bundle.join(file)).unwrap();
+        fs::copy(root().join(SHIPPED).join(file), bundle.join(file)).unwrap();
     }
     bundle
 }

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use image::ImageFormat;
 use serde_json::Value;
 
-use crate::support::{fold, nbn, picture, root, text};
+use crate::support::{Owned, fold, nbn, picture, root, text};
 
 #[test]
 fn score_writes_a_row_per_image_and_remembers_the_bad_one() {
@@ -32,14 +32,14 @@ fn score_takes_a_list_on_stdin_and_writes_csv_to_a_file() {
     let image = folder.path().join("a, \"b\".png");
     fs::write(&image, picture(32, 32, ImageFormat::Png)).unwrap();
     let output = folder.path().join("rows.csv");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
-        .current_dir(root())
-        .args(["score", "--model", "models/cifar10-lt/1", "--format", "csv", "--top-k", "1", "--output"])
-        .arg(&output)
-        .stdin(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child = Owned::begin(
+        Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .current_dir(root())
+            .args(["score", "--model", "models/cifar10-lt/1", "--format", "csv", "--top-k", "1", "--output"])
+            .arg(&output)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null()),
+    );
     let list = format!("{}\n\n{}\n", image.display(), folder.path().join("gone.png").display());
     child.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));

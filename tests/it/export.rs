@@ -14,7 +14,7 @@ use nbn::stop::Stop;
 use ndarray::ArrayView4;
 use safetensors::SafeTensors;
 
-use crate::support::{data, fold, library, nbn, picture, root, text};
+use crate::support::{Owned, data, fold, library, nbn, picture, root, text};
 
 fn options(checkpoint: &Path, out: &Path, side: u32) -> ExportOptions {
     ExportOptions {
@@ -611,12 +611,12 @@ fn an_export_that_is_told_to_end_takes_its_draft_away() {
     let pipe = folder.path().join("classes.csv");
     // It waits here, behind the weights: nobody writes into the pipe.
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_nbn"))
-        .args(["fold", "export", data("onnx/softmax.onnx").to_str().unwrap(), "--external-data"])
-        .args(["--out", out.to_str().unwrap(), "--classes", pipe.to_str().unwrap()])
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child = Owned::begin(
+        std::process::Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .args(["fold", "export", data("onnx/softmax.onnx").to_str().unwrap(), "--external-data"])
+            .args(["--out", out.to_str().unwrap(), "--classes", pipe.to_str().unwrap()])
+            .stderr(std::process::Stdio::null()),
+    );
     let draft = || fs::read_dir(models.join("mine")).map(|entries| entries.count()).unwrap_or(0);
     for _ in 0..1000 {
         if draft() == 1 {
@@ -625,11 +625,6 @@ fn an_export_that_is_told_to_end_takes_its_draft_away() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     assert_eq!(draft(), 1, "it has begun");
-    // SAFETY: kill only sends a signal to the child that is still owned here.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(child.id() as i32, libc::SIGTERM);
-    }
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(child.terminate().code(), Some(130));
     assert_eq!(draft(), 0);
 }

@@ -11,7 +11,7 @@ use nbn::registry::Registry;
 use nbn::serve::{self, Keys, Listeners, RequestLimits, ServeOptions, Tls};
 use serde_json::{Value, json};
 
-use crate::support::{Gated, Process, Server, model, nbn, picture, repository, root, shipped, text};
+use crate::support::{Gated, Owned, Process, Server, model, nbn, picture, repository, root, shipped, text};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_swaps_under_load_fail_no_request() {
@@ -483,13 +483,13 @@ async fn traces_reach_a_collector() {
             });
         }
     });
-    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
-        .current_dir(root())
-        .args(["serve", "--addr", "127.0.0.1:0", "--access-log", "--otlp", &endpoint])
-        .env_remove("RUST_LOG")
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = Owned::begin(
+        Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .current_dir(root())
+            .args(["serve", "--addr", "127.0.0.1:0", "--access-log", "--otlp", &endpoint])
+            .env_remove("RUST_LOG")
+            .stderr(std::process::Stdio::piped()),
+    );
     let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     let mut address = String::new();
     for line in lines.by_ref() {
@@ -518,11 +518,7 @@ async fn traces_reach_a_collector() {
     let own = ask("/v1/models", Some(parent)).await[36..52].to_owned();
     let fresh = ask("/v1/models/none", None).await;
     assert!(fresh.ends_with("-01"), "it is recorded: {fresh}");
-    // SAFETY: kill only sends a signal to the child that is still owned here.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(child.id() as i32, libc::SIGTERM);
-    }
+    child.signal("TERM");
     let (path, body) = spans.recv().await.unwrap();
     assert_eq!(path, "/opentelemetry.proto.collector.trace.v1.TraceService/Export");
     let hex = |text: &str| -> Vec<u8> {

@@ -6,7 +6,7 @@ use nbn::runtime::RuntimeError;
 use nbn::serve::{Ended, RequestLimits};
 use serde_json::{Value, json};
 
-use crate::support::{Faulty, Gated, Server, nbn, picture, root, text};
+use crate::support::{Faulty, Gated, Owned, Server, nbn, picture, root, text};
 
 const JPEG: &str = "image/jpeg";
 
@@ -435,13 +435,13 @@ fn the_demo_needs_no_other_file_and_names_a_ship() {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
     let folder = tempfile::tempdir().unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
-        .current_dir(folder.path())
-        .args(["demo", "--no-browser", "--addr", "127.0.0.1:0"])
-        .env("XDG_CACHE_HOME", folder.path())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = Owned::begin(
+        Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .current_dir(folder.path())
+            .args(["demo", "--no-browser", "--addr", "127.0.0.1:0"])
+            .env("XDG_CACHE_HOME", folder.path())
+            .stdout(Stdio::piped()),
+    );
     let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     let told: Vec<String> = lines.take_while(|line| line != "Press Ctrl-C to stop.").collect();
     let best = told[1].trim().split_once(" %  ").unwrap();
@@ -458,21 +458,20 @@ fn the_demo_needs_no_other_file_and_names_a_ship() {
         let label = row["predictions"][0]["label"].as_str().unwrap();
         assert!(row["path"].as_str().unwrap().ends_with(&format!("{label}.jpg")), "{row}");
     }
-    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
-    assert!(child.wait().unwrap().success());
+    assert!(child.terminate().success());
 }
 
 #[test]
 fn the_program_serves_answers_health_and_drains_on_sigterm() {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
-    let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
-        .current_dir(root())
-        .args(["serve", "--addr", "127.0.0.1:0"])
-        .env_remove("RUST_LOG")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = Owned::begin(
+        Command::new(env!("CARGO_BIN_EXE_nbn"))
+            .current_dir(root())
+            .args(["serve", "--addr", "127.0.0.1:0"])
+            .env_remove("RUST_LOG")
+            .stderr(Stdio::piped()),
+    );
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     let line = lines.find(|l| l.contains("listening")).unwrap();
     let log: serde_json::Value = serde_json::from_str(&line).unwrap();
@@ -480,11 +479,6 @@ fn the_program_serves_answers_health_and_drains_on_sigterm() {
     lines.find(|l| l.contains("\"message\":\"ready\"")).unwrap();
     let health = nbn(&["health", "--addr", addr]);
     assert!(health.status.success(), "{}", text(&health.stderr));
-    // SAFETY: kill only sends a signal to the child that is still owned here.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(child.id() as i32, libc::SIGTERM);
-    }
-    assert!(child.wait().unwrap().success());
+    assert!(child.terminate().success());
     assert!(!nbn(&["health", "--addr", addr]).status.success());
 }

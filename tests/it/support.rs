@@ -1,7 +1,7 @@
 //! What the subjects share: paths, the programs, and a client that checks every answer against openapi.yaml.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -107,14 +107,60 @@ pub(crate) fn gif_blocks(codes: impl Iterator<Item = u32>, bits: u32) -> Vec<u8>
     data.chunks(255).flat_map(|block| [&[block.len() as u8], block].concat()).chain([0]).collect()
 }
 
+/// The bundle that is served: the latest version in `models/`.
+pub(crate) const SHIPPED: &str = "models/cifar10-lt/1";
+
 pub(crate) fn shipped() -> Bundle {
     Bundle::load(&root().join("models/cifar10-lt")).unwrap()
 }
 
-/// A server process on a port of its own, killed when the test ends.
+/// A process that the test began, killed when the test ends, if only by a failure: one that went on would hold what
+/// collects the output of the tests.
+pub(crate) struct Owned(Child);
+
+impl Owned {
+    pub(crate) fn begin(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+
+    /// Sends the signal of that name, such as `TERM`.
+    pub(crate) fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args(["-s", name, &self.id().to_string()]).status().unwrap().success());
+    }
+
+    /// Asks it to end by SIGTERM, and waits.
+    pub(crate) fn terminate(&mut self) -> std::process::ExitStatus {
+        self.signal("TERM");
+        self.wait().unwrap()
+    }
+}
+
+impl std::ops::Deref for Owned {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Owned {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A server process on a port of its own.
 pub(crate) struct Process {
     pub(crate) address: String,
-    pub(crate) child: std::process::Child,
+    pub(crate) child: Owned,
     log: std::thread::JoinHandle<Vec<String>>,
 }
 
@@ -123,14 +169,14 @@ impl Process {
     pub(crate) fn serve(args: &[&str]) -> Self {
         use std::io::BufRead;
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_nbn"))
-            .current_dir(root())
-            .args(["serve", "--addr", &address, "--cache", "none"])
-            .args(args)
-            .env_remove("RUST_LOG")
-            .stderr(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = Owned::begin(
+            Command::new(env!("CARGO_BIN_EXE_nbn"))
+                .current_dir(root())
+                .args(["serve", "--addr", &address, "--cache", "none"])
+                .args(args)
+                .env_remove("RUST_LOG")
+                .stderr(std::process::Stdio::piped()),
+        );
         let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
         assert!(lines.by_ref().any(|line| line.contains("\"ready\"")), "it ended before it was ready");
         Self { address, child, log: std::thread::spawn(move || lines.collect()) }
@@ -163,19 +209,8 @@ impl Process {
 
     /// Asks it to end by SIGTERM, and waits; its status, and what it logged since it was ready.
     pub(crate) fn terminate(mut self) -> (std::process::ExitStatus, Vec<String>) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-        let status = self.child.wait().unwrap();
-        let log = std::mem::replace(&mut self.log, std::thread::spawn(Vec::new));
-        (status, log.join().unwrap())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let status = self.child.terminate();
+        (status, self.log.join().unwrap())
     }
 }
 
@@ -350,12 +385,12 @@ pub(crate) fn model_over(engine: Engine, manifest: Arc<Manifest>, max_batch: usi
     }
 }
 
-/// A copy of the shipped repository that a test may change.
+/// A repository that a test may change: the shipped bundle, as version 1.
 pub(crate) fn repository(folder: &Path) -> PathBuf {
     let repository = folder.join("models");
     let version = repository.join("cifar10-lt/1");
     std::fs::create_dir_all(&version).unwrap();
-    for entry in std::fs::read_dir(root().join("models/cifar10-lt/1")).unwrap() {
+    for entry in std::fs::read_dir(root().join(SHIPPED)).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, version.join(path.file_name().unwrap())).unwrap();
     }

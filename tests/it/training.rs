@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use burn::tensor::module::batch_norm_train;
@@ -27,7 +27,7 @@ use nbn::train::run::ema_decay;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::support::{data, fold, nbn, text};
+use super::support::{Owned, data, fold, nbn, text};
 
 fn recipe() -> Recipe {
     Recipe {
@@ -423,13 +423,13 @@ fn refused(output: Output, parts: &[&str]) {
 }
 
 /// A run that is to be interrupted, once its metrics say that `epochs` are done.
-fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Child {
-    let child = Command::new(env!("CARGO_BIN_EXE_fold"))
-        .args(arguments(set, out, more))
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Owned {
+    let child = Owned::begin(
+        Command::new(env!("CARGO_BIN_EXE_fold"))
+            .args(arguments(set, out, more))
+            .stderr(Stdio::null())
+            .stdout(Stdio::null()),
+    );
     let metrics = out.with_extension("metrics.jsonl");
     let begun = Instant::now();
     while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < epochs {
@@ -520,11 +520,7 @@ fn an_interrupt_saves_within_the_epoch_and_exits_0() {
     let set = pictures(folder.path());
     let out = folder.path().join("run.safetensors");
     let mut child = until(&set, &out, &["--epochs", "400"], 1);
-    // SAFETY: a signal to a child of this test that has not been waited for.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::kill(child.id() as i32, libc::SIGINT);
-    }
+    child.signal("INT");
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let state = fs::read(out.with_extension("state")).unwrap();
     let (_, header) = SafeTensors::read_metadata(&state).unwrap();
