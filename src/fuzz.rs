@@ -60,7 +60,7 @@ pub fn let_panics_unwind() {
     static PRINTED: AtomicUsize = AtomicUsize::new(0);
     std::panic::set_hook(Box::new(|panic| {
         if PRINTED.fetch_add(1, Ordering::Relaxed) < 50 {
-            eprintln!("{panic}");
+            crate::console::tell(format_args!("{panic}"));
         }
     }));
 }

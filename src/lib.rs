@@ -4,6 +4,7 @@
 //! The rooms, from the bottom up; ARCHITECTURE.md says which may use which:
 //!
 //! - [`features`]: what this build has
+//! - [`console`]: lines on a terminal that may be gone
 //! - [`files`]: files that are whole or not there
 //! - `gzip`: unpacks within a share of the packed size
 //! - [`memory`]: what each thread holds
@@ -24,8 +25,12 @@
 //! - `fold`: checkpoint → graph → passes → ONNX, with a proof
 //! - `train`: labelled images → checkpoint
 
+// `tell!` and `show!` instead.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod bundle;
 pub mod classify;
+pub mod console;
 pub mod features;
 pub mod files;
 #[cfg(any(feature = "serve", feature = "fold"))]

@@ -17,6 +17,25 @@ pub fn exit_at_once(status: i32) -> ! {
     std::process::exit(status)
 }
 
+/// Runs `install`, which sets handlers for signals, and leaves SIGHUP ignored where it was: `nohup` has it so, and whoever
+/// asked for that wants the work to go on when the terminal is closed.
+pub fn with_hangup_kept<T>(install: impl FnOnce() -> T) -> T {
+    #[cfg(unix)]
+    {
+        // SAFETY: both calls only change what the signal does, and no handler of this program is set yet.
+        #[allow(unsafe_code)]
+        let ignore = || unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        let before = ignore();
+        let installed = install();
+        if before == libc::SIG_IGN {
+            ignore();
+        }
+        installed
+    }
+    #[cfg(not(unix))]
+    install()
+}
+
 /// A request to end, which work looks at between its steps. Asked for once, it stays.
 #[derive(Default)]
 pub struct Stop {

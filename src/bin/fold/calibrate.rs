@@ -13,6 +13,7 @@ use nbn::bundle::{
 };
 use nbn::calibrate::{CalibrateOptions, Kappa, calibrate, command_line, describe, divided};
 use nbn::data::{GroupBy, LabelledLogits, Records};
+use nbn::{show, tell};
 
 use super::dataset::{Dataset, RuntimeArgs, say};
 use super::training_set::{TrainingSet, Unseen};
@@ -84,7 +85,7 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         bail!("{} already exists: replace it with --force, or only show the result with --dry-run", out.display());
     }
     if nbn::files::is_special(&out) {
-        eprintln!("familiarity not learned: {} is not a file, and has no place beside it", out.display());
+        tell!("familiarity not learned: {} is not a file, and has no place beside it", out.display());
     }
     let fit = Fit {
         set: &args.set,
@@ -96,9 +97,9 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         familiarity_images: if nbn::files::is_special(&out) { 0 } else { args.familiarity_images },
     };
     let Fitted { calibration, familiarity, training_overlap, .. } = fit.of(&bundle, &args.runtime)?;
-    eprint!("{}", describe(&calibration, None));
+    tell!("{}", describe(&calibration, None).trim_end());
     if training_overlap == TrainingOverlap::NotChecked {
-        eprintln!("warning: these images were not compared with the training images (--training-data SET)");
+        tell!("warning: these images were not compared with the training images (--training-data SET)");
     }
     if args.dry_run {
         return Ok(());
@@ -107,7 +108,7 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
     calibration.check(&bundle.manifest).context("no usable calibration can be fitted to these images")?;
     familiarity::write(&out, calibration, familiarity.as_deref())?;
     warn_of_a_stale_card(bundle, &out)?;
-    println!("{}", out.display());
+    show!("{}", out.display())?;
     Ok(())
 }
 
@@ -140,7 +141,7 @@ impl Fit<'_> {
         let (logits, images, records) = self.set.logits(bundle, runtime)?;
         let group_by = match (self.group_by, records.as_ref().and_then(Records::group_by)) {
             (None, Some(by)) => {
-                eprintln!("groups      --group-by {by}, as the run had it");
+                tell!("groups      --group-by {by}, as the run had it");
                 Some(by.parse().map_err(anyhow::Error::msg)?)
             }
             (by, _) => by.cloned(),
@@ -158,7 +159,7 @@ impl Fit<'_> {
         let groups = groups.map(|groups| {
             let (groups, alone) = divided(&logits, &groups);
             if let Some(first) = alone.first() {
-                eprintln!(
+                tell!(
                     "warning: of {} of {} classes, such as {:?}, all images here are of one group (--group-by): they are divided \
                      between the folds all the same, so that scores may be overconfident; hold out images of several groups",
                     alone.len(),
@@ -217,18 +218,18 @@ fn warn_of_a_stale_card(mut bundle: Bundle, out: &Path) -> anyhow::Result<()> {
     bundle.calibration = Some(BoundCalibration::load(out, &bundle.manifest)?);
     let certified = bundle.manifest.fold.quantization.as_ref().and_then(|q| q.certificate.calibration.as_ref());
     if certified.is_some_and(|certified| bundle.calibration.as_ref().is_none_or(|bound| bound.id != *certified)) {
-        eprintln!(
+        tell!(
             "stale       the certificate of this quantized bundle: it was measured with the calibration that was replaced"
         );
-        eprintln!(
+        tell!(
             "            what it says of the softmax stands; `nbn fold quantize` measures calibrated scores again, and"
         );
-        eprintln!("            `nbn fold evaluate --against` shows them beside the original's");
+        tell!("            `nbn fold evaluate --against` shows them beside the original's");
     }
     if let Err(stale) = bundle.card() {
         let card = bundle.folder.join(EVALUATION_FILE);
-        eprintln!("stale       {}: {stale}", card.display());
-        eprintln!("            its figures are not shown until `nbn fold evaluate --card` has measured them again");
+        tell!("stale       {}: {stale}", card.display());
+        tell!("            its figures are not shown until `nbn fold evaluate --card` has measured them again");
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nbn::bundle::{Bundle, Class, Pixels};
 use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, Purpose, Records, answers_of};
 use nbn::runtime::{Library, Place, SessionOptions, Wanted};
+use nbn::tell;
 
 use super::calibrate::target::given;
 use nbn::files::Named;
@@ -126,6 +127,6 @@ pub(crate) fn bar(total: usize, what: &'static str) -> ProgressBar {
 /// Says on stderr what is being done.
 pub(crate) fn say(what: &str) {
     if std::io::stderr().is_terminal() {
-        eprintln!("{what} …");
+        tell!("{what} …");
     }
 }

@@ -7,6 +7,7 @@ use clap::Args;
 use nbn::bundle::{BoundCalibration, Bundle, EVALUATION_FILE, is_json_with};
 use nbn::data::{Answers, Form, LabelledImages, answers_of};
 use nbn::evaluate::{EvaluateOptions, Evaluation, compare, evaluate, familiarity, html};
+use nbn::{show, tell};
 
 use super::calibrate::replace;
 use super::calibrate::target::{given, is_logits, of_bundle, refuse_foreign};
@@ -98,16 +99,16 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
             Some(compare(&bundle, &logits, other, &theirs, &options)?)
         }
     };
-    print!("{}", evaluation.describe());
+    show!("{}", evaluation.describe().trim_end())?;
     if let Some(comparison) = &comparison {
-        print!("{}", comparison.describe());
+        show!("{}", comparison.describe().trim_end())?;
     }
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let json = serde_json::json!({ "evaluation": evaluation, "comparison": comparison });
         replace(&folder.join(REPORT_JSON), (serde_json::to_string_pretty(&json)? + "\n").as_bytes())?;
         replace(&folder.join(REPORT_HTML), html::page(&evaluation, comparison.as_ref())?.as_bytes())?;
-        eprintln!("report      {}", folder.join(REPORT_HTML).display());
+        tell!("report      {}", folder.join(REPORT_HTML).display());
     }
     if args.card {
         write_card(&bundle, &evaluation)?;
@@ -199,6 +200,6 @@ fn check_targets(args: &Evaluate, bundle: &Bundle, other: Option<&Bundle>) -> an
 fn write_card(bundle: &Bundle, evaluation: &Evaluation) -> anyhow::Result<()> {
     let path = bundle.folder.join(EVALUATION_FILE);
     replace(&path, (serde_json::to_string_pretty(&evaluation.card())? + "\n").as_bytes())?;
-    eprintln!("card        {}", path.display());
+    tell!("card        {}", path.display());
     Ok(())
 }

@@ -14,6 +14,8 @@ use nbn::fold::export::{ExportOptions, export};
 use nbn::fold::preprocessing::{PreprocessingChanges, PreprocessingSource, ResizeMode};
 use nbn::fold::{inspect, remove_drafts_and_exit};
 use nbn::runtime::Library;
+use nbn::stop::with_hangup_kept;
+use nbn::{show, tell};
 
 #[derive(Args)]
 #[command(next_help_heading = "Of checkpoints")]
@@ -241,10 +243,10 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
         external_data: args.external_data,
     };
     // Half a bundle may be gigabytes.
-    ctrlc::set_handler(|| remove_drafts_and_exit(130))?;
+    with_hangup_kept(|| ctrlc::set_handler(|| remove_drafts_and_exit(130)))?;
     let exported = export(&options, library)?;
-    eprint!("{}", inspect::exported(&exported));
-    println!("{}", options.out.display());
+    tell!("{}", inspect::exported(&exported).trim_end());
+    show!("{}", options.out.display())?;
     Ok(())
 }
 

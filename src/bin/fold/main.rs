@@ -1,5 +1,8 @@
 //! `fold`: offline work on checkpoints and bundles.
 
+// `tell!` and `show!` instead.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod calibrate;
 mod dataset;
 mod evaluate;
@@ -18,6 +21,7 @@ use nbn::fold::architecture::Overrides;
 use nbn::fold::{Checkpoint, inspect};
 use nbn::memory::Counting;
 use nbn::runtime::disable_telemetry;
+use nbn::{show, tell};
 
 /// Decoding is ended when it takes more memory than it may.
 #[global_allocator]
@@ -62,7 +66,7 @@ pub(crate) fn main() -> ExitCode {
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nbn fold: {error:#}");
+            tell!("nbn fold: {error:#}");
             ExitCode::from(1)
         }
     }
@@ -78,17 +82,17 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Inspect { path, overrides } if path.join("manifest.json").exists() => {
             refuse_flags(overrides, &path, "a folder")?;
             let bundle = Bundle::load(&path)?;
-            println!("bundle      {}/{}", bundle.name, bundle.version);
-            print!("{}", inspect::manifest(&bundle.manifest));
+            show!("bundle      {}/{}", bundle.name, bundle.version)?;
+            show!("{}", inspect::manifest(&bundle.manifest).trim_end())?;
             match &bundle.calibration {
-                Some(bound) => print!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id))),
-                None => println!("calibration none: scores are the softmax of the logits (nbn fold calibrate)"),
+                Some(bound) => show!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id)).trim_end())?,
+                None => show!("calibration none: scores are the softmax of the logits (nbn fold calibrate)")?,
             }
             Ok(())
         }
         Command::Inspect { path, overrides } if nbn::fold::is_onnx(&path) => {
             refuse_flags(overrides, &path, "an ONNX file")?;
-            print!("{}", inspect::onnx(&path)?);
+            show!("{}", inspect::onnx(&path)?.trim_end())?;
             Ok(())
         }
         Command::Inspect { path, .. }
@@ -101,7 +105,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Inspect { path, overrides } => {
             let overrides: Overrides = overrides.into();
-            print!("{}", inspect::checkpoint(&Checkpoint::choose(&path, &overrides.choice)?, &overrides)?);
+            let checkpoint = Checkpoint::choose(&path, &overrides.choice)?;
+            show!("{}", inspect::checkpoint(&checkpoint, &overrides)?.trim_end())?;
             Ok(())
         }
     }

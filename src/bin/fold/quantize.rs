@@ -15,6 +15,8 @@ use nbn::fold::quantize::{Layer, Quantizer, Sensitivity, WeightBits, check_targe
 use nbn::fold::remove_drafts_and_exit;
 use nbn::pixels::{DecodeLimits, Preprocessor};
 use nbn::quantize::{Bounds, Side, adds_in_32_bits, broken, certify};
+use nbn::stop::with_hangup_kept;
+use nbn::{show, tell};
 
 use super::calibrate::{Fit, Fitted};
 use super::dataset::{Dataset, RuntimeArgs, bar, images};
@@ -108,17 +110,17 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
         bail!("--test {}: a file of logits belongs to one bundle: give images", test.data.display());
     }
     // Half a bundle may be gigabytes.
-    ctrlc::set_handler(|| remove_drafts_and_exit(130))?;
+    with_hangup_kept(|| ctrlc::set_handler(|| remove_drafts_and_exit(130)))?;
     let library = args.runtime.library()?;
     let inputs = inputs(&args, &original)?;
     let drawn = inputs.len();
-    eprintln!("ranges      from {drawn} pictures of {}", args.set.data.display());
+    tell!("ranges      from {drawn} pictures of {}", args.set.data.display());
     let quantizer = Quantizer::new(&original, library, inputs, args.keep_float.clone(), args.weight_bits)?;
     let mut quantized = quantizer.quantized(&args.out, args.force)?;
     let whole = quantized.layers.iter().filter(|layer| layer.kept.is_none()).count();
-    eprintln!("layers      {whole} of {} in 8 bits, weights in {}", quantized.layers.len(), args.weight_bits.number());
+    tell!("layers      {whole} of {} in 8 bits, weights in {}", quantized.layers.len(), args.weight_bits.number());
     for layer in quantized.layers.iter().filter(|layer| layer.kept.is_some()) {
-        eprintln!("            {} stays in 32 bits: {}", layer.name, layer.kept.unwrap_or_default());
+        tell!("            {} stays in 32 bits: {}", layer.name, layer.kept.unwrap_or_default());
     }
     let fitted = calibration(&args, &original, &quantized.bundle)?;
     let files = fitted.as_ref().map(Files::of).transpose()?;
@@ -126,7 +128,7 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
         quantized.bundle.calibration = Some(files.bound(fitted)?);
     }
     let certificate = measured(&args, test.as_ref(), &original, &quantized.bundle, fitted.as_ref())?;
-    eprint!("{certificate}");
+    tell!("{}", certificate.to_string().trim_end());
     let mut reasons = broken(&certificate);
     if args.weight_bits == WeightBits::Eight && !adds_in_32_bits() {
         reasons.push(
@@ -144,7 +146,7 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
             worst
         );
     }
-    reasons.iter().for_each(|reason| eprintln!("unproved    {reason}"));
+    reasons.iter().for_each(|reason| tell!("unproved    {reason}"));
     let mut manifest = quantized.bundle.manifest.clone();
     manifest.fold.quantization = Some(Quantization {
         by: format!("fold {}", env!("CARGO_PKG_VERSION")),
@@ -161,9 +163,9 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
     let others = files.iter().flat_map(Files::named).collect::<Vec<_>>();
     quantized.publish(&manifest, &others)?;
     if files.is_none() {
-        eprintln!("calibration none, as the original has none: scores are the softmax");
+        tell!("calibration none, as the original has none: scores are the softmax");
     }
-    println!("{}", args.out.display());
+    show!("{}", args.out.display())?;
     Ok(())
 }
 
@@ -206,13 +208,13 @@ fn calibration(args: &Quantize, original: &Bundle, quantized: &Bundle) -> anyhow
     let recipe = &bound.content;
     let asked = |flag: &str| recipe.fit.command.split_whitespace().any(|word| word.split('=').next() == Some(flag));
     if asked("--group-by") {
-        eprintln!(
+        tell!(
             "warning: the original was calibrated with --group-by, which has no part here: use `nbn fold calibrate` afterwards"
         );
     }
     let questions = recipe.familiarity.as_ref().map_or(0, |record| record.questions.len());
     if questions > 1 && !args.training.is_given() {
-        eprintln!(
+        tell!(
             "warning: the original tells unfamiliar images by {questions} questions, this one by confidence alone: give --training-data"
         );
     }
@@ -229,7 +231,7 @@ fn calibration(args: &Quantize, original: &Bundle, quantized: &Bundle) -> anyhow
     let fitted = fit.of(quantized, &args.runtime)?;
     let (own, theirs) = (fitted.calibration.fit.images, bound.content.fit.images);
     if own != theirs {
-        eprintln!("warning: the original was calibrated with {theirs} images, this one with the {own} of --data");
+        tell!("warning: the original was calibrated with {theirs} images, this one with the {own} of --data");
     }
     Ok(Some(fitted))
 }

@@ -9,6 +9,7 @@ use clap::Args;
 use nbn::bundle::Bundle;
 use nbn::data::{Answers, Form, LabelledImages, LabelledLogits, PixelHash, Purpose, pixel_hashes};
 use nbn::files::Named;
+use nbn::tell;
 
 use super::calibrate::target::given;
 use super::dataset::{Answered, bar, images};
@@ -82,7 +83,7 @@ impl TrainingSet {
         if !self.drop_shared {
             bail!(refusal(&shared, &own, hashes, &training, &seen));
         }
-        eprintln!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
+        tell!("left out    {} of {} images, which were trained on", shared.len(), hashes.len());
         let kept: Vec<usize> = (0..hashes.len()).filter(|&n| !seen.contains_key(&hashes[n])).collect();
         anyhow::ensure!(!kept.is_empty(), "no image is left: all were trained on");
         let groups = groups.map(|groups| kept.iter().map(|&n| groups[n]).collect());

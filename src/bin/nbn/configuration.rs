@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use nbn::features::Feature;
+use nbn::show;
 use strsim::sorensen_dice;
 use toml::{Table, Value};
 
@@ -42,7 +43,7 @@ pub(crate) fn complete(args: Serve, matches: Option<&ArgMatches>) -> anyhow::Res
     let matches = completed.as_ref().unwrap_or(matches);
     let args = Serve::from_arg_matches(matches)?;
     if args.print_config {
-        print!("{}", printed(&command, matches));
+        show!("{}", printed(&command, matches).trim_end())?;
         std::process::exit(0);
     }
     Ok(args)

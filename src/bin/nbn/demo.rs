@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use clap::{Args, Parser};
 use nbn::shipped::Shipped;
+use nbn::tell;
 use serde_json::Value;
 
 use crate::address::address;
@@ -42,7 +43,7 @@ pub(crate) fn demo(args: Demo) -> anyhow::Result<ExitCode> {
     thread::spawn(move || {
         let shown = greet(addr, &shipped, browser);
         if let Err(error) = shown {
-            eprintln!("nbn: {error:#}");
+            tell!("nbn: {error:#}");
         }
     });
     serve::run(*options, tracing::Level::WARN)

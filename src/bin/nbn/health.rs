@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use nbn::show;
 
 use crate::DEFAULT_ADDR;
 use crate::address::address;
@@ -38,7 +39,7 @@ pub(crate) fn health(args: &Health) -> anyhow::Result<ExitCode> {
     };
     let status = reply.split_whitespace().nth(1).unwrap_or("nothing");
     ensure!(status == "200", "the server at {target} is not ready: it answered {status}");
-    println!("ready");
+    show!("ready")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,5 +1,8 @@
 //! `nbn`: serve a model repository over HTTP and gRPC, or score files from the command line.
 
+// `tell!` and `show!` instead.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod address;
 mod configuration;
 mod demo;
@@ -20,6 +23,7 @@ use nbn::pixels::DecodeLimits;
 use nbn::runtime::{
     ArenaGrowth, ConvolutionSearch, CudaOptions, NetworkCache, Place, SessionOptions, Wanted, disable_telemetry,
 };
+use nbn::{show, tell};
 
 /// Decoding is ended when it takes more memory than it may.
 #[global_allocator]
@@ -142,7 +146,7 @@ fn main() -> ExitCode {
             return match configuration::complete(*args, matches) {
                 Ok(args) => finish(serve::run(args, tracing::Level::INFO)),
                 Err(error) => {
-                    eprintln!("nbn: {error:#}");
+                    tell!("nbn: {error:#}");
                     ExitCode::from(BAD_CONFIGURATION)
                 }
             };
@@ -188,7 +192,7 @@ impl std::fmt::Display for Unusable {
 
 fn finish(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
-        eprintln!("nbn: {error:#}");
+        tell!("nbn: {error:#}");
         ExitCode::from(if error.is::<Unusable>() { BAD_CONFIGURATION } else { 1 })
     })
 }
@@ -237,7 +241,7 @@ fn key(name: &str, admin: bool, concurrency: Option<u32>) -> anyhow::Result<Exit
     if admin {
         line += " admin";
     }
-    eprintln!("Give the key to {name}; it is shown once. The second line is for --api-keys-file.");
-    println!("{key}\n{line}");
+    tell!("Give the key to {name}; it is shown once. The second line is for --api-keys-file.");
+    show!("{key}\n{line}")?;
     Ok(ExitCode::SUCCESS)
 }

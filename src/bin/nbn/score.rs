@@ -24,6 +24,7 @@ use nbn::registry::{BatchChoice, ModelOptions, ServedModel};
 use nbn::runtime::{FEATURES, Library};
 use nbn::scores::{Prior, SetRung, SetScore};
 use nbn::shutdown;
+use nbn::tell;
 use serde::Serialize;
 use serde_json::json;
 
@@ -295,22 +296,22 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         Err(error @ (WriteError::Full { .. } | WriteError::Part { .. })) => return Err(error.into()),
         result => result.with_context(|| format!("a row could not be written to {place}"))?,
     };
-    eprint!("{}", describe(&summary));
+    tell!("{}", describe(&summary).trim_end());
     for reason in &summary.broken {
-        eprintln!("nbn: {reason}");
+        tell!("nbn: {reason}");
     }
     if let Some(file) = &summary_file {
         file.write(&serde_json::to_vec_pretty(&summary)?)?;
     }
     if summary.images() == 0 && summary.broken.is_empty() && !summary.interrupted {
-        eprintln!(
+        tell!(
             "nbn: nothing was scored: the source has no images{}",
             if shard.count() > 1 { " in this share" } else { "" }
         );
     }
     if summary.interrupted {
         let resume = if args.rows.output_dir.is_some() { ": continue with --resume" } else { "" };
-        eprintln!("stopped before the end{resume}");
+        tell!("stopped before the end{resume}");
         return Ok(ExitCode::from(INTERRUPTED));
     }
     let failed = !summary.broken.is_empty() || (summary.failed > 0 && !args.errors_exit_zero);

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use nbn::bundle::{Bundle, Calibration, Familiarity, FamiliarityRecord, Question, familiarity_file};
 use nbn::calibrate::{FamiliarityFitError, LEAST_TRAINING, MOST_FEATURES, Training, familiarity};
 use nbn::data::{Answers, LabelledImages, each_answer, in_turn};
+use nbn::tell;
 
 use super::super::dataset::{RuntimeArgs, bar};
 use super::replace;
@@ -35,12 +36,12 @@ pub(super) fn fit(
         return Ok(None);
     }
     let Some(answers) = answers else {
-        eprintln!("familiarity not learned: a file of logits says nothing of what images look like");
+        tell!("familiarity not learned: a file of logits says nothing of what images look like");
         return Ok(None);
     };
     let passed = match training {
         None => {
-            eprintln!("familiarity from confidence alone: with --training-data, it learns what images look like, too");
+            tell!("familiarity from confidence alone: with --training-data, it learns what images look like, too");
             None
         }
         Some(images) => {
@@ -74,9 +75,7 @@ pub(super) fn fit(
     let found = familiarity(passed, answers, calibration, &bundle.manifest.classes)?;
     let asks = |question| found.0.questions.iter().any(|asked| asked.question == question);
     if learned && !asks(Question::Look) {
-        eprintln!(
-            "familiarity from confidence alone: there are fewer than {LEAST_TRAINING} training images to learn from"
-        );
+        tell!("familiarity from confidence alone: there are fewer than {LEAST_TRAINING} training images to learn from");
     } else if learned && !asks(Question::Distance) {
         let reason = match answers.features.as_ref().and_then(|features| features.first()).map(Vec::len) {
             None => "this network does not give its features; export it again, without --no-features".to_owned(),
@@ -85,7 +84,7 @@ pub(super) fn fit(
             }
             Some(_) => "its features do not vary within any class of the training images".to_owned(),
         };
-        eprintln!("familiarity without distance: {reason}");
+        tell!("familiarity without distance: {reason}");
     }
     Ok(Some(found))
 }
