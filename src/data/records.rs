@@ -141,10 +141,18 @@ impl Records {
 
     /// Whether both lists mean the same images.
     pub fn is_same_as(&self, other: &Self) -> bool {
+        if self.is_of_other_pixels(other) {
+            return false;
+        }
         if self.images.is_empty() || other.images.is_empty() {
             return self.records == other.records;
         }
         self.images == other.images
+    }
+
+    /// Whether the one file that holds all pixels is another.
+    fn is_of_other_pixels(&self, other: &Self) -> bool {
+        self.sha256.as_ref().zip(other.sha256.as_ref()).is_some_and(|(mine, theirs)| mine != theirs)
     }
 
     /// What tells this list from that of an earlier time, in words; nothing where it cannot be said.
@@ -157,6 +165,9 @@ impl Records {
             format!("{} images{file}", list.records.len())
         };
         let mut said = format!("it trains on {}, and did on {}", of(self), of(earlier));
+        if self.is_of_other_pixels(earlier) {
+            said += "; what is in the file has changed";
+        }
         let mine: HashSet<&String> = self.images.iter().collect();
         let theirs: HashSet<&String> = earlier.images.iter().collect();
         if let Some(gone) = earlier.images.iter().find(|image| !mine.contains(image)) {

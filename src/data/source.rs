@@ -323,6 +323,10 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
             passed.hidden.push(class);
             continue;
         }
+        if class.is_symlink() && !class.exists() && !has_picture_ending(&class) {
+            let reason = format!("{} is a link that leads nowhere: correct it, or remove it", class.display());
+            return Err(content(path, &reason));
+        }
         if !class.is_dir() {
             if has_picture_ending(&class) {
                 loose.push(class);

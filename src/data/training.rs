@@ -78,6 +78,7 @@ fn names(file: &Path) -> Result<Vec<String>, DataError> {
     let mut seen = BTreeSet::new();
     match labels.iter().find(|label| !seen.insert(*label)) {
         Some(twice) => Err(content(file, &format!("names the class {twice:?} twice; labels must differ"))),
+        None if labels.is_empty() => Err(content(file, "names no class: expected one label per line")),
         None => Ok(labels),
     }
 }
@@ -160,7 +161,7 @@ pub fn long_tail(labels: &[u32], names: &[String], factor: f64, seed: u64) -> Re
         if of_class.len() < count {
             return Err(format!(
                 "class {k} ({name}) has {} images; --imbalance-factor {factor} needs {count}: give a higher factor, \
-                 or list the classes in descending order of size",
+                 or list the classes in descending order of size, in a file that --classes names",
                 of_class.len()
             ));
         }
@@ -198,7 +199,7 @@ pub fn hold_out(
     for (k, name) in names.iter().enumerate() {
         let mut of_class: Vec<usize> = records.iter().copied().filter(|&r| labels[r] as usize == k).collect();
         if of_class.is_empty() {
-            return Err(format!("class {k} ({name}) has no images: add some, or remove the class"));
+            return Err(format!("class {k} ({name}) has no images that can be decoded: add some, or remove the class"));
         }
         let wanted = if fraction > 0.0 { ((of_class.len() as f64 * fraction).round() as usize).max(1) } else { 0 };
         let count = wanted.min(of_class.len() - 1);

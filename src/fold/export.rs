@@ -8,7 +8,9 @@ use super::draft::{Draft, own_files};
 use super::expect::Expected;
 use super::ingest::{from_onnx, is_onnx};
 use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
-use super::{CLASSES_KEY, Checkpoint, FoldError, KAPPA_KEY, PREPROCESSING_KEY, reference, verify};
+use super::{
+    CLASSES_KEY, Checkpoint, EPOCH_KEY, EPOCHS_KEY, FoldError, KAPPA_KEY, PREPROCESSING_KEY, reference, verify,
+};
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError, Preprocessing,
     SCHEMA_VERSION, Size, check_classes, check_kappa, is_manifest, sha256_hex,
@@ -106,6 +108,8 @@ pub struct Exported {
     pub root: Option<String>,
     /// What the checkpoint holds besides.
     pub left_out: Vec<String>,
+    /// Of a run that has not finished: the epochs that are done, and those that were to be.
+    pub unfinished: Option<(usize, usize)>,
 }
 
 /// A bundle that was proved, not written yet.
@@ -244,6 +248,8 @@ fn from_checkpoint(
     }
     proof.assumed = network.assumed;
     let (root, left_out) = (checkpoint.root.clone(), checkpoint.left_out.clone());
+    let count = |key: &str| checkpoint.metadata.get(key)?.parse::<usize>().ok();
+    let unfinished = count(EPOCH_KEY).zip(count(EPOCHS_KEY)).filter(|(done, all)| done < all);
     drop(checkpoint);
     let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
@@ -273,7 +279,7 @@ fn from_checkpoint(
         evaluation: None,
     };
     manifest.schema_version = manifest.lowest_schema_version();
-    Ok(Proved { exported: Exported { manifest, preprocessing_from: from, root, left_out }, model })
+    Ok(Proved { exported: Exported { manifest, preprocessing_from: from, root, left_out, unfinished }, model })
 }
 
 /// The flag that makes the checkpoint the network that gave what is expected, if one alone does.

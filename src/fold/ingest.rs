@@ -160,7 +160,7 @@ fn folded(
     }
     manifest.schema_version = manifest.lowest_schema_version();
     Ok(export::Proved {
-        exported: Exported { manifest, preprocessing_from: from, root: None, left_out: Vec::new() },
+        exported: Exported { manifest, preprocessing_from: from, root: None, left_out: Vec::new(), unfinished: None },
         model,
     })
 }

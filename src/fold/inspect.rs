@@ -144,6 +144,13 @@ pub fn exported(exported: &Exported) -> String {
     for what in &exported.left_out {
         let _ = writeln!(out, "left out    {what}");
     }
+    if let Some((done, all)) = exported.unfinished {
+        let _ = writeln!(
+            out,
+            "warning: the training run of this checkpoint has done {done} of {all} epochs: finish it with `nbn fold train \
+             --resume`, and export again"
+        );
+    }
     out
 }
 

@@ -24,6 +24,10 @@ pub const CLASSES_KEY: &str = "nbn.classes";
 pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
 /// Metadata of a checkpoint: how much of the training prior its loss took out of the logits, a number.
 pub const KAPPA_KEY: &str = "nbn.kappa";
+/// Key of the epochs that were done, in a checkpoint's metadata.
+pub const EPOCH_KEY: &str = "nbn.epoch";
+/// Key of the epochs that were to be done, in a checkpoint's metadata.
+pub const EPOCHS_KEY: &str = "nbn.epochs";
 
 pub use checkpoint::Checkpoint;
 pub use draft::remove_drafts_and_exit;

@@ -78,7 +78,7 @@ pub enum DecodeError {
     },
     /// Larger than the pixel limit.
     #[error(
-        "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise `nbn`'s --max-pixels",
+        "image is {width}×{height} ({:.1} MP); the limit is {limit} pixels ({:.1} MP): resize it, or raise --max-pixels of `nbn serve` and `nbn score`",
         (*width as f64 * *height as f64) / 1e6, *limit as f64 / 1e6
     )]
     TooManyPixels {
@@ -91,7 +91,7 @@ pub enum DecodeError {
     },
     /// Decoding would allocate more than the byte limit.
     #[error(
-        "decoding this {width}×{height} image needs more than {limit} bytes of memory: resize it, or raise `nbn`'s --max-pixels"
+        "decoding this {width}×{height} image needs more than {limit} bytes of memory: resize it, or raise --max-pixels of `nbn serve` and `nbn score`"
     )]
     TooManyBytes {
         /// Width in pixels.

@@ -28,7 +28,7 @@ pub enum TrainError {
         /// Its value.
         value: String,
         /// What it may be.
-        limit: &'static str,
+        limit: String,
     },
     /// An input does not fit.
     #[error("{0}")]
@@ -53,8 +53,8 @@ pub enum TrainError {
     },
     /// The loss or its gradient is no number any more.
     #[error(
-        "{what} is {value} at step {step} of epoch {epoch}: training diverged. Largest norms: {norms}. Try a lower --lr, \
-         --warm-up 5, or --clip 1{kept}"
+        "{what} is {value} at step {step} of epoch {epoch}: training diverged. Largest norms: {norms}. Try a lower --lr or \
+         --weight-decay, --warm-up 5, or --clip 1{kept}"
     )]
     Diverged {
         /// What it is that is not finite.

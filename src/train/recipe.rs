@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use clap::ValueEnum as _;
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
@@ -211,24 +212,29 @@ impl Recipe {
     /// # Errors
     /// Names the flag, its value and the limit.
     pub fn check(&self) -> Result<(), TrainError> {
-        let within = |flag: &'static str, value: f64, fits: bool, limit: &'static str| {
-            if fits { Ok(()) } else { Err(TrainError::Flag { flag, value: value.to_string(), limit }) }
+        let refuse = |flag: &'static str, value: String, limit: &str| {
+            Err(TrainError::Flag { flag, value, limit: limit.to_owned() })
+        };
+        let within = |flag: &'static str, value: f64, fits: bool, limit: &str| {
+            // What is above 0 and yet refused is not finite.
+            let limit = if value.is_finite() { limit.to_owned() } else { format!("{limit}, and finite") };
+            if fits { Ok(()) } else { refuse(flag, value.to_string(), &limit) }
         };
         let finite = |v: f64| v.is_finite() && v > 0.0;
         // Beyond, steps could not be counted.
-        within("--epochs", self.epochs as f64, (1..=1_000_000).contains(&self.epochs), "1 to 1000000")?;
-        let batch = (2..=1_000_000).contains(&self.batch);
-        within(
-            "--batch",
-            self.batch as f64,
-            batch,
-            "at least 2, because BatchNorm needs the variance of several images, and at most 1000000",
-        )?;
+        if !(1..=1_000_000).contains(&self.epochs) {
+            return refuse("--epochs", self.epochs.to_string(), "1 to 1000000");
+        }
+        if !(2..=1_000_000).contains(&self.batch) {
+            let limit = "at least 2, because BatchNorm needs the variance of several images, and at most 1000000";
+            return refuse("--batch", self.batch.to_string(), limit);
+        }
         within("--lr", self.learning_rate, finite(self.learning_rate), "above 0")?;
         within("--momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
         let decay = self.weight_decay;
         within("--weight-decay", decay, decay.is_finite() && decay >= 0.0, "at least 0")?;
-        within("--decay-factor", self.decay_factor, finite(self.decay_factor), "above 0")?;
+        let factor = self.decay_factor;
+        within("--decay-factor", factor, finite(factor) && factor <= 1.0, "above 0, at most 1")?;
         let smoothing = f64::from(self.label_smoothing);
         within("--label-smoothing", smoothing, (0.0..1.0).contains(&smoothing), "at least 0 and below 1")?;
         // Bundles hold it as κ, which is bounded there, too.
@@ -261,17 +267,25 @@ impl Recipe {
             within("--mixup", alpha, finite(alpha) && alpha <= 1.0, "above 0, at most 1")?;
         }
         if self.warm_up >= self.epochs && self.warm_up > 0 {
-            within("--warm-up", self.warm_up as f64, false, "less than --epochs")?;
+            let limit = format!("less than --epochs, which is {}", self.epochs);
+            return refuse("--warm-up", self.warm_up.to_string(), &limit);
         }
         if self.schedule == Schedule::Step && self.milestones.is_empty() {
-            let (value, limit) =
-                ("step".into(), "given with --milestones, the epochs at which the learning rate falls, such as 30,50");
-            return Err(TrainError::Flag { flag: "--schedule", value, limit });
+            let limit = "given with --milestones, the epochs at which the learning rate falls, such as 30,50";
+            return refuse("--schedule", "step".into(), limit);
         }
+        let milestones: Vec<String> = self.milestones.iter().map(usize::to_string).collect();
         if self.schedule != Schedule::Step && !self.milestones.is_empty() {
-            let value: Vec<String> = self.milestones.iter().map(usize::to_string).collect();
             let limit = "given with --schedule step, the only schedule with milestones";
-            return Err(TrainError::Flag { flag: "--milestones", value: value.join(","), limit });
+            return refuse("--milestones", milestones.join(","), limit);
+        }
+        if !self.milestones.is_sorted() {
+            return refuse("--milestones", milestones.join(","), "in the order of the epochs");
+        }
+        let mut steps = self.augment.iter().enumerate();
+        if let Some((_, twice)) = steps.find(|(n, step)| self.augment[..*n].contains(step)) {
+            let name = twice.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+            return refuse("--augment", format!("{name}, twice"), "of different steps");
         }
         if self.nesterov && self.momentum == 0.0 {
             within("--momentum", 0.0, false, "above 0 with --nesterov")?;
@@ -311,12 +325,12 @@ impl Recipe {
     }
 
     /// What stands in the way of going on by this recipe where `begun` was begun: all [differences](Self::differences), but
-    /// that this one has more epochs.
+    /// the number of epochs.
     pub fn obstacles(&self, begun: &Self) -> Vec<String> {
-        self.differences(&Self { epochs: begun.epochs.max(self.epochs), ..begun.clone() })
+        self.differences(&Self { epochs: self.epochs, ..begun.clone() })
     }
 
-    /// The fields in which `other` differs, as `name: mine, not theirs`.
+    /// The settings in which `other` differs, by their flags: `--flag is mine, was theirs`.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let fields = |recipe: &Self| match serde_json::to_value(recipe) {
             Ok(serde_json::Value::Object(map)) => map,
@@ -330,8 +344,18 @@ impl Recipe {
             .into_iter()
             .map(|name| (name, value(&mine, name), value(&theirs, name)))
             .filter(|(_, mine, theirs)| mine != theirs)
-            .map(|(name, mine, theirs)| format!("{name} is {}, was {}", shown(&mine), shown(&theirs)))
+            .map(|(name, mine, theirs)| format!("{} is {}, was {}", flag(name), shown(&mine), shown(&theirs)))
             .collect()
+    }
+}
+
+/// The flag that sets a field.
+fn flag(field: &str) -> String {
+    match field {
+        "learning_rate" => "--lr".to_owned(),
+        "magnitude_rate" => "--magnitude-lr".to_owned(),
+        "preprocessing" => "--preprocessing or --input-size".to_owned(),
+        other => format!("--{}", other.replace('_', "-")),
     }
 }
 

@@ -20,20 +20,31 @@ pub(super) fn resume(
     // Another network would only be found out by a tensor that does not fit: the recipe says it better.
     let run = state::load(path, network, start, &job.device);
     let begun = match &run {
-        Ok(run) => Some(run.progress.recipe.clone()),
-        Err(_) => state::recipe(path),
+        Ok(run) => Some(run.progress.clone()),
+        Err(_) => state::progress(path),
     };
-    let mut differences = begun.map(|begun| job.recipe.obstacles(&begun)).unwrap_or_default();
-    if run.as_ref().is_ok_and(|run| run.progress.set != set) {
-        differences.insert(0, other_images(job));
-    }
-    if !differences.is_empty() {
-        return Err(TrainError::OtherRecipe { path: path.clone(), differences: differences.join("; ") });
+    if let Some(begun) = begun {
+        let mut differences = job.recipe.obstacles(&begun.recipe);
+        // Other settings, as another seed, choose other images: of those, nothing need be said.
+        if begun.set != set && differences.is_empty() {
+            differences.push(other_images(job));
+        }
+        if !differences.is_empty() {
+            return Err(TrainError::OtherRecipe { path: path.clone(), differences: differences.join("; ") });
+        }
     }
     let run = run?;
     run.progress.check(job.training.len(), per_epoch).map_err(|reason| {
         TrainError::Input(format!("{} is damaged: {reason}: start again with --overwrite", path.display()))
     })?;
+    let (epochs, done) = (job.recipe.epochs, run.progress.epoch + usize::from(run.progress.step > 0));
+    if epochs < done {
+        return Err(TrainError::Input(format!(
+            "--epochs is {epochs}, and the run of {} has {}: give at least {done}, or start again with --overwrite",
+            path.display(),
+            if run.progress.step > 0 { format!("begun epoch {done}") } else { format!("done {done}") }
+        )));
+    }
     state::check_checkpoint(&job.files, &run.progress)?;
     Ok(run)
 }
@@ -42,17 +53,23 @@ pub(super) fn resume(
 fn other_images(job: &Job) -> String {
     let begun = Records::load(&job.files.training).ok();
     let difference = begun.and_then(|begun| job.records[0].difference(&begun));
-    difference.unwrap_or_else(|| "the training images or classes differ, or are in another order".into())
+    difference
+        .or_else(|| other_class(job))
+        .unwrap_or_else(|| "the training images or classes differ, or are in another order".into())
 }
 
-/// Copies the checkpoint of a run that had finished, to `NAME.epoch-N.safetensors`: longer training may make it worse.
-pub(super) fn keep_finished(files: &Files, epochs: usize) -> Result<Option<PathBuf>, TrainError> {
+/// A class that has another name than in the run's checkpoint.
+fn other_class(job: &Job) -> Option<String> {
+    let begun = state::classes(&job.files.checkpoint)?;
+    let mut both = job.classes.iter().zip(&begun).enumerate();
+    let (index, (now, was)) = both.find(|(_, (now, was))| now.label != was.label)?;
+    Some(format!("class {index} is {:?}, was {:?}", now.label, was.label))
+}
+
+/// Writes the checkpoint of a run that had finished, `NAME.epoch-N.safetensors`.
+pub(super) fn keep_finished(files: &Files, epochs: usize, content: &[u8]) -> Result<PathBuf, TrainError> {
     let path = files.checkpoint.with_extension(format!("epoch-{epochs}.safetensors"));
-    match fs::read(&files.checkpoint) {
-        Ok(content) => state::replace(&path, &content, "").map(|()| Some(path)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(cause) => Err(TrainError::File { path: files.checkpoint.clone(), cause, kept: String::new() }),
-    }
+    state::replace(&path, content, "").map(|()| path)
 }
 
 /// Drops the lines of epochs that are to be trained again.
@@ -84,10 +101,8 @@ pub(super) fn keep_lists(job: &Job) -> Result<(), TrainError> {
         let found = Records::load_any(path)
             .map_err(|error| TrainError::Input(format!("{error}: remove it to have it written anew")))?;
         if !found.is_same_as(records) {
-            let differences = format!(
-                "the images that {} lists are others now: some were added to the set or removed from it",
-                path.display()
-            );
+            let differences = records.difference(&found).unwrap_or_else(|| "they are others".to_owned());
+            let differences = format!("the images that {} lists are others now: {differences}", path.display());
             return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
         }
         if found.is_outdated() {

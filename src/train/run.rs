@@ -61,8 +61,8 @@ pub enum Event<'a> {
         step: usize,
         /// Steps of an epoch.
         steps: usize,
-        /// Where a run gets more epochs than it had.
-        longer: Option<Longer>,
+        /// Where a run gets more epochs than it had, or fewer.
+        length: Option<NewLength>,
         /// Learned values.
         parameters: usize,
     },
@@ -79,14 +79,16 @@ pub enum Event<'a> {
     Epoch(&'a EpochReport),
 }
 
-/// A schedule that is laid over more epochs than before.
+/// A schedule that is laid over another number of epochs than before.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Longer {
+pub struct NewLength {
     /// Epochs that it was laid over.
     pub before: usize,
     /// Learning rate of the next step.
     pub rate: f64,
-    /// The copy of the checkpoint of the finished run.
+    /// Whether all steps of the schedule lie behind, so that the rate stays as it is.
+    pub steps_done: bool,
+    /// The checkpoint of the run that had finished.
     pub kept: Option<PathBuf>,
 }
 
@@ -146,7 +148,11 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
     let per_epoch = loader::steps(images.len(), recipe.batch);
     let mut run =
         if job.resume { resume(job, &network, &initial, &set, per_epoch)? } else { begin(job, &network, initial, set) };
-    let begun_with = std::mem::replace(&mut run.progress.recipe, job.recipe.clone()).epochs;
+    let begun_with = run.progress.recipe.epochs;
+    // Longer training may make it worse.
+    let finished = begun_with < recipe.epochs && run.progress.epoch == begun_with;
+    let finished = finished.then(|| checkpoint(job, &network, &run, per_epoch)).transpose()?;
+    run.progress.recipe = job.recipe.clone();
     let counts: Vec<u64> = job.classes.iter().map(|c| c.count.unwrap_or(0)).collect();
     let objective = Objective::new(&recipe, &counts);
     let mut saved = job.resume;
@@ -154,18 +160,15 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         keep_lists(job)?;
         keep_metrics(&job.files, run.progress.epoch)?;
     }
-    let kept = if begun_with < recipe.epochs && run.progress.epoch == begun_with {
-        keep_finished(&job.files, begun_with)?
-    } else {
-        None
-    };
+    let kept = finished.map(|content| keep_finished(&job.files, begun_with, &content)).transpose()?;
     watch(Event::Start {
         epoch: run.progress.epoch,
         step: run.progress.step,
         steps: per_epoch,
-        longer: (begun_with < recipe.epochs).then(|| Longer {
+        length: (begun_with != recipe.epochs).then(|| NewLength {
             before: begun_with,
             rate: learning_rate(&recipe, run.progress.epoch * per_epoch + run.progress.step, per_epoch),
+            steps_done: recipe.milestones.last().is_some_and(|last| *last <= run.progress.epoch),
             kept,
         }),
         parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
@@ -390,7 +393,7 @@ fn save(
         *saved = true;
         return Ok(());
     }
-    append_metrics(job, &line)?;
+    append_metrics(job, &line, &kept(job, run))?;
     state::replace(&job.files.state, &state::state_content(network, run)?, &kept(job, run))?;
     save_checkpoint(job, network, run, per_epoch)
 }
@@ -407,7 +410,7 @@ fn checkpoint(job: &Job, network: &Network, run: &Resumable, per_epoch: usize) -
 
 /// What `nbn fold export` and `nbn fold calibrate` want to know of a checkpoint.
 fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, TrainError> {
-    let recipe = &job.recipe;
+    let recipe = &run.progress.recipe;
     let json = |value: serde_json::Result<String>| value.map_err(|e| TrainError::Input(format!("the metadata: {e}")));
     let mut metadata = BTreeMap::from(
         [
@@ -417,7 +420,8 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             (architecture::MAGNITUDE_KEY, recipe.magnitude.to_string()),
             ("nbn.norm_epsilon", crate::fold::onnx::NORM_EPSILON.to_string()),
             (architecture::EPSILON_KEY, crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
-            ("nbn.epoch", run.progress.epoch.to_string()),
+            (crate::fold::EPOCH_KEY, run.progress.epoch.to_string()),
+            (crate::fold::EPOCHS_KEY, recipe.epochs.to_string()),
             ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
             (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),
             (crate::fold::PREPROCESSING_KEY, json(serde_json::to_string(&recipe.preprocessing))?),
@@ -437,12 +441,12 @@ fn line(report: &EpochReport) -> Result<String, TrainError> {
     Ok(line + "\n")
 }
 
-fn append_metrics(job: &Job, line: &str) -> Result<(), TrainError> {
+fn append_metrics(job: &Job, line: &str, kept: &str) -> Result<(), TrainError> {
     let path = &job.files.metrics;
     let file = OpenOptions::new().append(true).create(true).open(path);
     file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|cause| TrainError::File {
         path: path.clone(),
         cause,
-        kept: String::new(),
+        kept: kept.to_owned(),
     })
 }

@@ -21,6 +21,7 @@ use super::TrainError;
 use super::network::{Network, State, host};
 use super::optimizer::Optimizer;
 use super::recipe::Recipe;
+use crate::bundle::Class;
 use crate::files;
 use crate::fold::checkpoint::Tensor as Values;
 
@@ -129,6 +130,11 @@ impl Files {
         }
     }
 
+    /// All of them.
+    pub fn every(&self) -> impl Iterator<Item = &Path> {
+        self.after_the_state().into_iter().chain([self.state.as_path()])
+    }
+
     /// All but the state, in the order in which they take their places.
     fn after_the_state(&self) -> [&Path; 5] {
         [&self.checkpoint, &self.metrics, &self.training, &self.calibration, &self.broken]
@@ -150,7 +156,11 @@ impl Files {
 pub fn lock(files: &Files) -> Result<File, TrainError> {
     let name = files.checkpoint.file_stem().unwrap_or_default().to_string_lossy();
     let path = files.checkpoint.with_file_name(format!(".{name}.lock"));
-    let file = File::create(&path).map_err(|cause| TrainError::File { path, cause, kept: String::new() })?;
+    let file = File::create(&path).map_err(|cause| TrainError::File {
+        path: path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned(),
+        cause,
+        kept: ": give --out in a folder that can be written".to_owned(),
+    })?;
     // A file system without locks: two processes on one run are the user's to avoid.
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
         return Err(TrainError::Busy { checkpoint: files.checkpoint.clone() });
@@ -353,10 +363,14 @@ pub fn check_checkpoint(files: &Files, progress: &Progress) -> Result<(), TrainE
     )))
 }
 
-/// The recipe of the state at `path`, when there is one.
-pub fn recipe(path: &Path) -> Option<Recipe> {
-    let progress: Progress = serde_json::from_str(metadata(path)?.get(PROGRESS)?).ok()?;
-    Some(progress.recipe)
+/// The classes of the checkpoint at `path`, when it tells.
+pub fn classes(path: &Path) -> Option<Vec<Class>> {
+    serde_json::from_str(metadata(path)?.get(crate::fold::CLASSES_KEY)?).ok()
+}
+
+/// How far the run of the state at `path` has come, when it tells.
+pub fn progress(path: &Path) -> Option<Progress> {
+    serde_json::from_str(metadata(path)?.get(PROGRESS)?).ok()
 }
 
 /// Reads the state that [`state_content`] made for the same `network`, whose tensors are as long as those in `start`.

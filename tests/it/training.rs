@@ -467,13 +467,13 @@ fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
     done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "11", "--resume"]));
     done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "12", "--resume"]));
     done(train(&set, &out("named"), &["--epochs", "13", "--resume"]));
-    refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["norm is \"nbn\", was \"bn\""]);
-    refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["head is \"lr\", was \"linear\""]);
+    refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["--norm is \"nbn\", was \"bn\""]);
+    refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["--head is \"lr\", was \"linear\""]);
     done(train(&set, &out("changed"), &["--epochs", "20", "--resume"]));
     // 4 % of 20 epochs would be a rise of one.
     let same = ["--recipe", "thorough", "--epochs", "21", "--schedule", "cosine", "--lr", "0.02", "--resume"];
     done(train(&set, &out("changed"), &same));
-    refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["schedule is \"step\", was"]);
+    refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["--schedule is \"step\", was"]);
 }
 
 #[test]
@@ -649,7 +649,25 @@ fn what_cannot_be_trained_on_is_named() {
     fs::write(&names, "a\nb\n").unwrap();
     let named = [&short[..], &["--classes", names.to_str().unwrap()]].concat();
     refused(train(&list, &out, &named), &["line 2", "label 7", "0 to 1"]);
+    fs::write(&names, "").unwrap();
+    refused(train(&list, &out, &named), &["names.txt", "names no class"]);
+    let beside = folder.path().join("linked");
+    fs::create_dir_all(beside.join("red")).unwrap();
+    fs::copy(set.join("red/00.png"), beside.join("red/00.png")).unwrap();
+    std::os::unix::fs::symlink("nowhere", beside.join("green")).unwrap();
+    refused(train(&beside, &out, &short), &["linked/green is a link that leads nowhere"]);
     refused(train(&set, &out, &["--lr", "0"]), &["--lr is 0", "above 0"]);
+    refused(train(&set, &out, &["--lr", "inf"]), &["--lr is inf", "above 0, and finite"]);
+    refused(train(&set, &out, &["--lr", "-1"]), &["--lr is -1", "above 0"]);
+    refused(train(&set, &out, &["--epochs", "2", "--warm-up", "5"]), &["--warm-up is 5", "--epochs, which is 2"]);
+    let steps = |milestones: &'static str| ["--epochs", "6", "--schedule", "step", "--milestones", milestones];
+    refused(train(&set, &out, &steps("5,3")), &["--milestones is 5,3", "in the order"]);
+    refused(train(&set, &out, &steps("3,6")), &["--milestones is 6", "6 epochs", "never come"]);
+    refused(train(&set, &out, &["--reweight-from", "9", "--epochs", "2"]), &["--reweight-from is 9", "never come"]);
+    refused(train(&set, &out, &["--augment", "flip,crop,flip"]), &["--augment is flip, twice"]);
+    fs::create_dir_all(out.with_extension("state")).unwrap();
+    refused(train(&set, &out, &["--overwrite"]), &["run.state is a folder", "another --out"]);
+    fs::remove_dir(out.with_extension("state")).unwrap();
     refused(train(&set, &out, &["--batch", "1"]), &["--batch is 1", "at least 2"]);
     refused(train(&set, &out, &["--schedule", "step"]), &["--schedule is step", "--milestones"]);
     refused(train(&set, &out, &["--milestones", "3,5"]), &["--milestones is 3,5", "--schedule step"]);
@@ -752,7 +770,10 @@ fn images_of_one_object_are_kept_together_by_train_and_calibrate() {
     let objects = |records: &BTreeSet<usize>| records.iter().map(|r| r / 5).collect::<BTreeSet<usize>>();
     assert!(objects(&training).is_disjoint(&objects(&held_out)), "{held_out:?}");
     assert_eq!((objects(&training).len(), objects(&held_out).len()), (10, 2));
-    refused(train(&set, &out, &[&flags("object-\\d")[..], &["--resume"]].concat()), &["group_by is", "was \"folder\""]);
+    refused(
+        train(&set, &out, &[&flags("object-\\d")[..], &["--resume"]].concat()),
+        &["--group-by is", "was \"folder\""],
+    );
 
     let bundle = folder.path().join("models/objects/1");
     let (path, at) = (out.to_str().unwrap(), bundle.to_str().unwrap());
@@ -826,6 +847,8 @@ fn a_finished_run_can_be_given_more_epochs() {
         let (whole, grown) = (folder.path().join("whole.safetensors"), folder.path().join("grown.safetensors"));
         done(run(&whole, "4", &["--overwrite"]));
         done(run(&grown, "2", &["--overwrite"]));
+        // What is kept of the finished run is made of its state, whatever became of the checkpoint.
+        fs::write(&grown, "cut short").unwrap();
         let output = run(&grown, "4", &["--resume"]);
         assert!(text(&output.stderr).contains("longer      4 epochs instead of 2"), "{}", text(&output.stderr));
         done(output);
@@ -835,7 +858,7 @@ fn a_finished_run_can_be_given_more_epochs() {
         assert_eq!(of(&told, "epoch"), [1, 2, 3, 4].map(Value::from));
         assert_eq!(of(&told, "epochs"), [2, 2, 4, 4].map(Value::from));
         assert_eq!(of(&told[2..], "learning_rate"), of(&whole[2..], "learning_rate"));
-        refused(run(&grown, "2", &["--resume"]), &["epochs is 2, was 4", "--overwrite"]);
+        refused(run(&grown, "2", &["--resume"]), &["--epochs is 2", "has done 4", "at least 4", "--overwrite"]);
         // A kill after the state and before the checkpoint leaves the earlier one, which is this run's.
         let state = fs::read(grown.with_extension("state")).unwrap();
         done(run(&grown, "2", &["--overwrite"]));
@@ -850,6 +873,85 @@ fn a_finished_run_can_be_given_more_epochs() {
         let flags = ["--schedule", schedule, "--ema", "0.9", "--resume"];
         done(train(&set, &grown, &flags));
         assert_eq!(lines(&grown).len(), 2);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_can_be_given_fewer_epochs_than_it_had_if_not_more_are_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let mut child = until(&set, &out, &["--epochs", "4000"], 1);
+    assert!(child.terminate().success());
+    let exported = fold(&["export", out.to_str().unwrap(), "--out", folder.path().join("m/1").to_str().unwrap()]);
+    assert!(text(&exported.stderr).contains("of 4000 epochs: finish it with"), "{}", text(&exported.stderr));
+    done(exported);
+    let epochs = || fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap().lines().count();
+    let enough = (epochs() + 2).to_string();
+    let output = train(&set, &out, &["--epochs", &enough, "--resume"]);
+    assert!(text(&output.stderr).contains(&format!("shorter     {enough} epochs instead of 4000")));
+    done(output);
+    assert_eq!(epochs().to_string(), enough);
+    let exported =
+        fold(&["export", out.to_str().unwrap(), "--force", "--out", folder.path().join("m/1").to_str().unwrap()]);
+    assert!(!text(&exported.stderr).contains("warning"), "{}", text(&exported.stderr));
+}
+
+#[test]
+fn steps_that_lie_behind_are_said_to_when_a_run_gets_more_epochs() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    done(train(&set, &out, &["--recipe", "thorough", "--epochs", "1"]));
+    let output = train(&set, &out, &["--epochs", "3", "--resume"]);
+    assert!(text(&output.stderr).contains("all steps of its schedule lie behind"), "{}", text(&output.stderr));
+    done(output);
+}
+
+/// As on a full disk, in a closed window, or with `tee` gone.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_goes_on_where_nobody_reads_what_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let run = |name: &str, stdout: Stdio, stderr: Stdio| {
+        let out = folder.path().join(name);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fold"));
+        command.args(arguments(&set, &out, &["--epochs", "3"])).stdout(stdout).stderr(stderr);
+        let output = command.output().unwrap();
+        assert_eq!(fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap().lines().count(), 3);
+        Checkpoint::load(&out).unwrap();
+        output
+    };
+    done(run("err.safetensors", Stdio::piped(), full().into()));
+    // That the name was not written is said.
+    refused(run("out.safetensors", full().into(), Stdio::piped()), &["standard output cannot be written"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    done(run("gone.safetensors", writer.into(), Stdio::piped()));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_ignores_the_end_of_its_terminal_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    for (shell, finishes) in [("trap '' HUP; exec \"$@\"", true), ("exec \"$@\"", false)] {
+        let out = folder.path().join(format!("{finishes}.safetensors"));
+        let mut command = Command::new("sh");
+        command.args(["-c", shell, "sh", env!("CARGO_BIN_EXE_fold")]).args(arguments(&set, &out, &["--epochs", "60"]));
+        let mut child = Owned::begin(command.stdout(Stdio::null()).stderr(Stdio::null()));
+        let metrics = out.with_extension("metrics.jsonl");
+        let epochs = || fs::read_to_string(&metrics).unwrap_or_default().lines().count();
+        while epochs() == 0 {
+            assert!(child.try_wait().unwrap().is_none(), "it ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.signal("HUP");
+        assert!(child.wait().unwrap().success());
+        assert_eq!(epochs() == 60, finishes, "{} epochs", epochs());
     }
 }
 
@@ -869,6 +971,13 @@ fn a_run_goes_on_only_as_it_was_begun() {
         train(&set, &out, &["--epochs", "1", "--arch", "resnet8_w8", "--resume"]),
         &["cifar_resnet8_w8", "was \"cifar_resnet8_w4\""],
     );
+    fs::create_dir(set.join("white")).unwrap();
+    fs::copy(set.join("red/00.png"), set.join("white/00.png")).unwrap();
+    refused(
+        train(&set, &out, &["--epochs", "1", "--resume"]),
+        &["it trains on 39 images of", "white/00.png is new among them"],
+    );
+    fs::remove_dir_all(set.join("white")).unwrap();
     fs::remove_file(set.join("red/00.png")).unwrap();
     refused(
         train(&set, &out, &["--epochs", "1", "--resume"]),
@@ -979,7 +1088,7 @@ fn classes_of_other_names_are_another_run() {
     fs::write(&names, "red\nblue\n").unwrap();
     let out = folder.path().join("run.safetensors");
     done(train(&list, &out, &["--epochs", "1", "--classes", names.to_str().unwrap()]));
-    refused(train(&list, &out, &["--epochs", "1", "--resume"]), &["the training images or classes differ"]);
+    refused(train(&list, &out, &["--epochs", "1", "--resume"]), &["class 0 is \"class 0\", was \"red\""]);
 }
 
 #[test]

@@ -48,12 +48,14 @@ mod with {
     };
     use nbn::fold::architecture::{Magnitude, NbnLayers};
     use nbn::fold::export::Preset;
+    use nbn::stop::with_hangup_kept;
     use nbn::train::arch::Arch;
     use nbn::train::recipe::{
         Augmentation, BiasStart, Decay, Head, Loss, MagnitudeMode, Norm, Recipe, Schedule, Shortcut,
     };
     use nbn::train::run::{End, Job, run as train};
-    use nbn::train::state::{Files, recipe as begun_recipe};
+    use nbn::train::state::{Files, progress};
+    use nbn::{show, tell};
 
     use self::settings::{Named, recipe};
     use super::pictures::{checked, list_of, warn_of_shared};
@@ -61,6 +63,7 @@ mod with {
 
     #[derive(Args)]
     #[command(
+        allow_negative_numbers = true,
         after_help = "Examples:\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors --resume"
     )]
     pub(crate) struct Train {
@@ -77,8 +80,8 @@ mod with {
         #[arg(long, value_name = "SET", help_heading = "Images")]
         test: Option<PathBuf>,
         /// Measure accuracy every N epochs, and after the last one
-        #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Images")]
-        test_every: usize,
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), help_heading = "Images")]
+        test_every: u32,
         /// Cut the set to an exponential profile in which the first class is F times as large as the last
         #[arg(long, value_name = "F", help_heading = "Images")]
         imbalance_factor: Option<f64>,
@@ -219,8 +222,8 @@ mod with {
         #[arg(long, help_heading = "Run")]
         overwrite: bool,
         /// Threads that compute the network; 0 uses all processors
-        #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
-        threads: usize,
+        #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024), help_heading = "Run")]
+        threads: u16,
         /// Threads that prepare images
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), help_heading = "Run")]
         loaders: u8,
@@ -241,12 +244,15 @@ mod with {
             "--out is {}; give a name that ends in .safetensors",
             args.out.display()
         );
-        // This thread is one of the pool: otherwise every operation would wake another and wait for it.
-        rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
-        let device = device(args.device)?;
         let files = Files::of(&args.out);
+        if let Some(folder) = files.every().find(|path| path.is_dir()) {
+            bail!("{} is a folder, and the run would write a file there: give another --out", folder.display());
+        }
+        // This thread is one of the pool: otherwise every operation would wake another and wait for it.
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads.into()).use_current_thread().build_global()?;
+        let device = device(args.device)?;
         let resume = args.resume && files.state.exists();
-        let recipe = recipe(&args, resume.then(|| begun_recipe(&files.state)).flatten())?;
+        let recipe = recipe(&args, resume.then(|| progress(&files.state)).flatten().map(|begun| begun.recipe))?;
         recipe.check()?;
         ensure!(
             resume || !args.resume || !args.out.exists(),
@@ -265,12 +271,13 @@ mod with {
         let job = job(&args, recipe, files, resume, device)?;
         let stop = Arc::new(AtomicBool::new(false));
         let asked = stop.clone();
-        ctrlc::set_handler(move || {
+        let ask = move || {
             if asked.swap(true, Ordering::Relaxed) {
                 exit(130);
             }
-            eprintln!("finishing the step, then saving; press Ctrl-C again to stop at once");
-        })?;
+            tell!("finishing the step, then saving; press Ctrl-C again to stop at once");
+        };
+        with_hangup_kept(|| ctrlc::set_handler(ask))?;
         let mut view = View::new(job.recipe.epochs, job.training.len(), job.recipe.batch);
         let end = train(&job, &stop, &mut |event| view.show(&event))?;
         view.bar.finish_and_clear();
@@ -278,14 +285,34 @@ mod with {
             [("trained on", &job.files.training), ("held out", &job.files.calibration), ("left out", &job.files.broken)]
         {
             if path.exists() {
-                eprintln!("{what:<11} {}", path.display());
+                tell!("{what:<11} {}", path.display());
             }
         }
-        if end == End::Stopped {
-            eprintln!("stopped     continue from here with --resume");
+        match end {
+            End::Stopped => tell!("stopped     continue from here with --resume"),
+            End::Done => tell!("next        nbn fold export {} --out models/NAME/1", args.out.display()),
         }
-        println!("{}", args.out.display());
+        show!("{}", args.out.display())?;
         Ok(())
+    }
+
+    /// How it learns, in a line.
+    fn told(recipe: &Recipe) -> String {
+        let Recipe { epochs, batch, learning_rate, weight_decay, warm_up, .. } = recipe;
+        let mut line =
+            format!("{}, {epochs} epochs in batches of {batch}; learning rate {learning_rate}", name(recipe.loss));
+        if *warm_up > 0 {
+            line += &format!(", rising over {warm_up}");
+        }
+        line += &match recipe.schedule {
+            Schedule::Constant => ", constant".to_owned(),
+            Schedule::Cosine => ", falling as a cosine".to_owned(),
+            Schedule::Step => {
+                let steps: Vec<String> = recipe.milestones.iter().map(usize::to_string).collect();
+                format!(", × {} after {}", recipe.decay_factor, steps.join(", "))
+            }
+        };
+        line + &format!("; weight decay {weight_decay} on {}", name(recipe.decay))
     }
 
     /// What the command line calls it.
@@ -361,7 +388,7 @@ mod with {
                     set.path.display(),
                     found.len()
                 );
-                eprintln!("groups      {count} of images that stay together (--group-by {by})");
+                tell!("groups      {count} of images that stay together (--group-by {by})");
                 // Of what is left out, none is asked for.
                 let mut groups = vec![0; set.images.len()];
                 records.iter().zip(found).for_each(|(&record, group)| groups[record] = group);
@@ -370,7 +397,7 @@ mod with {
         };
         let Split { training, held_out, alone } = split.map_err(refuse)?;
         if let Some(first) = alone.first() {
-            eprintln!(
+            tell!(
                 "warning: {} of {} classes have a single {}, which is trained on, such as {:?}: none of theirs is held \
                  out, so that their scores will be calibrated by what the others say (status prior_only)",
                 alone.len(),
@@ -380,7 +407,7 @@ mod with {
             );
         }
         if recipe.augment.contains(&Augmentation::Flip) {
-            eprintln!(
+            tell!(
                 "augment     images are mirrored at random: where left and right tell classes apart (signs, texts, organs), \
                  give --augment without flip"
             );
@@ -422,21 +449,22 @@ mod with {
             Records::new(&set.path, &set.images, records, purpose, recipe.seed).grouped(group_by.as_ref())
         });
         let (most, least) = (counts.iter().max().unwrap_or(&0), counts.iter().min().unwrap_or(&0));
-        eprintln!(
+        tell!(
             "images      {} in {} classes, {most} to {least} each; {} held out",
             training.len(),
             classes.len(),
             held_out.len()
         );
         match &evaluation {
-            Some((images, name)) => eprintln!("measured    on {} images: {name}", images.len()),
-            None => eprintln!("measured    on nothing: neither --test nor held-out images"),
+            Some((images, name)) => tell!("measured    on {} images: {name}", images.len()),
+            None => tell!("measured    on nothing: neither --test nor held-out images"),
         }
         let norm = match recipe.norm {
             Norm::Nbn => format!("NBN ({})", recipe.nbn_layers),
             Norm::Bn => "plain BatchNorm".into(),
         };
-        eprintln!("network     {}, {norm}, {} head", recipe.arch, name(recipe.head));
+        tell!("network     {}, {norm}, {} head", recipe.arch, name(recipe.head));
+        tell!("recipe      {}", told(&recipe));
         Ok(Job {
             training: set.images.select(&training)?,
             records,
@@ -444,7 +472,7 @@ mod with {
             recipe,
             classes,
             evaluation,
-            evaluate_every: args.test_every,
+            evaluate_every: args.test_every as usize,
             files,
             resume,
             loaders: args.loaders.into(),

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use anyhow::ensure;
 use nbn::bundle::Exif;
 use nbn::data::{Checked, LabelledImages, PixelHash, check_pictures};
+use nbn::tell;
 
 use super::super::dataset::bar;
 
@@ -44,7 +45,7 @@ pub(super) fn checked(skip_broken: bool, images: &LabelledImages, what: &str, ex
         "{count} of {total} {what} cannot be decoded: repair or remove them, or go on without them by --skip-broken\n{}",
         listed(&broken.iter().collect::<Vec<_>>())
     );
-    eprintln!("left out    {count} of {total} {what}, which cannot be decoded");
+    tell!("left out    {count} of {total} {what}, which cannot be decoded");
     Ok(checked)
 }
 
@@ -65,7 +66,7 @@ pub(super) fn warn_of_shared(
     let shared: Vec<(usize, usize)> =
         hashes.iter().enumerate().filter_map(|(n, hash)| Some((n, same(hash)?))).collect();
     if let Some((first, of)) = shared.first() {
-        eprintln!(
+        tell!(
             "warning: {} of {} {what} have the pixels of one that is trained on, such as {} those of {}: {advice}",
             shared.len(),
             hashes.len(),

@@ -3,7 +3,8 @@
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nbn::train::run::{EpochReport, Event, Longer};
+use nbn::tell;
+use nbn::train::run::{EpochReport, Event, NewLength};
 
 /// A bar on a terminal, a line per epoch everywhere.
 pub(super) struct View {
@@ -46,25 +47,30 @@ impl View {
 
     pub(super) fn show(&mut self, event: &Event<'_>) {
         match event {
-            Event::Start { epoch, step, steps, longer, parameters } => {
-                eprintln!("learned     {parameters} values; {steps} steps per epoch");
+            Event::Start { epoch, step, steps, length, parameters } => {
+                tell!("learned     {parameters} values; {steps} steps per epoch");
                 if *epoch >= self.epochs {
-                    eprintln!(
-                        "resumed     after {}, which are all: give more --epochs to go on",
-                        count(*epoch, "epoch")
-                    );
+                    tell!("resumed     after {}, which are all: give more --epochs to go on", count(*epoch, "epoch"));
                 } else if epoch + step > 0 {
-                    eprintln!("resumed     after {} and {}", count(*epoch, "epoch"), count(*step, "step"));
+                    tell!("resumed     after {} and {}", count(*epoch, "epoch"), count(*step, "step"));
                 }
                 self.left = (self.epochs - epoch.min(&self.epochs)) * steps - step;
-                if let Some(Longer { before, rate, kept }) = longer {
-                    eprintln!(
-                        "longer      {} epochs instead of {before}; the learning rate goes on at {rate:.3e}, as its schedule has \
-                         it for the longer run",
-                        self.epochs
+                if let Some(NewLength { before, rate, steps_done, kept }) = length {
+                    let word = if *before < self.epochs { "longer" } else { "shorter" };
+                    tell!(
+                        "{word:<11} {} instead of {before}; the learning rate goes on at {rate:.3e}, as its schedule has it for \
+                         the {word} run",
+                        count(self.epochs, "epoch")
                     );
+                    if *steps_done {
+                        tell!(
+                            "            all steps of its schedule lie behind, so that it stays there: for steps over {}, start \
+                             again with --overwrite",
+                            count(self.epochs, "epoch")
+                        );
+                    }
                     if let Some(kept) = kept {
-                        eprintln!("kept        {}: the network of {before} epochs", kept.display());
+                        tell!("kept        {}: the network of {}", kept.display(), count(*before, "epoch"));
                     }
                 }
                 self.bar.set_length((self.epochs * steps) as u64);
@@ -81,13 +87,13 @@ impl View {
                     let left = self.left as f64 * self.batch as f64 / images_per_second.max(1e-9);
                     let line =
                         format!("estimate    {images_per_second:.0} images/s: about {} to the end", duration(left));
-                    self.bar.suspend(|| eprintln!("{line}"));
+                    self.bar.suspend(|| tell!("{line}"));
                 }
                 self.bar.set_message(format!("loss {loss:.4}, {images_per_second:.0} images/s"));
             }
             Event::Epoch(report) => {
                 let line = self.line(report);
-                self.bar.suspend(|| eprintln!("{line}"));
+                self.bar.suspend(|| tell!("{line}"));
                 self.bar.set_prefix(format!("epoch {}/{}", (report.epoch + 1).min(self.epochs), self.epochs));
             }
         }

@@ -137,6 +137,14 @@ fn refuse_idle(args: &Train, settings: &Settings) -> anyhow::Result<()> {
         ("--ldam-scale", args.ldam_scale.is_some(), of(Loss::Ldam), "--loss ldam"),
         ("--decay-factor", args.decay_factor.is_some(), settings.schedule == Schedule::Step, "--schedule step"),
     ];
+    let epochs = settings.epochs;
+    for (flag, epoch) in
+        [("--milestones", args.milestones.iter().max().copied()), ("--reweight-from", args.reweight_from)]
+    {
+        if let Some(epoch) = epoch.filter(|epoch| *epoch >= epochs) {
+            bail!("{flag} is {epoch}, and there are {epochs} epochs, counted from 0: it would never come");
+        }
+    }
     match flags.into_iter().find(|(_, given, used, _)| *given && !used) {
         Some((flag, .., needs)) => bail!("{flag} has an effect only with {needs}: give that, or leave it out"),
         None => Ok(()),
