@@ -4,34 +4,58 @@
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 
-/// Writes a line to standard error, as `eprintln!` does, if somebody reads it.
+/// Writes to standard error, and ends the line, as `eprintln!` does, if somebody reads it.
 #[macro_export]
 macro_rules! tell {
     ($($format:tt)*) => { $crate::console::tell(format_args!($($format)*)) };
 }
 
-/// Writes a line to standard output, as `println!` does, and returns an error where it cannot.
+/// Writes to standard output, and ends the line, as `println!` does; an error where it cannot be written, unless the reader has
+/// gone.
 #[macro_export]
 macro_rules! show {
-    ($($format:tt)*) => { $crate::console::show(format_args!("{}\n", format_args!($($format)*))) };
+    ($($format:tt)*) => { $crate::console::show(format_args!($($format)*)) };
 }
 
-/// Writes a line to standard error.
-pub fn tell(line: Arguments<'_>) {
+/// Writes `text` to standard error, and ends its last line if it has not.
+pub fn tell(text: Arguments<'_>) {
     // There is nowhere to say that nothing can be said.
-    let _ = writeln!(io::stderr(), "{line}");
+    let _ = io::stderr().write_all(line(text).as_bytes());
 }
 
-/// Writes `text` to standard output. A reader that has seen enough of it, as `head` has, is no error.
+/// Writes `text` to standard output, and ends its last line if it has not. A reader that has seen enough, as `head` has, or a
+/// terminal that was closed is no error.
 ///
 /// # Errors
 /// When it cannot be written, as on a full disk.
 pub fn show(text: Arguments<'_>) -> io::Result<()> {
     let mut to = io::stdout().lock();
-    match to.write_fmt(text).and_then(|()| to.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(io::Error::new(error.kind(), format!("standard output cannot be written: {error}")))
-        }
-        _ => Ok(()),
+    match to.write_all(line(text).as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe || is_closed_terminal(&error) => Ok(()),
+        Err(error) => Err(io::Error::new(error.kind(), format!("standard output cannot be written: {error}"))),
+        Ok(()) => Ok(()),
     }
+}
+
+fn line(text: Arguments<'_>) -> String {
+    let mut line = text.to_string();
+    if !line.ends_with('\n') {
+        line.push('\n');
+    }
+    line
+}
+
+/// A terminal that was closed does not call itself one any more, but it is still no file.
+#[cfg(unix)]
+fn is_closed_terminal(error: &io::Error) -> bool {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileTypeExt;
+    let kind = || File::from(io::stdout().as_fd().try_clone_to_owned()?).metadata();
+    error.raw_os_error() == Some(libc::EIO) && kind().is_ok_and(|found| found.file_type().is_char_device())
+}
+
+#[cfg(not(unix))]
+fn is_closed_terminal(_: &io::Error) -> bool {
+    false
 }

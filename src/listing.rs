@@ -73,6 +73,8 @@ pub struct PassedOver {
     pub hidden: Vec<PathBuf>,
     /// Links to folders.
     pub links: Vec<PathBuf>,
+    /// Links that cannot be followed.
+    pub broken_links: Vec<PathBuf>,
     /// Files whose names do not end as a picture's.
     pub others: Vec<PathBuf>,
 }
@@ -92,6 +94,13 @@ impl PassedOver {
             tracing::warn!(
                 "{folder}: links to folders are not followed: {}, such as {}",
                 self.links.len(),
+                first.display()
+            );
+        }
+        if let Some(first) = self.broken_links.first() {
+            tracing::warn!(
+                "{folder}: links that cannot be followed are left out: {}, such as {}",
+                self.broken_links.len(),
                 first.display()
             );
         }

@@ -1,4 +1,4 @@
-//! Tells work that is under way that nobody waits for it any more.
+//! Tells work that is under way that nobody waits for it any more, and keeps a signal that somebody ignores on purpose.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,23 +17,35 @@ pub fn exit_at_once(status: i32) -> ! {
     std::process::exit(status)
 }
 
-/// Runs `install`, which sets handlers for signals, and leaves SIGHUP ignored where it was: `nohup` has it so, and whoever
+/// Runs `install`, which sets handlers for signals, and leaves SIGHUP ignored where it is: `nohup` has it so, and whoever
 /// asked for that wants the work to go on when the terminal is closed.
 pub fn with_hangup_kept<T>(install: impl FnOnce() -> T) -> T {
     #[cfg(unix)]
     {
-        // SAFETY: both calls only change what the signal does, and no handler of this program is set yet.
-        #[allow(unsafe_code)]
-        let ignore = || unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
-        let before = ignore();
+        let ignored = is_hangup_ignored();
         let installed = install();
-        if before == libc::SIG_IGN {
-            ignore();
+        if ignored {
+            // SAFETY: it sets no handler.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            }
         }
         installed
     }
     #[cfg(not(unix))]
     install()
+}
+
+#[cfg(unix)]
+fn is_hangup_ignored() -> bool {
+    let mut found = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: it changes nothing, and fills `found`, which is valid when it is all zeros, too.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::sigaction(libc::SIGHUP, std::ptr::null(), found.as_mut_ptr()) == 0
+            && found.assume_init().sa_sigaction == libc::SIG_IGN
+    }
 }
 
 /// A request to end, which work looks at between its steps. Asked for once, it stays.

@@ -140,7 +140,10 @@ pub fn hold_out_groups(
         totals[class] += 1;
     }
     if let Some(k) = totals.iter().position(|&n| n == 0) {
-        return Err(format!("class {k} ({}) has no images that can be decoded: add some, or remove the class", names[k]));
+        return Err(format!(
+            "class {k} ({}) has no images that can be decoded: add some, or remove the class",
+            names[k]
+        ));
     }
     let share = |k: usize| if fraction > 0.0 { ((totals[k] as f64 * fraction).round() as usize).max(1) } else { 0 };
     let mut held = vec![0; names.len()];

@@ -164,7 +164,10 @@ impl Records {
             let file = list.file.as_ref().map(|file| format!(" of {}", file.display())).unwrap_or_default();
             format!("{} images{file}", list.records.len())
         };
-        let mut said = format!("it trains on {}, and did on {}", of(self), of(earlier));
+        let mut said = match self.purpose {
+            Some(Purpose::HeldOut) => format!("it holds out {}, and held out {}", of(self), of(earlier)),
+            _ => format!("it trains on {}, and did on {}", of(self), of(earlier)),
+        };
         if self.is_of_other_pixels(earlier) {
             said += "; what is in the file has changed";
         }

@@ -1,6 +1,7 @@
 //! Where labelled images come from.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -323,9 +324,13 @@ fn folder(path: &Path, labels: &[String]) -> Result<LabelledImages, DataError> {
             passed.hidden.push(class);
             continue;
         }
-        if class.is_symlink() && !class.exists() && !has_picture_ending(&class) {
-            let reason = format!("{} is a link that leads nowhere: correct it, or remove it", class.display());
-            return Err(content(path, &reason));
+        if let Some(error) = fs::metadata(&class).err().filter(|_| class.is_symlink() && !has_picture_ending(&class)) {
+            if class.file_name().and_then(OsStr::to_str).is_some_and(|name| labels.iter().any(|label| label == name)) {
+                let reason = format!("{} is a link that cannot be followed: {error}: correct it", class.display());
+                return Err(content(path, &reason));
+            }
+            passed.broken_links.push(class);
+            continue;
         }
         if !class.is_dir() {
             if has_picture_ending(&class) {

@@ -9,7 +9,7 @@ use super::expect::Expected;
 use super::ingest::{from_onnx, is_onnx};
 use super::preprocessing::{PreprocessingChanges, PreprocessingSource, at_size, from_file};
 use super::{
-    CLASSES_KEY, Checkpoint, EPOCH_KEY, EPOCHS_KEY, FoldError, KAPPA_KEY, PREPROCESSING_KEY, reference, verify,
+    CLASSES_KEY, Checkpoint, EPOCH_KEY, FoldError, KAPPA_KEY, PREPROCESSING_KEY, RECIPE_KEY, reference, verify,
 };
 use crate::bundle::{
     Class, Exif, FileDigest, FoldReport, MANIFEST_FILE, MODEL_FILE, Manifest, ManifestError, Preprocessing,
@@ -248,8 +248,7 @@ fn from_checkpoint(
     }
     proof.assumed = network.assumed;
     let (root, left_out) = (checkpoint.root.clone(), checkpoint.left_out.clone());
-    let count = |key: &str| checkpoint.metadata.get(key)?.parse::<usize>().ok();
-    let unfinished = count(EPOCH_KEY).zip(count(EPOCHS_KEY)).filter(|(done, all)| done < all);
+    let unfinished = unfinished(&checkpoint);
     drop(checkpoint);
     let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
@@ -396,6 +395,14 @@ fn metadata<T: serde::de::DeserializeOwned>(
     let value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
     check(&value).map_err(|error| wrong(error.to_string()))?;
     Ok(Some(value))
+}
+
+/// The epochs that are done, and those that were to be, where the first are fewer.
+fn unfinished(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
+    let done = checkpoint.metadata.get(EPOCH_KEY)?.parse().ok()?;
+    let recipe: serde_json::Value = serde_json::from_str(checkpoint.metadata.get(RECIPE_KEY)?).ok()?;
+    let all = usize::try_from(recipe["epochs"].as_u64()?).ok()?;
+    (done < all).then_some((done, all))
 }
 
 fn fitting(classes: Vec<Class>, expected: usize) -> Result<Vec<Class>, FoldError> {

@@ -26,8 +26,8 @@ pub const PREPROCESSING_KEY: &str = "nbn.preprocessing";
 pub const KAPPA_KEY: &str = "nbn.kappa";
 /// Key of the epochs that were done, in a checkpoint's metadata.
 pub const EPOCH_KEY: &str = "nbn.epoch";
-/// Key of the epochs that were to be done, in a checkpoint's metadata.
-pub const EPOCHS_KEY: &str = "nbn.epochs";
+/// Key of what the run was told, in a checkpoint's metadata; it has `epochs`, those that were to be done.
+pub const RECIPE_KEY: &str = "nbn.recipe";
 
 pub use checkpoint::Checkpoint;
 pub use draft::remove_drafts_and_exit;

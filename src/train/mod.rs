@@ -48,7 +48,7 @@ pub enum TrainError {
     OtherRecipe {
         /// The state file.
         path: PathBuf,
-        /// The fields that differ.
+        /// The flags that differ, and how.
         differences: String,
     },
     /// The loss or its gradient is no number any more.

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use clap::ValueEnum as _;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::TrainError;
 use super::arch::Arch;
@@ -216,9 +216,7 @@ impl Recipe {
             Err(TrainError::Flag { flag, value, limit: limit.to_owned() })
         };
         let within = |flag: &'static str, value: f64, fits: bool, limit: &str| {
-            // What is above 0 and yet refused is not finite.
-            let limit = if value.is_finite() { limit.to_owned() } else { format!("{limit}, and finite") };
-            if fits { Ok(()) } else { refuse(flag, value.to_string(), &limit) }
+            if fits { Ok(()) } else { refuse(flag, value.to_string(), limit) }
         };
         let finite = |v: f64| v.is_finite() && v > 0.0;
         // Beyond, steps could not be counted.
@@ -229,19 +227,18 @@ impl Recipe {
             let limit = "at least 2, because BatchNorm needs the variance of several images, and at most 1000000";
             return refuse("--batch", self.batch.to_string(), limit);
         }
-        within("--lr", self.learning_rate, finite(self.learning_rate), "above 0")?;
+        within("--lr", self.learning_rate, finite(self.learning_rate), "above 0, and finite")?;
         within("--momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
         let decay = self.weight_decay;
-        within("--weight-decay", decay, decay.is_finite() && decay >= 0.0, "at least 0")?;
-        let factor = self.decay_factor;
-        within("--decay-factor", factor, finite(factor) && factor <= 1.0, "above 0, at most 1")?;
+        within("--weight-decay", decay, decay.is_finite() && decay >= 0.0, "at least 0, and finite")?;
+        within("--decay-factor", self.decay_factor, finite(self.decay_factor), "above 0, and finite")?;
         let smoothing = f64::from(self.label_smoothing);
         within("--label-smoothing", smoothing, (0.0..1.0).contains(&smoothing), "at least 0 and below 1")?;
         // Bundles hold it as κ, which is bounded there, too.
         let tau = f64::from(self.tau);
         within("--tau", tau, finite(tau) && tau <= 10.0, "above 0, at most 10")?;
-        within("--ldam-margin", self.ldam_margin.into(), finite(self.ldam_margin.into()), "above 0")?;
-        within("--ldam-scale", self.ldam_scale.into(), finite(self.ldam_scale.into()), "above 0")?;
+        within("--ldam-margin", self.ldam_margin.into(), finite(self.ldam_margin.into()), "above 0, and finite")?;
+        within("--ldam-scale", self.ldam_scale.into(), finite(self.ldam_scale.into()), "above 0, and finite")?;
         let start = f64::from(self.magnitude_start);
         within(
             "--magnitude-start",
@@ -250,15 +247,15 @@ impl Recipe {
             "at least 0.001 in absolute value",
         )?;
         if let Some(factor) = self.magnitude_rate {
-            within("--magnitude-lr", factor, finite(factor), "above 0")?;
+            within("--magnitude-lr", factor, finite(factor), "above 0, and finite")?;
         }
         let share = self.calibration_fraction;
         within("--calibration-fraction", share, (0.0..=0.5).contains(&share), "0 to 0.5")?;
         if let Some(factor) = self.imbalance_factor {
-            within("--imbalance-factor", factor, factor.is_finite() && factor >= 1.0, "at least 1")?;
+            within("--imbalance-factor", factor, factor.is_finite() && factor >= 1.0, "at least 1, and finite")?;
         }
         if let Some(clip) = self.clip {
-            within("--clip", clip, finite(clip), "above 0")?;
+            within("--clip", clip, finite(clip), "above 0, and finite")?;
         }
         if let Some(ema) = self.ema {
             within("--ema", ema, (0.0..1.0).contains(&ema), "at least 0 and below 1, such as 0.999")?;
@@ -278,14 +275,6 @@ impl Recipe {
         if self.schedule != Schedule::Step && !self.milestones.is_empty() {
             let limit = "given with --schedule step, the only schedule with milestones";
             return refuse("--milestones", milestones.join(","), limit);
-        }
-        if !self.milestones.is_sorted() {
-            return refuse("--milestones", milestones.join(","), "in the order of the epochs");
-        }
-        let mut steps = self.augment.iter().enumerate();
-        if let Some((_, twice)) = steps.find(|(n, step)| self.augment[..*n].contains(step)) {
-            let name = twice.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
-            return refuse("--augment", format!("{name}, twice"), "of different steps");
         }
         if self.nesterov && self.momentum == 0.0 {
             within("--momentum", 0.0, false, "above 0 with --nesterov")?;
@@ -332,21 +321,28 @@ impl Recipe {
 
     /// The settings in which `other` differs, by their flags: `--flag is mine, was theirs`.
     pub fn differences(&self, other: &Self) -> Vec<String> {
-        let fields = |recipe: &Self| match serde_json::to_value(recipe) {
-            Ok(serde_json::Value::Object(map)) => map,
-            _ => serde_json::Map::new(),
-        };
-        let (mine, theirs) = (fields(self), fields(other));
-        // One that is not there is none.
-        let names: BTreeSet<&String> = mine.keys().chain(theirs.keys()).collect();
-        let value = |of: &serde_json::Map<_, _>, name| of.get(name).unwrap_or(&serde_json::Value::Null).clone();
-        names
-            .into_iter()
-            .map(|name| (name, value(&mine, name), value(&theirs, name)))
-            .filter(|(_, mine, theirs)| mine != theirs)
-            .map(|(name, mine, theirs)| format!("{} is {}, was {}", flag(name), shown(&mine), shown(&theirs)))
-            .collect()
+        let json = |recipe: &Self| serde_json::to_value(recipe).unwrap_or_default();
+        let mut found = Vec::new();
+        for (name, mine, theirs) in unequal(&json(self), &json(other)) {
+            let parts = unequal(&mine, &theirs);
+            match parts.is_empty() {
+                true => found.push(format!("{} is {}, was {}", flag(&name), shown(&mine), shown(&theirs))),
+                false => found.extend(parts.into_iter().map(|(part, mine, theirs)| {
+                    format!("{part} of {} is {}, was {}", flag(&name), shown(&mine), shown(&theirs))
+                })),
+            }
+        }
+        found
     }
+}
+
+/// The fields of two objects that differ; one that is not there is none.
+fn unequal(mine: &Value, theirs: &Value) -> Vec<(String, Value, Value)> {
+    let (Value::Object(mine), Value::Object(theirs)) = (mine, theirs) else { return Vec::new() };
+    let names: BTreeSet<&String> = mine.keys().chain(theirs.keys()).collect();
+    let value = |of: &serde_json::Map<_, _>, name: &str| of.get(name).cloned().unwrap_or_default();
+    let both = names.into_iter().map(|name| (name.clone(), value(mine, name), value(theirs, name)));
+    both.filter(|(_, mine, theirs)| mine != theirs).collect()
 }
 
 /// The flag that sets a field.
@@ -359,8 +355,15 @@ fn flag(field: &str) -> String {
     }
 }
 
-fn shown(value: &serde_json::Value) -> String {
-    if value.is_null() { "none".into() } else { value.to_string() }
+/// As one would give it.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "not given".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(parts) if parts.is_empty() => "none".to_owned(),
+        Value::Array(parts) => parts.iter().map(shown).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
 }
 
 /// Types that are written as they print.

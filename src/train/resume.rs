@@ -102,8 +102,11 @@ pub(super) fn keep_lists(job: &Job) -> Result<(), TrainError> {
             .map_err(|error| TrainError::Input(format!("{error}: remove it to have it written anew")))?;
         if !found.is_same_as(records) {
             let differences = records.difference(&found).unwrap_or_else(|| "they are others".to_owned());
-            let differences = format!("the images that {} lists are others now: {differences}", path.display());
-            return Err(TrainError::OtherRecipe { path: job.files.state.clone(), differences });
+            return Err(TrainError::Input(format!(
+                "the images that {} lists are others now: {differences}: continue with the images that the run had, or start \
+                 again with --overwrite",
+                path.display()
+            )));
         }
         if found.is_outdated() {
             state::replace(path, records.to_json().as_bytes(), "")?;

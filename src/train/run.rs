@@ -20,7 +20,7 @@ use super::objective::Objective;
 use super::optimizer::{Optimizer, learning_rate};
 use super::recipe::Recipe;
 use super::resume::{keep_finished, keep_lists, keep_metrics, resume};
-use super::state::{self, Files, FirstSave, Progress, RECIPE_KEY, Resumable, SET_KEY};
+use super::state::{self, Files, FirstSave, Progress, Resumable, SET_KEY};
 use crate::bundle::{Class, sha256_hex};
 use crate::data::{LabelledImages, Records};
 use crate::fold::architecture;
@@ -86,8 +86,8 @@ pub struct NewLength {
     pub before: usize,
     /// Learning rate of the next step.
     pub rate: f64,
-    /// Whether all steps of the schedule lie behind, so that the rate stays as it is.
-    pub steps_done: bool,
+    /// Epochs of the schedule's steps, which stay where they were.
+    pub steps: Vec<usize>,
     /// The checkpoint of the run that had finished.
     pub kept: Option<PathBuf>,
 }
@@ -97,7 +97,7 @@ pub struct NewLength {
 pub struct EpochReport {
     /// Epochs done.
     pub epoch: usize,
-    /// Epochs that the learning rate's schedule is laid over: from where it grows, the run was given more.
+    /// Epochs that the learning rate's schedule is laid over: from where it changes, the run was given another number.
     pub epochs: usize,
     /// Mean training loss.
     pub loss: f64,
@@ -168,12 +168,15 @@ pub fn run(job: &Job, stop: &AtomicBool, watch: &mut dyn FnMut(Event<'_>)) -> Re
         length: (begun_with != recipe.epochs).then(|| NewLength {
             before: begun_with,
             rate: learning_rate(&recipe, run.progress.epoch * per_epoch + run.progress.step, per_epoch),
-            steps_done: recipe.milestones.last().is_some_and(|last| *last <= run.progress.epoch),
+            steps: recipe.milestones.clone(),
             kept,
         }),
         parameters: network.parameters().iter().map(|p| p.shape.iter().product::<usize>()).sum(),
     });
     if run.progress.epoch >= recipe.epochs {
+        if begun_with != recipe.epochs {
+            state::replace(&job.files.state, &state::state_content(&network, &run)?, "")?;
+        }
         // The process that did the last epoch may have ended between the state and the checkpoint.
         save_checkpoint(job, &network, &run, per_epoch)?;
     }
@@ -421,11 +424,10 @@ fn metadata(job: &Job, run: &Resumable) -> Result<BTreeMap<String, String>, Trai
             ("nbn.norm_epsilon", crate::fold::onnx::NORM_EPSILON.to_string()),
             (architecture::EPSILON_KEY, crate::fold::graph::BATCH_NORM_EPSILON.to_string()),
             (crate::fold::EPOCH_KEY, run.progress.epoch.to_string()),
-            (crate::fold::EPOCHS_KEY, recipe.epochs.to_string()),
             ("nbn.by", format!("fold {}", env!("CARGO_PKG_VERSION"))),
             (crate::fold::CLASSES_KEY, json(serde_json::to_string(&job.classes))?),
             (crate::fold::PREPROCESSING_KEY, json(serde_json::to_string(&recipe.preprocessing))?),
-            (RECIPE_KEY, json(serde_json::to_string(recipe))?),
+            (crate::fold::RECIPE_KEY, json(serde_json::to_string(recipe))?),
             (SET_KEY, run.progress.set.clone()),
         ]
         .map(|(key, value)| (key.to_owned(), value)),

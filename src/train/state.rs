@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -31,8 +31,6 @@ const FORMAT: u32 = 1;
 const PROGRESS: &str = "nbn.progress";
 /// Key of [`Progress::set`] in the checkpoint's metadata.
 pub const SET_KEY: &str = "nbn.set";
-/// Key of [`Progress::recipe`] in the checkpoint's metadata.
-pub const RECIPE_KEY: &str = "nbn.recipe";
 
 /// How far a run has come.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -156,10 +154,14 @@ impl Files {
 pub fn lock(files: &Files) -> Result<File, TrainError> {
     let name = files.checkpoint.file_stem().unwrap_or_default().to_string_lossy();
     let path = files.checkpoint.with_file_name(format!(".{name}.lock"));
-    let file = File::create(&path).map_err(|cause| TrainError::File {
-        path: path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned(),
-        cause,
-        kept: ": give --out in a folder that can be written".to_owned(),
+    let file = File::create(&path).map_err(|cause| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match cause.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                TrainError::Input(format!("{}: {cause}: give --out in a folder that can be written", folder.display()))
+            }
+            _ => TrainError::File { path: path.clone(), cause, kept: String::new() },
+        }
     })?;
     // A file system without locks: two processes on one run are the user's to avoid.
     if let Err(TryLockError::WouldBlock) = file.try_lock() {
@@ -349,8 +351,8 @@ fn metadata(path: &Path) -> Option<HashMap<String, String>> {
 /// When the checkpoint tells of another recipe or other images.
 pub fn check_checkpoint(files: &Files, progress: &Progress) -> Result<(), TrainError> {
     let Some(found) = metadata(&files.checkpoint) else { return Ok(()) };
-    let recipe = found.get(RECIPE_KEY).and_then(|text| serde_json::from_str::<Recipe>(text).ok());
-    // A run that got more epochs may have ended before its first checkpoint.
+    let recipe = found.get(crate::fold::RECIPE_KEY).and_then(|text| serde_json::from_str::<Recipe>(text).ok());
+    // A run that got more epochs, or fewer, may have ended before its first checkpoint.
     let other_recipe = recipe.is_some_and(|recipe| !progress.recipe.obstacles(&recipe).is_empty());
     if !other_recipe && found.get(SET_KEY).is_none_or(|set| *set == progress.set) {
         return Ok(());

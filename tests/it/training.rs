@@ -424,12 +424,19 @@ fn refused(output: Output, parts: &[&str]) {
 
 /// A run that is to be interrupted, once its metrics say that `epochs` are done.
 fn until(set: &Path, out: &Path, more: &[&str], epochs: usize) -> Owned {
-    let child = Owned::begin(
-        Command::new(env!("CARGO_BIN_EXE_fold"))
-            .args(arguments(set, out, more))
-            .stderr(Stdio::null())
-            .stdout(Stdio::null()),
-    );
+    begun(Command::new(env!("CARGO_BIN_EXE_fold")).args(arguments(set, out, more)), out, epochs)
+}
+
+/// How far the run of the checkpoint `out` has come, as its state says.
+fn progress(out: &Path) -> Value {
+    let state = fs::read(out.with_extension("state")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&state).unwrap();
+    serde_json::from_str(&header.metadata().as_ref().unwrap()["nbn.progress"]).unwrap()
+}
+
+/// The run of `command`, once its metrics say that `epochs` are done.
+fn begun(command: &mut Command, out: &Path, epochs: usize) -> Owned {
+    let child = Owned::begin(command.stderr(Stdio::null()).stdout(Stdio::null()));
     let metrics = out.with_extension("metrics.jsonl");
     let begun = Instant::now();
     while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < epochs {
@@ -467,13 +474,13 @@ fn a_named_recipe_is_its_flags_and_gives_way_to_others() {
     done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "11", "--resume"]));
     done(train(&set, &out("named"), &["--recipe", "thorough", "--epochs", "12", "--resume"]));
     done(train(&set, &out("named"), &["--epochs", "13", "--resume"]));
-    refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["--norm is \"nbn\", was \"bn\""]);
-    refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["--head is \"lr\", was \"linear\""]);
+    refused(train(&set, &out("named"), &["--recipe", "quick", "--resume"]), &["--norm is nbn, was bn"]);
+    refused(train(&set, &out("named"), &["--head", "lr", "--resume"]), &["--head is lr, was linear"]);
     done(train(&set, &out("changed"), &["--epochs", "20", "--resume"]));
     // 4 % of 20 epochs would be a rise of one.
     let same = ["--recipe", "thorough", "--epochs", "21", "--schedule", "cosine", "--lr", "0.02", "--resume"];
     done(train(&set, &out("changed"), &same));
-    refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["--schedule is \"step\", was"]);
+    refused(train(&set, &out("changed"), &["--recipe", "thorough", "--resume"]), &["--schedule is step, was"]);
 }
 
 #[test]
@@ -522,10 +529,7 @@ fn an_interrupt_saves_within_the_epoch_and_exits_0() {
     let mut child = until(&set, &out, &["--epochs", "400"], 1);
     child.signal("INT");
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    let state = fs::read(out.with_extension("state")).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&state).unwrap();
-    let progress: Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["nbn.progress"]).unwrap();
-    assert!(progress["epoch"].as_u64().unwrap() < 400);
+    assert!(progress(&out)["epoch"].as_u64().unwrap() < 400);
     Checkpoint::load(&out).unwrap();
 }
 
@@ -655,7 +659,11 @@ fn what_cannot_be_trained_on_is_named() {
     fs::create_dir_all(beside.join("red")).unwrap();
     fs::copy(set.join("red/00.png"), beside.join("red/00.png")).unwrap();
     std::os::unix::fs::symlink("nowhere", beside.join("green")).unwrap();
-    refused(train(&beside, &out, &short), &["linked/green is a link that leads nowhere"]);
+    let linked = train(&beside, &out, &short);
+    refused(linked, &["linked: links that cannot be followed are left out: 1, such as", "linked/green", "1 class"]);
+    fs::write(&names, "green\nred\n").unwrap();
+    let named = [&short[..], &["--classes", names.to_str().unwrap()]].concat();
+    refused(train(&beside, &out, &named), &["linked/green is a link that cannot be followed: No such file"]);
     refused(train(&set, &out, &["--lr", "0"]), &["--lr is 0", "above 0"]);
     refused(train(&set, &out, &["--lr", "inf"]), &["--lr is inf", "above 0, and finite"]);
     refused(train(&set, &out, &["--lr", "-1"]), &["--lr is -1", "above 0"]);
@@ -664,7 +672,7 @@ fn what_cannot_be_trained_on_is_named() {
     refused(train(&set, &out, &steps("5,3")), &["--milestones is 5,3", "in the order"]);
     refused(train(&set, &out, &steps("3,6")), &["--milestones is 6", "6 epochs", "never come"]);
     refused(train(&set, &out, &["--reweight-from", "9", "--epochs", "2"]), &["--reweight-from is 9", "never come"]);
-    refused(train(&set, &out, &["--augment", "flip,crop,flip"]), &["--augment is flip, twice"]);
+    refused(train(&set, &out, &["--augment", "flip,crop,flip"]), &["--augment names flip twice"]);
     fs::create_dir_all(out.with_extension("state")).unwrap();
     refused(train(&set, &out, &["--overwrite"]), &["run.state is a folder", "another --out"]);
     fs::remove_dir(out.with_extension("state")).unwrap();
@@ -770,10 +778,7 @@ fn images_of_one_object_are_kept_together_by_train_and_calibrate() {
     let objects = |records: &BTreeSet<usize>| records.iter().map(|r| r / 5).collect::<BTreeSet<usize>>();
     assert!(objects(&training).is_disjoint(&objects(&held_out)), "{held_out:?}");
     assert_eq!((objects(&training).len(), objects(&held_out).len()), (10, 2));
-    refused(
-        train(&set, &out, &[&flags("object-\\d")[..], &["--resume"]].concat()),
-        &["--group-by is", "was \"folder\""],
-    );
+    refused(train(&set, &out, &[&flags("object-\\d")[..], &["--resume"]].concat()), &["--group-by is", "was folder"]);
 
     let bundle = folder.path().join("models/objects/1");
     let (path, at) = (out.to_str().unwrap(), bundle.to_str().unwrap());
@@ -888,6 +893,13 @@ fn a_run_can_be_given_fewer_epochs_than_it_had_if_not_more_are_done() {
     assert!(text(&exported.stderr).contains("of 4000 epochs: finish it with"), "{}", text(&exported.stderr));
     done(exported);
     let epochs = || fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap().lines().count();
+    let few = epochs().to_string();
+    let output = train(&set, &out, &["--epochs", &few, "--resume"]);
+    match progress(&out)["step"].as_u64().unwrap() {
+        // It ended between two epochs.
+        0 => done(output),
+        _ => refused(output, &[&format!("--epochs is {few}"), "has begun epoch", "at least"]),
+    }
     let enough = (epochs() + 2).to_string();
     let output = train(&set, &out, &["--epochs", &enough, "--resume"]);
     assert!(text(&output.stderr).contains(&format!("shorter     {enough} epochs instead of 4000")));
@@ -896,6 +908,22 @@ fn a_run_can_be_given_fewer_epochs_than_it_had_if_not_more_are_done() {
     let exported =
         fold(&["export", out.to_str().unwrap(), "--force", "--out", folder.path().join("m/1").to_str().unwrap()]);
     assert!(!text(&exported.stderr).contains("warning"), "{}", text(&exported.stderr));
+}
+
+#[test]
+fn a_run_that_is_cut_to_what_is_done_has_ended_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = pictures(folder.path());
+    let out = folder.path().join("run.safetensors");
+    let mut child = until(&set, &out, &["--epochs", "4000"], 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let done_epochs = progress(&out)["epoch"].clone();
+    done(train(&set, &out, &["--epochs", &done_epochs.to_string(), "--resume"]));
+    assert_eq!(progress(&out)["recipe"]["epochs"], done_epochs);
+    let output = train(&set, &out, &["--resume"]);
+    assert!(text(&output.stderr).contains("which are all: give more --epochs"), "{}", text(&output.stderr));
+    done(output);
 }
 
 #[test]
@@ -931,28 +959,56 @@ fn a_run_goes_on_where_nobody_reads_what_it_says() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     done(run("gone.safetensors", writer.into(), Stdio::piped()));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    done(run("log.safetensors", Stdio::piped(), writer.into()));
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 #[test]
-fn a_run_that_ignores_the_end_of_its_terminal_goes_on() {
+fn a_run_ends_with_its_terminal_unless_it_ignores_that() {
     let folder = tempfile::tempdir().unwrap();
     let set = pictures(folder.path());
-    for (shell, finishes) in [("trap '' HUP; exec \"$@\"", true), ("exec \"$@\"", false)] {
-        let out = folder.path().join(format!("{finishes}.safetensors"));
-        let mut command = Command::new("sh");
-        command.args(["-c", shell, "sh", env!("CARGO_BIN_EXE_fold")]).args(arguments(&set, &out, &["--epochs", "60"]));
-        let mut child = Owned::begin(command.stdout(Stdio::null()).stderr(Stdio::null()));
-        let metrics = out.with_extension("metrics.jsonl");
-        let epochs = || fs::read_to_string(&metrics).unwrap_or_default().lines().count();
-        while epochs() == 0 {
-            assert!(child.try_wait().unwrap().is_none(), "it ended");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        child.signal("HUP");
-        assert!(child.wait().unwrap().success());
-        assert_eq!(epochs() == 60, finishes, "{} epochs", epochs());
+    let epochs =
+        |out: &Path| fs::read_to_string(out.with_extension("metrics.jsonl")).unwrap_or_default().lines().count();
+    let begin = |out: &Path, hangup: &str| {
+        let mut command = Command::new("env");
+        command.args([hangup, env!("CARGO_BIN_EXE_fold")]).args(arguments(&set, out, &["--epochs", "4000"]));
+        begun(&mut command, out, 1)
+    };
+    let out = folder.path().join("ends.safetensors");
+    let mut child = begin(&out, "--default-signal=HUP");
+    // The shell says it, and the system does.
+    child.signal("HUP");
+    child.signal("HUP");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let out = folder.path().join("goes-on.safetensors");
+    let mut child = begin(&out, "--ignore-signal=HUP");
+    child.signal("HUP");
+    let done = epochs(&out);
+    while epochs(&out) < done + 3 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        std::thread::sleep(Duration::from_millis(5));
     }
+    assert!(child.terminate().success());
+}
+
+#[test]
+fn a_file_of_pixels_that_changed_is_another_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, out) = (folder.path().join("train.bin"), folder.path().join("run.safetensors"));
+    let mut random = fastrand::Rng::with_seed(5);
+    let records = (0..20u8).flat_map(|n| [vec![n % 2], (0..3072).map(|_| random.u8(..)).collect()].concat());
+    let mut bytes: Vec<u8> = records.collect();
+    fs::write(&file, &bytes).unwrap();
+    let names = folder.path().join("names.txt");
+    fs::write(&names, "a\nb\n").unwrap();
+    let flags = ["--epochs", "1", "--classes", names.to_str().unwrap(), "--input-size", "32"];
+    done(train(&file, &out, &flags));
+    bytes[100] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let resumed = train(&file, &out, &[&flags[..], &["--resume"]].concat());
+    refused(resumed, &["run.training.json lists are others now", "what is in the file has changed", "--overwrite"]);
 }
 
 #[test]
@@ -969,7 +1025,7 @@ fn a_run_goes_on_only_as_it_was_begun() {
     refused(train(&set, &out, &["--epochs", "1"]), &["already exists", "--resume", "--overwrite"]);
     refused(
         train(&set, &out, &["--epochs", "1", "--arch", "resnet8_w8", "--resume"]),
-        &["cifar_resnet8_w8", "was \"cifar_resnet8_w4\""],
+        &["cifar_resnet8_w8", "was cifar_resnet8_w4"],
     );
     fs::create_dir(set.join("white")).unwrap();
     fs::copy(set.join("red/00.png"), set.join("white/00.png")).unwrap();

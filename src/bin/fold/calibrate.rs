@@ -97,7 +97,7 @@ pub(crate) fn run(args: Calibrate) -> anyhow::Result<()> {
         familiarity_images: if nbn::files::is_special(&out) { 0 } else { args.familiarity_images },
     };
     let Fitted { calibration, familiarity, training_overlap, .. } = fit.of(&bundle, &args.runtime)?;
-    tell!("{}", describe(&calibration, None).trim_end());
+    tell!("{}", describe(&calibration, None));
     if training_overlap == TrainingOverlap::NotChecked {
         tell!("warning: these images were not compared with the training images (--training-data SET)");
     }

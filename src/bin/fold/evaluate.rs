@@ -99,10 +99,6 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
             Some(compare(&bundle, &logits, other, &theirs, &options)?)
         }
     };
-    show!("{}", evaluation.describe().trim_end())?;
-    if let Some(comparison) = &comparison {
-        show!("{}", comparison.describe().trim_end())?;
-    }
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let json = serde_json::json!({ "evaluation": evaluation, "comparison": comparison });
@@ -112,6 +108,10 @@ pub(crate) fn run(args: Evaluate) -> anyhow::Result<()> {
     }
     if args.card {
         write_card(&bundle, &evaluation)?;
+    }
+    show!("{}", evaluation.describe())?;
+    if let Some(comparison) = &comparison {
+        show!("{}", comparison.describe())?;
     }
     Ok(())
 }

@@ -245,7 +245,7 @@ pub(crate) fn run(args: Export) -> anyhow::Result<()> {
     // Half a bundle may be gigabytes.
     with_hangup_kept(|| ctrlc::set_handler(|| remove_drafts_and_exit(130)))?;
     let exported = export(&options, library)?;
-    tell!("{}", inspect::exported(&exported).trim_end());
+    tell!("{}", inspect::exported(&exported));
     show!("{}", options.out.display())?;
     Ok(())
 }

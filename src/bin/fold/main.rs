@@ -83,16 +83,16 @@ fn run(command: Command) -> anyhow::Result<()> {
             refuse_flags(overrides, &path, "a folder")?;
             let bundle = Bundle::load(&path)?;
             show!("bundle      {}/{}", bundle.name, bundle.version)?;
-            show!("{}", inspect::manifest(&bundle.manifest).trim_end())?;
+            show!("{}", inspect::manifest(&bundle.manifest))?;
             match &bundle.calibration {
-                Some(bound) => show!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id)).trim_end())?,
+                Some(bound) => show!("{}", nbn::calibrate::describe(&bound.content, Some(&bound.id)))?,
                 None => show!("calibration none: scores are the softmax of the logits (nbn fold calibrate)")?,
             }
             Ok(())
         }
         Command::Inspect { path, overrides } if nbn::fold::is_onnx(&path) => {
             refuse_flags(overrides, &path, "an ONNX file")?;
-            show!("{}", inspect::onnx(&path)?.trim_end())?;
+            show!("{}", inspect::onnx(&path)?)?;
             Ok(())
         }
         Command::Inspect { path, .. }
@@ -106,7 +106,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Inspect { path, overrides } => {
             let overrides: Overrides = overrides.into();
             let checkpoint = Checkpoint::choose(&path, &overrides.choice)?;
-            show!("{}", inspect::checkpoint(&checkpoint, &overrides)?.trim_end())?;
+            show!("{}", inspect::checkpoint(&checkpoint, &overrides)?)?;
             Ok(())
         }
     }

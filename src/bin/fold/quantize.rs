@@ -128,7 +128,7 @@ pub(crate) fn run(args: Quantize) -> anyhow::Result<()> {
         quantized.bundle.calibration = Some(files.bound(fitted)?);
     }
     let certificate = measured(&args, test.as_ref(), &original, &quantized.bundle, fitted.as_ref())?;
-    tell!("{}", certificate.to_string().trim_end());
+    tell!("{}", certificate.to_string());
     let mut reasons = broken(&certificate);
     if args.weight_bits == WeightBits::Eight && !adds_in_32_bits() {
         reasons.push(

@@ -37,6 +37,7 @@ mod with {
     use std::process::exit;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
 
     use anyhow::{Context, bail, ensure};
     use burn::tensor::Device;
@@ -59,7 +60,7 @@ mod with {
 
     use self::settings::{Named, recipe};
     use super::pictures::{checked, list_of, warn_of_shared};
-    use super::view::View;
+    use super::view::{View, count};
 
     #[derive(Args)]
     #[command(
@@ -215,7 +216,7 @@ mod with {
         /// Checkpoint to write, NAME.safetensors; the run's other files are written beside it
         #[arg(long, value_name = "FILE", help_heading = "Run")]
         out: PathBuf,
-        /// Continue the run of this checkpoint, also with more --epochs, or start it if there is none yet
+        /// Continue the run of this checkpoint, also with other --epochs, or start it if there is none yet
         #[arg(long, conflicts_with = "overwrite", help_heading = "Run")]
         resume: bool,
         /// Replace an existing run and start again
@@ -231,6 +232,9 @@ mod with {
         #[arg(long, default_value = "cpu", help_heading = "Run")]
         device: DeviceArg,
     }
+
+    /// Signals within this time are one request.
+    const ONE_REQUEST: Duration = Duration::from_millis(500);
 
     #[derive(Clone, Copy, PartialEq, ValueEnum)]
     enum DeviceArg {
@@ -271,11 +275,16 @@ mod with {
         let job = job(&args, recipe, files, resume, device)?;
         let stop = Arc::new(AtomicBool::new(false));
         let asked = stop.clone();
-        let ask = move || {
-            if asked.swap(true, Ordering::Relaxed) {
-                exit(130);
+        let mut first: Option<Instant> = None;
+        let ask = move || match first {
+            // A terminal that is closed may say so twice: the shell, and the system.
+            Some(first) if first.elapsed() < ONE_REQUEST => {}
+            Some(_) => exit(130),
+            None => {
+                first = Some(Instant::now());
+                asked.store(true, Ordering::Relaxed);
+                tell!("finishing the step, then saving; press Ctrl-C again to stop at once");
             }
-            tell!("finishing the step, then saving; press Ctrl-C again to stop at once");
         };
         with_hangup_kept(|| ctrlc::set_handler(ask))?;
         let mut view = View::new(job.recipe.epochs, job.training.len(), job.recipe.batch);
@@ -298,9 +307,9 @@ mod with {
 
     /// How it learns, in a line.
     fn told(recipe: &Recipe) -> String {
-        let Recipe { epochs, batch, learning_rate, weight_decay, warm_up, .. } = recipe;
-        let mut line =
-            format!("{}, {epochs} epochs in batches of {batch}; learning rate {learning_rate}", name(recipe.loss));
+        let Recipe { batch, learning_rate, weight_decay, warm_up, .. } = recipe;
+        let (loss, epochs) = (name(recipe.loss), count(recipe.epochs, "epoch"));
+        let mut line = format!("{loss}, {epochs} in batches of {batch}; learning rate {learning_rate}");
         if *warm_up > 0 {
             line += &format!(", rising over {warm_up}");
         }

@@ -10,7 +10,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use nbn::features::Feature;
-use nbn::show;
+use nbn::{show, tell};
 use strsim::sorensen_dice;
 use toml::{Table, Value};
 
@@ -43,8 +43,11 @@ pub(crate) fn complete(args: Serve, matches: Option<&ArgMatches>) -> anyhow::Res
     let matches = completed.as_ref().unwrap_or(matches);
     let args = Serve::from_arg_matches(matches)?;
     if args.print_config {
-        show!("{}", printed(&command, matches).trim_end())?;
-        std::process::exit(0);
+        let shown = show!("{}", printed(&command, matches));
+        if let Err(error) = &shown {
+            tell!("nbn: {error}");
+        }
+        std::process::exit(shown.is_err().into());
     }
     Ok(args)
 }

@@ -170,11 +170,12 @@ fn main() -> ExitCode {
                 DocumentFormat::Yaml => nbn::serve::OPENAPI_YAML,
                 DocumentFormat::Json => nbn::serve::OPENAPI_JSON,
             };
-            io::stdout().write_all(document.as_bytes()).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+            show!("{document}").map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "nbn", &mut io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "nbn", &mut script);
+            show!("{}", String::from_utf8_lossy(&script)).map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
     };
     finish(result)
@@ -242,6 +243,8 @@ fn key(name: &str, admin: bool, concurrency: Option<u32>) -> anyhow::Result<Exit
         line += " admin";
     }
     tell!("Give the key to {name}; it is shown once. The second line is for --api-keys-file.");
-    show!("{key}\n{line}")?;
+    // A reader that is gone has lost it.
+    let mut to = io::stdout();
+    writeln!(to, "{key}\n{line}").and_then(|()| to.flush()).context("the key cannot be written to standard output")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -296,7 +296,7 @@ fn run(args: Score, budget: &Arc<Budget>) -> anyhow::Result<ExitCode> {
         Err(error @ (WriteError::Full { .. } | WriteError::Part { .. })) => return Err(error.into()),
         result => result.with_context(|| format!("a row could not be written to {place}"))?,
     };
-    tell!("{}", describe(&summary).trim_end());
+    tell!("{}", describe(&summary));
     for reason in &summary.broken {
         tell!("nbn: {reason}");
     }

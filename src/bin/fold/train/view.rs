@@ -20,7 +20,8 @@ pub(super) struct View {
 /// Steps after which it is said how long the run will take.
 const ESTIMATED_AFTER: usize = 10;
 
-fn count(n: usize, what: &str) -> String {
+/// `1 epoch`, `2 epochs`.
+pub(super) fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
@@ -49,29 +50,16 @@ impl View {
         match event {
             Event::Start { epoch, step, steps, length, parameters } => {
                 tell!("learned     {parameters} values; {steps} steps per epoch");
-                if *epoch >= self.epochs {
+                if *epoch >= self.epochs && length.is_some() {
+                    tell!("resumed     after {}, which are all", count(*epoch, "epoch"));
+                } else if *epoch >= self.epochs {
                     tell!("resumed     after {}, which are all: give more --epochs to go on", count(*epoch, "epoch"));
                 } else if epoch + step > 0 {
                     tell!("resumed     after {} and {}", count(*epoch, "epoch"), count(*step, "step"));
                 }
                 self.left = (self.epochs - epoch.min(&self.epochs)) * steps - step;
-                if let Some(NewLength { before, rate, steps_done, kept }) = length {
-                    let word = if *before < self.epochs { "longer" } else { "shorter" };
-                    tell!(
-                        "{word:<11} {} instead of {before}; the learning rate goes on at {rate:.3e}, as its schedule has it for \
-                         the {word} run",
-                        count(self.epochs, "epoch")
-                    );
-                    if *steps_done {
-                        tell!(
-                            "            all steps of its schedule lie behind, so that it stays there: for steps over {}, start \
-                             again with --overwrite",
-                            count(self.epochs, "epoch")
-                        );
-                    }
-                    if let Some(kept) = kept {
-                        tell!("kept        {}: the network of {}", kept.display(), count(*before, "epoch"));
-                    }
+                if let Some(length) = length {
+                    self.tell_of(length, *epoch);
                 }
                 self.bar.set_length((self.epochs * steps) as u64);
                 self.bar.set_position((epoch * steps + step) as u64);
@@ -96,6 +84,28 @@ impl View {
                 self.bar.suspend(|| tell!("{line}"));
                 self.bar.set_prefix(format!("epoch {}/{}", (report.epoch + 1).min(self.epochs), self.epochs));
             }
+        }
+    }
+
+    fn tell_of(&self, NewLength { before, rate, steps, kept }: &NewLength, epoch: usize) {
+        let (longer, now) = (*before < self.epochs, count(self.epochs, "epoch"));
+        let word = if longer { "longer" } else { "shorter" };
+        tell!("{word:<11} {now} instead of {before}");
+        if epoch < self.epochs {
+            tell!("            the learning rate goes on at {rate:.3e}, as its schedule has it for the {word} run");
+        }
+        let never = steps.iter().filter(|step| **step >= self.epochs).count();
+        if !longer && never > 0 {
+            tell!("            {} of its schedule would come later, and never do", count(never, "step"));
+        }
+        if longer && steps.last().is_some_and(|last| *last <= epoch) {
+            tell!(
+                "            all steps of its schedule lie behind, so that it stays there: for steps over {now}, start again \
+                 with --overwrite"
+            );
+        }
+        if let Some(kept) = kept {
+            tell!("kept        {}: the network of {}", kept.display(), count(*before, "epoch"));
         }
     }
 

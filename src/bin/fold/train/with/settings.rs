@@ -91,7 +91,7 @@ impl Settings {
     }
 
     /// What a run that goes on was begun with, unless a name is given; then what that stands for, but for the run's own
-    /// rise, and the steps of a schedule that is its own, which more epochs do not move. Flags replace either.
+    /// rise, and the steps of a schedule that is its own, which other epochs do not move. Flags replace either.
     fn of(args: &Train, begun: Option<&Recipe>) -> Self {
         let base = match (args.recipe, begun.map(Self::begun)) {
             (None, Some(begun)) => begun,
@@ -137,18 +137,36 @@ fn refuse_idle(args: &Train, settings: &Settings) -> anyhow::Result<()> {
         ("--ldam-scale", args.ldam_scale.is_some(), of(Loss::Ldam), "--loss ldam"),
         ("--decay-factor", args.decay_factor.is_some(), settings.schedule == Schedule::Step, "--schedule step"),
     ];
-    let epochs = settings.epochs;
-    for (flag, epoch) in
-        [("--milestones", args.milestones.iter().max().copied()), ("--reweight-from", args.reweight_from)]
-    {
-        if let Some(epoch) = epoch.filter(|epoch| *epoch >= epochs) {
-            bail!("{flag} is {epoch}, and there are {epochs} epochs, counted from 0: it would never come");
-        }
-    }
     match flags.into_iter().find(|(_, given, used, _)| *given && !used) {
         Some((flag, .., needs)) => bail!("{flag} has an effect only with {needs}: give that, or leave it out"),
         None => Ok(()),
     }
+}
+
+/// Refuses what a run is not to be begun with. One that goes on has it, if it was begun by an earlier version, and may have got
+/// other epochs.
+fn refuse_to_begin(args: &Train, recipe: &Recipe) -> anyhow::Result<()> {
+    let epochs = recipe.epochs;
+    for (flag, epoch) in
+        [("--milestones", args.milestones.iter().max()), ("--reweight-from", args.reweight_from.as_ref())]
+    {
+        if let Some(epoch) = epoch.filter(|epoch| **epoch >= epochs) {
+            bail!("{flag} is {epoch}, and there are {epochs} epochs, counted from 0: it would never come");
+        }
+    }
+    if !recipe.milestones.is_sorted() {
+        let milestones: Vec<String> = recipe.milestones.iter().map(usize::to_string).collect();
+        bail!("--milestones is {}; give them in the order of the epochs", milestones.join(","));
+    }
+    if recipe.decay_factor > 1.0 {
+        bail!("--decay-factor is {}; the learning rate would rise: give at most 1", recipe.decay_factor);
+    }
+    let mut steps = recipe.augment.iter().enumerate();
+    if let Some((_, twice)) = steps.find(|(n, step)| recipe.augment[..*n].contains(step)) {
+        let name = twice.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+        bail!("--augment names {name} twice: give it once");
+    }
+    Ok(())
 }
 
 /// The recipe that the flags say; what they leave open in a run that goes on is as in `begun`.
@@ -169,11 +187,12 @@ pub(super) fn recipe(args: &Train, begun: Option<Recipe>) -> anyhow::Result<Reci
     let preset = args.preprocessing.unwrap_or(if cifar { Preset::Cifar } else { Preset::Imagenet });
     let epochs = settings.epochs;
     let deferred = match &begun {
-        Some(begun) if begun.loss == Loss::Ldam => begun.reweight_from,
-        _ => Some((epochs as f64 * LDAM_DEFERRED) as usize),
+        Some(begun) => begun.reweight_from,
+        None => Some((epochs as f64 * LDAM_DEFERRED) as usize).filter(|_| args.loss == Loss::Ldam),
     };
+    let begins = begun.is_none();
     let layers = if multi { NbnLayers::LastStageAll } else { NbnLayers::LastStageOutputs };
-    Ok(Recipe {
+    let recipe = Recipe {
         arch: args.arch.clone(),
         norm: settings.norm,
         nbn_layers: args.nbn_layers.clone().unwrap_or(layers),
@@ -189,7 +208,7 @@ pub(super) fn recipe(args: &Train, begun: Option<Recipe>) -> anyhow::Result<Reci
         ldam_margin: args.ldam_margin.unwrap_or(0.5),
         ldam_scale: args.ldam_scale.unwrap_or(1.0),
         label_smoothing: args.label_smoothing,
-        reweight_from: args.reweight_from.or(deferred.filter(|_| args.loss == Loss::Ldam)),
+        reweight_from: args.reweight_from.or(deferred),
         epochs,
         batch: args.batch,
         learning_rate: settings.learning_rate,
@@ -214,7 +233,11 @@ pub(super) fn recipe(args: &Train, begun: Option<Recipe>) -> anyhow::Result<Reci
             None => begun.and_then(|begun| begun.group_by),
         },
         seed: args.seed,
-    })
+    };
+    if begins {
+        refuse_to_begin(args, &recipe)?;
+    }
+    Ok(recipe)
 }
 
 fn unknown_step(step: &str) -> anyhow::Error {
