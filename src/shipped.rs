@@ -15,8 +15,8 @@ macro_rules! embedded {
 }
 
 /// The bundle's place in a model repository.
-const BUNDLE: &str = "models/cifar10-lt/1";
-const BUNDLE_FILES: &[(&str, &[u8])] = embedded!("models/cifar10-lt/1": "calibration.json", "evaluation.json", "familiarity.safetensors", "manifest.json", "model.onnx");
+const BUNDLE: &str = "models/cifar10-lt/2";
+const BUNDLE_FILES: &[(&str, &[u8])] = embedded!("models/cifar10-lt/2": "calibration.json", "evaluation.json", "familiarity.safetensors", "manifest.json", "model.onnx");
 
 /// Pictures by file name; the name before the ending is the class.
 pub const PICTURES: &[(&str, &[u8])] = embedded!("examples/pictures": "airplane.jpg", "ship.jpg", "truck.jpg");

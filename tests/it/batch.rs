@@ -181,12 +181,12 @@ fn rows_tell_what_made_them_in_every_form() {
     let shipped = "models/cifar10-lt";
     let names = ["model", "version", "scale", "calibration", "prior"];
     let cases: [(&str, &[&str], [Option<&str>; 5]); 4] = [
-        (shipped, &[], [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("uniform")]),
-        (shipped, &["--prior", "train"], [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some("train")]),
+        (shipped, &[], [Some("cifar10-lt"), Some("2"), Some("calibrated"), Some(id), Some("uniform")]),
+        (shipped, &["--prior", "train"], [Some("cifar10-lt"), Some("2"), Some("calibrated"), Some(id), Some("train")]),
         (
             shipped,
             &["--prior", prior.to_str().unwrap()],
-            [Some("cifar10-lt"), Some("1"), Some("calibrated"), Some(id), Some(&custom[0])],
+            [Some("cifar10-lt"), Some("2"), Some("calibrated"), Some(id), Some(&custom[0])],
         ),
         (plain.to_str().unwrap(), &[], [Some("plain"), Some("7"), Some("softmax"), None, None]),
     ];
