@@ -101,7 +101,7 @@ fn the_shipped_network_in_whole_numbers_says_what_it_said() {
     let out = original.with_file_name("2");
     let flags = ["--training-data", training.to_str().unwrap(), "--unproved"];
     let record = quantize(&original, &held_out, &out, &flags).unwrap();
-    assert_eq!((record.weight_bits, record.images, record.layers, record.float_layers.len()), (7, 60, 20, 0));
+    assert_eq!((record.weight_bits, record.images, record.layers, record.float_layers.len()), (7, 60, 22, 0));
     assert_eq!(
         (record.from.as_str(), record.certificate.images, record.certificate.fitted_to_them),
         ("own/1", 60, true)
