@@ -23,9 +23,13 @@ fn noise(seed: u64) -> Vec<u8> {
 }
 
 pub(crate) fn copied(folder: &Path) -> PathBuf {
+    copied_of(SHIPPED, folder)
+}
+
+pub(crate) fn copied_of(version: &str, folder: &Path) -> PathBuf {
     let bundle = folder.join("models/own/1");
     fs::create_dir_all(&bundle).unwrap();
-    for file in fs::read_dir(root().join(SHIPPED)).unwrap() {
+    for file in fs::read_dir(root().join(version)).unwrap() {
         let file = file.unwrap();
         fs::copy(file.path(), bundle.join(file.file_name())).unwrap();
     }
