@@ -271,10 +271,9 @@ impl Recipe {
             let limit = "given with --milestones, the epochs at which the learning rate falls, such as 30,50";
             return refuse("--schedule", "step".into(), limit);
         }
-        let milestones: Vec<String> = self.milestones.iter().map(usize::to_string).collect();
         if self.schedule != Schedule::Step && !self.milestones.is_empty() {
             let limit = "given with --schedule step, the only schedule with milestones";
-            return refuse("--milestones", milestones.join(","), limit);
+            return refuse("--milestones", self.steps(), limit);
         }
         if self.nesterov && self.momentum == 0.0 {
             within("--momentum", 0.0, false, "above 0 with --nesterov")?;
@@ -292,6 +291,11 @@ impl Recipe {
         sides.ok_or_else(|| {
             TrainError::Input("the trainer takes square RGB inputs, cut from pictures by their shorter side".into())
         })
+    }
+
+    /// The milestones, as one gives them.
+    pub fn steps(&self) -> String {
+        self.milestones.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
     }
 
     /// The layers that are normalised in the end: none with plain BatchNorm.

@@ -608,7 +608,7 @@ async fn a_stale_card_is_withheld_and_the_model_serves() {
     foreign["model_sha256"] = json!(7);
     for (content, words) in [
         (other.to_string(), "it was measured with calibration 000"),
-        (foreign.to_string(), "it was measured with model_sha256 7, this bundle's is "),
+        (foreign.to_string(), "it was measured with model_sha256 7, this bundle's is b506"),
         ("[1, 2]".into(), "it was measured with model_sha256 none"),
         ("{\"model_sha256\"".into(), "it is not JSON"),
         (format!("{fresh}{}", " ".repeat(1 << 20)), "it is longer than 1048576 bytes"),

@@ -243,6 +243,8 @@ fn nbn_fold_is_the_program_beside_it() {
         (&["fold", "--version"], 0, "nbn-fold 0.1.0\nfeatures: serve fold train", ""),
         (&["fold", "inspect", "gone.pth"], 1, "", "nbn fold: gone.pth: No such file"),
         (&["fold", "bake"], 2, "", "unrecognized subcommand 'bake'"),
+        (&["fold", "calibrate", bundle, "--kappa", "-1"], 2, "", "invalid value '-1' for '--kappa"),
+        (&["score", "--min-score", "-1"], 2, "", "invalid value '-1' for '--min-score"),
     ] {
         let out = nbn(arguments);
         assert_eq!(out.status.code(), Some(status), "{arguments:?}");

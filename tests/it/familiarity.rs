@@ -91,7 +91,7 @@ async fn noise_is_withheld_in_every_interface() {
     for (query, words) in [
         ("?unlike=2", "unlike is 2; it must be from 0 to 1"),
         ("?unlike=x", "unlike=\"x\": expected a number from 0 to 1"),
-        ("?unlike=1e-9", "it must be 0, for none, or from 0.00"),
+        ("?unlike=1e-9", "it must be 0, for none, or from 0.000866 to 1"),
     ] {
         let answer = server.post(&format!("/v1/classify{query}"), "image/png", noise(1)).await;
         assert_eq!(answer.status, 400, "{query}");

@@ -9,7 +9,7 @@ use nbn::data::{Form, LabelledImages, answers_of};
 use nbn::runtime::Place;
 use serde_json::Value;
 
-use crate::familiarity::{copied, set};
+use crate::familiarity::{copied_of, set};
 use crate::support::{data, fold, library, nbn, root, text};
 
 /// A bundle of the small network `name`.
@@ -94,10 +94,10 @@ fn beside(first: &Path, second: &Path, images: &Path) -> (f64, f64) {
 }
 
 #[test]
-fn the_shipped_network_in_whole_numbers_says_what_it_said() {
+fn the_first_shipped_network_in_whole_numbers_says_what_it_said() {
     let place = tempfile::tempdir().unwrap();
     // docs/quantization.md has its figures.
-    let original = crate::familiarity::copied_of("models/cifar10-lt/1", place.path());
+    let original = copied_of("models/cifar10-lt/1", place.path());
     let (held_out, training) = (set(&place.path().join("held-out"), 20, 1), set(&place.path().join("training"), 40, 2));
     let out = original.with_file_name("2");
     let flags = ["--training-data", training.to_str().unwrap(), "--unproved"];

@@ -1,12 +1,15 @@
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use image::ImageFormat;
+use nbn::bundle::Bundle;
+use nbn::engine::Budget;
+use nbn::registry::ServedModel;
 use nbn::runtime::RuntimeError;
 use nbn::serve::{Ended, RequestLimits};
 use serde_json::{Value, json};
 
-use crate::support::{Faulty, Gated, Owned, Server, nbn, picture, root, text};
+use crate::support::{Faulty, Gated, Owned, Server, library, model_options, nbn, picture, root, text};
 
 const JPEG: &str = "image/jpeg";
 
@@ -227,6 +230,12 @@ async fn the_model_card_shows_classes_proof_calibration_and_measured_figures() {
     assert_eq!(card["manifest"]["classes"].as_array().unwrap().len(), 10);
     assert!(card["manifest"]["fold"]["proof"]["outputs"][0]["max_relative"].as_f64().unwrap() < 1e-4);
     assert!(card["evaluation"]["figures"]["uniform"]["softmax"]["overall"]["top1"].as_f64().unwrap() > 0.7);
+    // Figures that were given to `nbn fold export`.
+    let first = Bundle::load(&root().join("models/cifar10-lt/1")).unwrap();
+    let first = ServedModel::start(first, library(), &model_options(), Arc::new(Budget::new(2))).unwrap();
+    let first = Server::of(vec![first], RequestLimits::default()).await;
+    let card = first.get("/v1/models/cifar10-lt").await.json();
+    assert!(card["manifest"]["evaluation"]["overall"].as_f64().unwrap() > 0.5);
     assert_eq!(server.get("/v1/models/nobody").await.status, 404);
     for path in ["/livez", "/readyz", "/openapi.yaml"] {
         assert_eq!(server.get(path).await.status, 200);

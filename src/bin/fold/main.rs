@@ -14,7 +14,7 @@ mod training_set;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nbn::bundle::Bundle;
 use nbn::features::long_version;
 use nbn::fold::architecture::Overrides;
@@ -61,7 +61,10 @@ enum Command {
 
 pub(crate) fn main() -> ExitCode {
     disable_telemetry();
-    let cli = Cli::parse();
+    // A negative number is out of range of most flags, which say so; it is not an unknown flag.
+    let command = Cli::command().mut_subcommands(|command| command.allow_negative_numbers(true));
+    // What clap has matched it can read.
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     nbn::telemetry::init_command(tracing::Level::WARN);
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

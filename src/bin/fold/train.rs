@@ -64,7 +64,6 @@ mod with {
 
     #[derive(Args)]
     #[command(
-        allow_negative_numbers = true,
         after_help = "Examples:\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors\n  nbn fold train --data photos/ --arch resnet18 --epochs 60 --out runs/mine.safetensors --resume"
     )]
     pub(crate) struct Train {
@@ -316,10 +315,7 @@ mod with {
         line += &match recipe.schedule {
             Schedule::Constant => ", constant".to_owned(),
             Schedule::Cosine => ", falling as a cosine".to_owned(),
-            Schedule::Step => {
-                let steps: Vec<String> = recipe.milestones.iter().map(usize::to_string).collect();
-                format!(", × {} after {}", recipe.decay_factor, steps.join(", "))
-            }
+            Schedule::Step => format!(", × {} after {}", recipe.decay_factor, recipe.steps()),
         };
         line + &format!("; weight decay {weight_decay} on {}", name(recipe.decay))
     }

@@ -137,7 +137,9 @@ struct EngineArgs {
 fn main() -> ExitCode {
     disable_telemetry();
     memory::give_back();
-    let matches = Cli::command().get_matches();
+    // A negative number is out of range of most flags, which say so; it is not an unknown flag.
+    let command = Cli::command().mut_subcommands(|command| command.allow_negative_numbers(true));
+    let matches = command.get_matches();
     // What clap has matched it can read.
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match cli.command {

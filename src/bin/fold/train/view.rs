@@ -50,10 +50,10 @@ impl View {
         match event {
             Event::Start { epoch, step, steps, length, parameters } => {
                 tell!("learned     {parameters} values; {steps} steps per epoch");
-                if *epoch >= self.epochs && length.is_some() {
-                    tell!("resumed     after {}, which are all", count(*epoch, "epoch"));
-                } else if *epoch >= self.epochs {
-                    tell!("resumed     after {}, which are all: give more --epochs to go on", count(*epoch, "epoch"));
+                if *epoch >= self.epochs {
+                    // Whoever has just given fewer does not want more.
+                    let more = if length.is_some() { "" } else { ": give more --epochs to go on" };
+                    tell!("resumed     after {}, which are all{more}", count(*epoch, "epoch"));
                 } else if epoch + step > 0 {
                     tell!("resumed     after {} and {}", count(*epoch, "epoch"), count(*step, "step"));
                 }

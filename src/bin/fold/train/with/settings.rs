@@ -155,8 +155,7 @@ fn refuse_to_begin(args: &Train, recipe: &Recipe) -> anyhow::Result<()> {
         }
     }
     if !recipe.milestones.is_sorted() {
-        let milestones: Vec<String> = recipe.milestones.iter().map(usize::to_string).collect();
-        bail!("--milestones is {}; give them in the order of the epochs", milestones.join(","));
+        bail!("--milestones is {}; give them in the order of the epochs", recipe.steps());
     }
     if recipe.decay_factor > 1.0 {
         bail!("--decay-factor is {}; the learning rate would rise: give at most 1", recipe.decay_factor);
